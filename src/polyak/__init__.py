@@ -1,0 +1,84 @@
+"""Weight averaging for PyTorch: SWA, EMA and every window between them.
+
+Names are loaded on first use, so that ``import polyak`` and ``polyak --help`` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from polyak._version import __version__
+
+if TYPE_CHECKING:
+    from polyak.average import Average
+    from polyak.batchnorm import update_bn
+    from polyak.errors import PolyakError
+    from polyak.hooks import attach
+    from polyak.profiles import (
+        EMA,
+        Decay,
+        Polynomial,
+        Power,
+        Profile,
+        Scheme,
+        Tail,
+        Uniform,
+        Weights,
+        Window,
+        parse,
+    )
+
+# Where each public name lives; `dir(polyak)` and `__all__` follow from it.
+_HOMES = {
+    "Average": "average",
+    "update_bn": "batchnorm",
+    "PolyakError": "errors",
+    "attach": "hooks",
+    "EMA": "profiles",
+    "Decay": "profiles",
+    "Polynomial": "profiles",
+    "Power": "profiles",
+    "Profile": "profiles",
+    "Scheme": "profiles",
+    "Tail": "profiles",
+    "Uniform": "profiles",
+    "Weights": "profiles",
+    "Window": "profiles",
+    "parse": "profiles",
+}
+_MODULES = ("errors", "optim", "schedules")
+
+__all__ = [  # noqa: PLE0604 (the names below are exactly those of _HOMES; a test holds it)
+    "EMA",
+    "Average",
+    "Decay",
+    "PolyakError",
+    "Polynomial",
+    "Power",
+    "Profile",
+    "Scheme",
+    "Tail",
+    "Uniform",
+    "Weights",
+    "Window",
+    "__version__",
+    "attach",
+    "parse",
+    "update_bn",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        value = getattr(import_module(f"polyak.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"polyak.{name}")
+    else:
+        raise AttributeError(f"module 'polyak' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_MODULES})
