@@ -49,7 +49,7 @@ _HOMES = {
 }
 _MODULES = ("errors", "optim", "schedules")
 
-__all__ = [  # noqa: PLE0604 (the names below are exactly those of _HOMES; a test holds it)
+__all__ = [
     "EMA",
     "Average",
     "Decay",

@@ -1,0 +1,194 @@
+"""What the benchmarks share: fair timing, ratios with their spread, memory peaks, a record of the setting."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from rich.progress import track
+
+__all__ = [
+    "Spread",
+    "calls_lasting",
+    "environment",
+    "in_fresh_process",
+    "memory_is_measurable",
+    "peak_resident_bytes",
+    "ratios",
+    "resident_bytes",
+    "time_rounds",
+    "write_json",
+]
+
+Result = TypeVar("Result")
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_HIGH_WATER_MARK = "5"
+_SAMPLING_SECONDS = 2e-4
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of repeated measurements and their quartiles, in the unit of what was measured."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of ``values``, one for each round."""
+        lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+        return cls(median, lower, upper)
+
+    @property
+    def interquartile_range(self) -> float:
+        """The width of the middle half."""
+        return self.upper_quartile - self.lower_quartile
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.interquartile_range:.2f})"
+
+
+def calls_lasting(call: Callable[[], object], seconds: float, most: int = 200) -> int:
+    """How many calls in a row take about ``seconds``, at least one and at most ``most``."""
+    started = time.perf_counter()
+    call()
+    once = time.perf_counter() - started
+    return min(most, max(1, math.ceil(seconds / once)))
+
+
+def time_rounds(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    least_seconds: float,
+    description: str = "",
+) -> dict[str, list[float]]:
+    """Seconds per call of each entry of ``calls``, once a round; the order is rotated by one each round.
+
+    A measurement is the mean over enough calls in a row to last ``least_seconds``, so that short calls are
+    not lost in the clock's noise.
+    """
+    names = list(calls)
+    repeats = {name: calls_lasting(call, least_seconds) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_index in track(range(rounds), description=description, transient=True):
+        first = round_index % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(_seconds_per_call(calls[name], repeats[name]))
+    return seconds
+
+
+def _seconds_per_call(call: Callable[[], object], repeats: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - started) / repeats
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """The spread of the ratios taken round by round, which cancels what slows a whole round."""
+    return Spread.of([top / bottom for top, bottom in zip(numerators, denominators, strict=True)])
+
+
+def memory_is_measurable() -> bool:
+    """Whether this system tells a process how much memory it holds (Linux does)."""
+    return _STATUS.exists()
+
+
+def resident_bytes() -> int:
+    """Memory the process holds now, after the allocator has handed freed pages back."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
+def peak_resident_bytes(call: Callable[[], object]) -> int:
+    """The most memory the process held at any moment of one call."""
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
+    except OSError:  # containers may forbid it
+        return _sampled_peak_bytes(call)
+    call()
+    return _status_bytes("VmHWM")
+
+
+def _sampled_peak_bytes(call: Callable[[], object]) -> int:
+    samples = [_status_bytes("VmRSS")]
+    finished = threading.Event()
+
+    def sample() -> None:
+        while not finished.wait(_SAMPLING_SECONDS):
+            samples.append(_status_bytes("VmRSS"))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        call()
+    finally:
+        finished.set()
+        sampler.join()
+    return max(samples)
+
+
+def _status_bytes(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.removesuffix("kB")) * 1024
+    raise KeyError(f"{_STATUS} has no field {field!r}")
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
+    """Call a function of a module in a new process, where nothing was allocated before."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def environment(distributions: Sequence[str]) -> dict[str, Any]:
+    """Where figures come from: versions, processor, threads and load; nothing that names the machine."""
+    versions = {name: _installed_version(name) for name in ("torch", "numpy", *distributions)}
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": _processor_name(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "versions": {name: version for name, version in versions.items() if version is not None},
+    }
+
+
+def _installed_version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor_name() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_json(path: Path, results: Mapping[str, Any]) -> None:
+    """Write results as indented JSON, making the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

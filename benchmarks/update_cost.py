@@ -1,0 +1,182 @@
+"""What one update of an average costs, beside the installed peers and one flat ``lerp_`` over the same bytes.
+
+    python benchmarks/update_cost.py [--rounds 15] [--only resnet50,gpt2,many_small,bf16] [--output FILE]
+
+All contenders live in one process and take turns; ratios are taken round by round, and their medians and
+quartiles reported. On GPT-2 shapes that needs about 8 GB. Memory is measured in a fresh process for each.
+Run it on an idle machine: two threads that wait for each other are slowed tenfold by a third.
+The bf16 case averages a bf16 model in fp32; its limit is the flat ``lerp_`` of as many fp32 numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import harness
+import shapes
+from peers import CONTENDERS, DECAY, LIMIT, Averager
+from update_cost_report import Measurements, case_record, case_table, verdict_table, verdicts
+
+THREADS = 2
+LEAST_SECONDS = 0.02
+WARM_UP_UPDATES = 3
+DISTRIBUTIONS = ("polyak", "ema-pytorch", "timm", "torch-ema", "diffusers", "torchcontrib")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to average; memory is measured where the model is large against the rest of a process."""
+
+    shapes: Callable[[], list[shapes.Shape]]
+    dtype: torch.dtype = torch.float32
+    measures_memory: bool = False
+
+    def __str__(self) -> str:
+        tensors = self.shapes()
+        millions = shapes.number_of_elements(tensors) / 1e6
+        return f"{len(tensors):,} {str(self.dtype).removeprefix('torch.')} tensors, {millions:.2f}M numbers"
+
+
+CASES = {
+    "resnet50": Case(shapes.resnet50),
+    "gpt2": Case(shapes.gpt2_small, measures_memory=True),
+    "many_small": Case(shapes.many_small),
+    "bf16": Case(shapes.gpt2_small, torch.bfloat16, measures_memory=True),
+}
+
+
+def measure(name: str, case: Case, rounds: int) -> Measurements:
+    """Time every contender of a case and, where the case asks for it, measure its memory."""
+    averagers, left_out = build_contenders(case)
+    updates = {contender: averager.update for contender, averager in averagers.items()}
+    seconds = harness.time_rounds(updates, rounds, LEAST_SECONDS, description=name)
+    memory = {}
+    if case.measures_memory and harness.memory_is_measurable():
+        memory = {
+            contender: harness.in_fresh_process(extra_memory, contender, name)
+            for contender in averagers
+            if contender != LIMIT
+        }
+    return Measurements(seconds, memory, left_out)
+
+
+def build_contenders(case: Case) -> tuple[dict[str, Averager], dict[str, str]]:
+    """The contenders, warmed up and seen to average, and the reasons why others were left out."""
+    model = shapes.module_of(case.shapes(), case.dtype)
+    averagers: dict[str, Averager] = {}
+    left_out: dict[str, str] = {}
+    for name, contender in CONTENDERS.items():
+        if case.dtype != torch.float32 and not contender.mixed:
+            left_out[name] = "no fp32 average of such a model"
+            continue
+        try:
+            averagers[name] = contender.build(model)
+        except ImportError as error:
+            left_out[name] = str(error)
+    for averager in averagers.values():
+        _warm_up(averager)
+    _move(model)
+    for name, averager in averagers.items():
+        _check_that_it_averages(name, averager)
+    return averagers, left_out
+
+
+def _warm_up(averager: Averager) -> None:
+    for _ in range(WARM_UP_UPDATES):
+        averager.update()
+
+
+@torch.no_grad()
+def _move(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.add_(1)
+
+
+def _check_that_it_averages(name: str, averager: Averager) -> None:
+    """An update must bring every tensor nearer to weights that lie 1 above: neither skipped nor copied."""
+    before = [tensor.flatten()[0].item() for tensor in averager.tensors()]
+    averager.update()
+    after = [tensor.flatten()[0].item() for tensor in averager.tensors()]
+    if not all(0 < new - old < 0.5 for old, new in zip(before, after, strict=True)):
+        raise RuntimeError(f"{name!r} did not average every tensor, so its time would mean nothing")
+
+
+def extra_memory(contender_name: str, case_name: str) -> dict[str, float]:
+    """Memory beyond the model's, over the parameters' bytes in fp32: at rest and at the peak of an update."""
+    torch.set_num_threads(THREADS)
+    case, contender = CASES[case_name], CONTENDERS[contender_name]
+    # A small model first, so that imports and the thread pool are not counted.
+    small_model = shapes.module_of([(512, 512), (512,)], case.dtype)
+    _warm_up(contender.build(small_model))
+
+    model = shapes.module_of(case.shapes(), case.dtype)
+    alone = harness.resident_bytes()
+    averager = contender.build(model)
+    _warm_up(averager)
+    resting = harness.resident_bytes()
+    peak = harness.peak_resident_bytes(averager.update)
+    fp32_bytes = 4 * shapes.number_of_elements(case.shapes())
+    return {"resting": (resting - alone) / fp32_bytes, "peak": (peak - alone) / fp32_bytes}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parse(arguments)
+    torch.set_num_threads(THREADS)
+    console = Console()
+    environment = harness.environment(DISTRIBUTIONS)  # before the work, whose own load it would show
+    measured = {}
+    for name in options.only:
+        measured[name] = measure(name, CASES[name], options.rounds)
+        console.print(case_table(f"{name}: {CASES[name]}", measured[name]))
+        for contender, reason in measured[name].left_out.items():
+            console.print(f"left out: {contender} ({reason})", style="dim", highlight=False)
+    found = verdicts(measured)
+    console.print(verdict_table(found))
+    if options.output is not None:
+        record = {
+            "benchmark": "update_cost",
+            "environment": environment,
+            "settings": {
+                "rounds": options.rounds,
+                "least_seconds_per_measurement": LEAST_SECONDS,
+                "warm_up_updates": WARM_UP_UPDATES,
+                "decay": DECAY,
+                "limit": "one flat fp32 lerp_ over as many numbers",
+            },
+            "cases": {name: {"model": str(CASES[name]), **case_record(measured[name])} for name in measured},
+            "promises": [asdict(verdict) for verdict in found],
+        }
+        harness.write_json(options.output, record)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--rounds", type=_positive, default=15, help="measurements a contender (default 15)")
+    parser.add_argument("--only", type=_case_names, default=list(CASES), help="cases, separated by commas")
+    parser.add_argument("--output", type=Path, help="write the figures to this file as JSON")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1 is needed")
+    return number
+
+
+def _case_names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown case {unknown[0]!r}; the cases are {', '.join(CASES)}")
+    return names
+
+
+if __name__ == "__main__":
+    main()

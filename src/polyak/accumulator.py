@@ -1,0 +1,303 @@
+"""The running mean over lists of tensors: m += c (w - m), the one hot loop.
+
+:class:`polyak.Average` and the recorder of a trajectory share it. Sources and means are plain local
+tensors, walked in the batches of :mod:`polyak.batches`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyak.batches import Batch, plan_batches
+from polyak.errors import NonFiniteError, OptionError
+from polyak.profiles import Scheme
+
+__all__ = ["Accumulator", "mean_dtype"]
+
+CheckFinite = Literal[True, False, "raise"]
+
+# With m around 10 to 100 times its own changes, a step of m += c (w - m) falls under half an ulp of m, and is
+# lost, from about c = 64 eps on: 1.3e5 samples for a uniform fp32 mean.
+_STALL_EPS = 64
+
+
+def mean_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a tensor of ``dtype`` is averaged unless asked otherwise: at least fp32.
+
+    >>> mean_dtype(torch.bfloat16), mean_dtype(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    if dtype.is_complex:
+        return torch.promote_types(dtype, torch.complex64)
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+class Accumulator:
+    """Running means of a list of tensors under one scheme.
+
+    Compensated means carry a residual e, so that m + e is the mean to twice the precision (Kahan 1965).
+
+    Args:
+        tensors: what will be averaged: local, dense, floating or complex; their values are not read yet.
+        names: their names, for messages.
+        scheme: the coefficients c_n.
+        dtype: of the means; None: that of each tensor, but at least fp32.
+        device: of the means; None: that of each tensor.
+        compensated: keep a residual per element.
+        check_finite: True skips and counts a sample with a NaN or an infinity, "raise" raises, False does
+            not look.
+        agree: takes a 0-dim bool tensor, this rank's verdict on the sample, and returns that of all ranks.
+
+    Where a mean lives on an accelerator nothing is read back to the host: the verdict masks the update on the
+    device, and the counters are tensors until somebody asks.
+
+    >>> from polyak.profiles import Uniform
+    >>> weight = torch.tensor([1.0])
+    >>> mean = Accumulator([weight], ["weight"], Uniform())
+    >>> for value in (1.0, float("nan"), 3.0):
+    ...     mean.add([weight.fill_(value)])
+    >>> mean.means, mean.n_averaged, mean.n_skipped
+    ([tensor([2.])], 2, 1)
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        names: Sequence[str],
+        scheme: Scheme,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        compensated: bool = False,
+        check_finite: CheckFinite = True,
+        agree: Callable[[Tensor], Tensor] | None = None,
+    ):
+        if check_finite not in (True, False, "raise"):
+            raise OptionError(f"check_finite must be True, False or 'raise', got {check_finite!r}")
+        if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+            raise OptionError(f"dtype must be a floating dtype, as means are not whole numbers, got {dtype}")
+        self.names = list(names)
+        self.scheme = scheme
+        self.compensated = compensated
+        self.check_finite = check_finite
+        self._agree = agree
+        self._dtype, self._device = dtype, device
+        self.means = [_zeros(t, dtype or mean_dtype(t.dtype), device or t.device) for t in tensors]
+        self.residuals = [torch.zeros_like(m) for m in self.means] if compensated else []
+        self._warned = False
+        self._set_counters(0, 0, 0.0)
+        self.bind(tensors)
+
+    def bind(self, tensors: Sequence[Tensor]) -> None:
+        """Take up tensors of the same shapes, whose dtypes and devices may differ from those before.
+
+        Means follow to another device unless one was asked for, and widen where the tensors did.
+        """
+        self.means = [self._fitting(m, t) for m, t in zip(self.means, tensors, strict=True)]
+        self.residuals = [r.to(m) for r, m in zip(self.residuals, self.means, strict=False)]
+        self._eps = max(torch.finfo(m.dtype).eps for m in self.means)
+        self._batches = plan_batches(tensors, self.means, self.residuals)
+        alike = [(t.dtype, t.device) == (m.dtype, m.device) for t, m in zip(tensors, self.means, strict=True)]
+        self._foreach = all(alike) and not self.compensated
+        self._set_counters(self.n_averaged, self.n_skipped, self.position)
+
+    def _fitting(self, mean: Tensor, tensor: Tensor) -> Tensor:
+        dtype = self._dtype or torch.promote_types(mean.dtype, mean_dtype(tensor.dtype))
+        return mean.to(self._device or tensor.device, dtype if not mean.is_complex() else mean.dtype)
+
+    @property
+    def n_averaged(self) -> int:
+        """Samples in the means; on an accelerator reading it waits for the device."""
+        return int(self._n_averaged)
+
+    @property
+    def n_skipped(self) -> int:
+        """Samples left out because they were not finite."""
+        return int(self._n_skipped)
+
+    @property
+    def position(self) -> float:
+        """Where the last accepted sample was taken, in the steps given to :meth:`add`."""
+        return float(self._position)
+
+    def restart(self, n_averaged: int = 0, n_skipped: int = 0, position: float = 0.0) -> None:
+        """Forget every sample, or set the counters to those of a saved state whose means the caller fills."""
+        self._set_counters(n_averaged, n_skipped, position)
+        self._warned = False
+
+    @torch.no_grad()
+    def add(self, tensors: Sequence[Tensor], position: float | None = None) -> None:
+        """Fold one sample in.
+
+        Args:
+            tensors: the values now, in the order and with the shapes that the means have.
+            position: where the sample lies, in optimizer steps since the first block began; None: one step
+                further than the last. Only schemes that count steps look at it.
+
+        Raises:
+            NonFiniteError: with ``check_finite="raise"``, naming the tensor; the means are as they were.
+        """
+        if position is None:
+            position = float(self._attempts + 1)
+        self._attempts += 1
+        if self._masked:
+            self._add_masked(tensors, position)
+            return
+        coefficient = float(self._coefficient(position))
+        self._warn_if_stalling(coefficient)
+        accepted = self._fold_in(tensors, coefficient)
+        self._count(accepted, position)
+        if not accepted and self.check_finite == "raise":
+            self._raise_non_finite(tensors)
+
+    def _set_counters(self, n_averaged: int, n_skipped: int, position: float) -> None:
+        counts: Any = (n_averaged, n_skipped, position)
+        device = self.means[0].device
+        self._masked = all(mean.device.type != "cpu" for mean in self.means)
+        if self._masked:
+            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+            counts = torch.tensor(counts, dtype=dtype, device=device).unbind()
+        self._n_averaged, self._n_skipped, self._position = counts
+        self._attempts = n_averaged
+
+    # The law: which coefficient comes next. Numbers on the host, 0-dim tensors on an accelerator.
+
+    def _coefficient(self, position: float) -> Any:
+        before, now = self._position, position
+        if self.scheme.unit == "samples":
+            before, now = self._n_averaged, self._n_averaged + 1
+        return self.scheme.coefficient_between(before, now, xp=torch if self._masked else np)
+
+    def _count(self, accepted: Any, position: float) -> None:
+        self._n_averaged = self._n_averaged + accepted
+        self._n_skipped = self._n_skipped + (1 - accepted)
+        self._position = self._position + accepted * (position - self._position)
+
+    def _warn_if_stalling(self, coefficient: float) -> None:
+        if self._warned or self.compensated or coefficient >= _STALL_EPS * self._eps:
+            return
+        self._warned = True
+        warnings.warn(
+            f"the average takes in {coefficient:.1e} of each new sample, which its precision (eps {self._eps:.1e}) "
+            "starts to round away; pass compensated=True, a wider dtype, or a larger every",
+            UserWarning,
+            stacklevel=5,
+        )
+
+    # On the host.
+
+    def _fold_in(self, tensors: Sequence[Tensor], coefficient: float) -> bool:
+        if not self.check_finite:
+            self._fold_all(tensors, coefficient)
+            return True
+        # A sample that takes more than half leaves too little of the mean to undo; see _fold_while_finite.
+        if coefficient > 0.5 or self._agree is not None:
+            finite = self._all_finite(tensors)
+            if finite:
+                self._fold_all(tensors, coefficient)
+            return finite
+        return self._fold_while_finite(tensors, coefficient)
+
+    def _fold_while_finite(self, tensors: Sequence[Tensor], coefficient: float) -> bool:
+        """Check and fold batch by batch while each is in the cache: one trip to memory instead of two.
+
+        A batch that is not finite ends it, and the batches before are taken back by the inverse update
+        m -= c/(1-c) (w - m): exact where m = w, and within two roundings elsewhere, in this rare case only.
+        """
+        for k, batch in enumerate(self._batches):
+            flat, sources = self._stage(batch, tensors)
+            if not _is_finite(flat):
+                for done in self._batches[:k]:
+                    self._fold(done, self._stage(done, tensors)[1], -coefficient / (1 - coefficient))
+                return False
+            self._fold(batch, sources, coefficient)
+        return True
+
+    def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
+        finite = all(_is_finite(batch.stage(tensors)[0]) for batch in self._batches)
+        return bool(self._agree(torch.tensor(finite))) if self._agree else finite
+
+    def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
+        if coefficient == 1:
+            torch._foreach_copy_(self.means, list(tensors))
+            for residual in self.residuals:
+                residual.zero_()
+        elif self._foreach:
+            torch._foreach_lerp_(self.means, list(tensors), coefficient)
+        else:
+            for batch in self._batches:
+                self._fold(batch, self._stage(batch, tensors)[1], coefficient)
+
+    def _stage(self, batch: Batch, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        return batch.stage(tensors, owned=self.compensated)
+
+    def _fold(self, batch: Batch, sources: list[Tensor], coefficient: float) -> None:
+        if self.compensated:
+            self._fold_compensated(batch, sources, coefficient)
+        else:
+            torch._foreach_lerp_(batch.means, sources, coefficient)
+
+    def _fold_compensated(self, batch: Batch, sources: list[Tensor], coefficient: Any) -> None:
+        # Staged sources are scratch and become the change y; m and e then take up y as in Kahan's sum.
+        torch._foreach_sub_(sources, batch.means)
+        torch._foreach_sub_(sources, batch.residuals)
+        torch._foreach_mul_(sources, coefficient)
+        torch._foreach_add_(sources, batch.residuals)
+        torch._foreach_copy_(batch.residuals, batch.means)
+        torch._foreach_add_(batch.means, sources)
+        torch._foreach_sub_(batch.residuals, batch.means)
+        torch._foreach_add_(batch.residuals, sources)
+
+    def _raise_non_finite(self, tensors: Sequence[Tensor]) -> None:
+        bad = [name for name, t in zip(self.names, tensors, strict=True) if not bool(torch.isfinite(t).all())]
+        where = repr(bad[0]) if bad else "a tensor on another rank"
+        raise NonFiniteError(
+            f"{where} holds a NaN or an infinity, so the sample was not averaged; "
+            "find its cause, or pass check_finite=True to skip such samples"
+        )
+
+    # On an accelerator: the same update, with the verdict as a mask.
+
+    def _add_masked(self, tensors: Sequence[Tensor], position: float) -> None:
+        samples = self.scheme.unit == "samples"
+        nominal = self.scheme.coefficient(self._attempts, 1 if samples else position / self._attempts)
+        self._warn_if_stalling(nominal)
+        finite = self._finite_on_device(tensors) if self.check_finite else torch.tensor(True)
+        finite = finite.to(self.means[0].device, non_blocking=True)
+        coefficient = self._coefficient(position) * finite
+        for batch in self._batches:
+            device = batch.means[0].device
+            flat, sources = batch.stage(tensors, owned=True)
+            flat.masked_fill_(~finite.to(device), 0)  # 0 * NaN would still be NaN
+            if self.compensated:
+                self._fold_compensated(batch, sources, coefficient.to(device))
+            else:
+                torch._foreach_sub_(sources, batch.means)
+                torch._foreach_mul_(sources, coefficient.to(device))
+                torch._foreach_add_(batch.means, sources)
+        self._count(finite.to(coefficient.dtype), position)
+        if self.check_finite == "raise" and not finite:
+            self._raise_non_finite(tensors)
+
+    def _finite_on_device(self, tensors: Sequence[Tensor]) -> Tensor:
+        device = self.means[0].device
+        largest = torch._foreach_norm([t for t in tensors if t.numel()], float("inf"))
+        finite = torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite().all()
+        return self._agree(finite) if self._agree else finite
+
+
+def _zeros(like: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    if like.is_complex() and not dtype.is_complex:
+        dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return torch.zeros_like(like, dtype=dtype, device=device, requires_grad=False)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A NaN or an infinity always shows in the sum; a sum that only overflowed is looked at again.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

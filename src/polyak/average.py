@@ -1,0 +1,337 @@
+"""One running average of a model's weights, followed while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from polyak.accumulator import Accumulator, CheckFinite
+from polyak.binding import Binding
+from polyak.errors import NotStartedError, OptionError, StructureError, SwapError, name_list
+from polyak.profiles import Scheme
+from polyak.state import refuse_other_state
+from polyak.swap import Swap, copy_into
+from polyak.tensors import ModelTensors, local, sharded_like
+
+__all__ = ["Average"]
+
+
+class Average:
+    """The average of the weights that a model passes through: SWA, EMA or any other scheme.
+
+    After the n-th sample w_n the mean is m_n = m_{n-1} + c_n (w_n - m_{n-1}), with the scheme's coefficients
+    c_n. Parameters are matched by name, tied ones averaged once, frozen ones and buffers taken from the live
+    model. The average costs one copy of the parameters, in fp32 at least.
+
+    Args:
+        model: any module: plain, compiled, in DistributedDataParallel, or sharded by ``fully_shard``. It is
+            never copied.
+        scheme: :class:`polyak.Uniform` (SWA), :class:`polyak.EMA`, :class:`polyak.Power` or
+            :class:`polyak.Polynomial`.
+        start: optimizer steps before averaging begins.
+        every: optimizer steps between samples: they are taken after steps start + every, start + 2·every, …
+        dtype: of the average; None: that of each parameter, but at least fp32.
+        device: where the average and the backup of a swap are kept; None: beside each parameter.
+        buffers: "copy" takes buffers from the live model; "average" averages the floating ones.
+        include: names or glob patterns of the tensors to average, frozen ones too; None: every trainable one.
+        exclude: names or glob patterns of tensors to take from the live model instead.
+        check_finite: True leaves out a sample that holds a NaN or an infinity and counts it in ``n_skipped``;
+            "raise" raises :class:`~polyak.errors.NonFiniteError`; False does not look.
+        compensated: twice the memory, for a million samples and more (Kahan 1965).
+
+    Raises:
+        OptionError: an option is out of range, or nothing would be averaged.
+
+    References:
+        Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization.
+
+    >>> import torch, polyak
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> swa = polyak.Average(model, polyak.Uniform(), start=1)
+    >>> for value in (9.0, 2.0, 4.0):                       # the weights after three optimizer steps
+    ...     _ = model.weight.data.fill_(value)
+    ...     swa.update()
+    >>> with swa.applied():
+    ...     print(model.weight.data)
+    tensor([[3., 3.]])
+    >>> model.weight.data
+    tensor([[4., 4.]])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheme: Scheme,
+        *,
+        start: int = 0,
+        every: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        buffers: Literal["copy", "average"] = "copy",
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+        check_finite: CheckFinite = True,
+        compensated: bool = False,
+    ):
+        if not isinstance(scheme, Scheme):
+            raise OptionError(
+                f"an average follows a scheme (Uniform, EMA, Power, Polynomial), got {scheme!r}; other profiles "
+                "need the whole run, so take them from a trajectory after training"
+            )
+        self.scheme = scheme
+        self.start = _whole_number("start", start, least=0)
+        self.every = _whole_number("every", every, least=1)
+        self._buffers = buffers
+        self._device = device
+        self._make_accumulator = partial(
+            Accumulator, dtype=dtype, device=device, compensated=compensated, check_finite=check_finite
+        )
+        self._compensated = compensated
+        self._binding = Binding(model, buffers=buffers, include=include, exclude=exclude)
+        self._accumulator = self._allocate() if self._binding.ready else None
+        self._swap: Swap | None = None
+        self._step = 0
+        self._sampled_at = 0
+        self._origin: int | None = None
+
+    # Following the model.
+
+    def update(self) -> None:
+        """Count one optimizer step, and take a sample if one is due.
+
+        Call it after each ``optimizer.step()``, or let :func:`polyak.attach` call it, which also knows the
+        steps that GradScaler skipped.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            StructureError: the model's tensors are no longer those it was made for, or have no data yet.
+            NonFiniteError: with ``check_finite="raise"``.
+        """
+        self._refuse_while_swapped("update() would average the averaged weights")
+        self._step += 1
+        past = self._step - self.start
+        if past > 0 and past % self.every == 0:
+            self._sample()
+
+    def update_now(self) -> None:
+        """Take a sample now, whatever the schedule; raises as :meth:`update` does.
+
+        It stands for the optimizer steps counted since the last sample. Where none were, because the caller
+        keeps the schedule and never calls :meth:`update`, it stands for ``every`` steps.
+        """
+        self._refuse_while_swapped("update_now() would average the averaged weights")
+        if self._step == self._sampled_at:
+            self._step += self.every
+        self._sample()
+
+    @property
+    def n_averaged(self) -> int:
+        """Samples in the average."""
+        return self._accumulator.n_averaged if self._accumulator else 0
+
+    @property
+    def n_skipped(self) -> int:
+        """Samples left out because they held a NaN or an infinity."""
+        return self._accumulator.n_skipped if self._accumulator else 0
+
+    # Using the average.
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The averaged model: name to tensor, each tied tensor once under its first name, no copies.
+
+        Averaged tensors are the average's own, in its dtype; the rest (frozen parameters, buffers) are the
+        live model's. Buffers that are not part of a state dict are left out.
+
+        Raises:
+            NotStartedError: before the first sample.
+        """
+        means = self._means("named_tensors()")
+        return {
+            entry.name: means.get(entry.name, entry.tensor.detach())
+            for entry in ModelTensors(self._binding.model).values()
+            if entry.persistent
+        }
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """The averaged weights in the model; the live ones are back on leaving, however it is left.
+
+        Buffers come back too, so BatchNorm statistics may be recomputed inside.
+
+        Raises:
+            NotStartedError: before the first sample.
+            SwapError: averaged weights are in the model already.
+        """
+        self._refuse_while_swapped("applied() cannot be nested")
+        try:
+            self.swap_in()
+            yield self._binding.model
+        finally:
+            if self._swap is not None:
+                self.swap_out()
+
+    def swap_in(self) -> None:
+        """Put the averaged weights into the model until :meth:`swap_out`; raises as :meth:`applied` does."""
+        self._refuse_while_swapped("swap_in() was called twice")
+        accumulator = self._started("swap_in()")
+        self._follow_model()
+        kept = self._binding.other_buffers()
+        self._swap = Swap(self._binding.live, accumulator.means, keep=kept, device=self._device)
+
+    def swap_out(self) -> None:
+        """Bring the live weights back.
+
+        Raises:
+            SwapError: the averaged weights are not in the model.
+        """
+        if self._swap is None:
+            raise SwapError("swap_out() without swap_in(): the model holds its live weights")
+        self._binding.tensors.reshard()
+        swap, self._swap = self._swap, None
+        swap.undo()
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the averaged model into ``model``, by name; for the live model this is for good.
+
+        Raises:
+            NotStartedError: before the first sample.
+            StructureError: a tensor of ``model`` is missing here or has another shape; nothing was written.
+        """
+        means = self._means("copy_to()")
+        ours = ModelTensors(self._binding.model)
+        values = {e.name: means.get(e.name, e.tensor) for e in ours.values()}
+        sources = {name: values[canonical] for name, canonical in ours.all_names().items()}
+        targets = list(ModelTensors(model).values())
+        _refuse_mismatch({t.name: t.tensor for t in targets}, sources)
+        copy_into(local(t.tensor for t in targets), local(sources[t.name] for t in targets))
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the averaged model as a checkpoint, in the average's own dtype, atomically.
+
+        The ending chooses the format: ``.safetensors``, ``.pt``, …; see :mod:`polyak.checkpoints`.
+
+        Raises:
+            NotStartedError: before the first sample.
+            OutputExistsError: ``path`` exists and ``overwrite`` is False.
+        """
+        from polyak import checkpoints
+
+        ties = {a: e.name for e in ModelTensors(self._binding.model).values() for a in e.aliases}
+        metadata = {"polyak.scheme": str(self.scheme), "polyak.n_averaged": str(self.n_averaged)}
+        checkpoints.write(path, self.named_tensors(), ties=ties, metadata=metadata, overwrite=overwrite)
+
+    # Saving and resuming.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bitwise as if never interrupted: plain values and tensors, no copies.
+
+        It loads with ``torch.load(weights_only=True)``, has the same keys and shapes at any time, and goes
+        through ``torch.distributed.checkpoint``, sharded where the model is.
+        """
+        accumulator = self._follow_model()
+        state = {
+            **self._law(),
+            "step": self._step,
+            "sampled_at": self._sampled_at,
+            "origin": self._origin,
+            "n_averaged": accumulator.n_averaged,
+            "n_skipped": accumulator.n_skipped,
+            "position": accumulator.position,
+            "average": self._named(accumulator.means),
+        }
+        return state | {"residual": self._named(accumulator.residuals)} if self._compensated else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state.
+
+        Raises:
+            StateError: it was saved with another scheme, schedule or shape; nothing was loaded.
+            SwapError: the averaged weights are in the model.
+        """
+        self._refuse_while_swapped("load_state_dict() would be undone by the swap")
+        accumulator = self._follow_model()
+        current = self.state_dict()
+        refuse_other_state(current, state, law=list(self._law()))
+        for kind in ("average", "residual") if self._compensated else ("average",):
+            copy_into(local(current[kind].values()), local(state[kind][name] for name in current[kind]))
+        accumulator.restart(state["n_averaged"], state["n_skipped"], state["position"])
+        self._step, self._sampled_at, self._origin = state["step"], state["sampled_at"], state["origin"]
+
+    def __repr__(self) -> str:
+        schedule = f"start={self.start}, every={self.every}"
+        return f"Average({self.scheme!r}, {schedule}, n_averaged={self.n_averaged})"
+
+    # How it works inside.
+
+    def _sample(self) -> None:
+        self._sampled_at = self._step
+        accumulator = self._follow_model()
+        origin = self._origin = self._step - self.every if self._origin is None else self._origin
+        accumulator.add(self._binding.live, self._step - origin)
+
+    def _follow_model(self) -> Accumulator:
+        replaced = self._binding.follow()
+        if self._accumulator is None:
+            self._accumulator = self._allocate()
+        elif replaced:
+            self._accumulator.bind(self._binding.live)
+        return self._accumulator
+
+    def _allocate(self) -> Accumulator:
+        binding = self._binding
+        agree = binding.agree if binding.sharded else None
+        return self._make_accumulator(binding.live, binding.names, self.scheme, agree=agree)
+
+    def _started(self, call: str) -> Accumulator:
+        if self._accumulator is None or not self._accumulator.n_averaged:
+            raise NotStartedError(
+                f"{call} needs at least one sample; the first is taken after optimizer step "
+                f"{self.start + self.every}, and {self._step} were counted (is update() called?)"
+            )
+        return self._accumulator
+
+    def _means(self, call: str) -> dict[str, Tensor]:
+        return self._named(self._started(call).means)
+
+    def _named(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+        binding = self._binding
+        return {n: sharded_like(t, w) for n, t, w in zip(binding.names, tensors, binding.whole, strict=True)}
+
+    def _law(self) -> dict[str, Any]:
+        return {
+            "scheme": str(self.scheme),
+            "start": self.start,
+            "every": self.every,
+            "buffers": self._buffers,
+            "compensated": self._compensated,
+        }
+
+    def _refuse_while_swapped(self, why: str) -> None:
+        if self._swap is not None:
+            raise SwapError(
+                f"the averaged weights are in the model: {why}. Leave applied() or call swap_out()"
+            )
+
+
+def _whole_number(option: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(
+            f"{option} must be a whole number of optimizer steps, at least {least}, got {value!r}"
+        )
+    return value
+
+
+def _refuse_mismatch(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
+    missing = [name for name in targets if name not in sources]
+    reshaped = [n for n in targets if n in sources and targets[n].shape != sources[n].shape]
+    if missing or reshaped:
+        raise StructureError(
+            f"the average does not fit this model: it lacks {name_list(missing) or 'nothing'}, and has other "
+            f"shapes for {name_list(reshaped) or 'nothing'}; nothing was written"
+        )

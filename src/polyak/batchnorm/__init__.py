@@ -1,0 +1,5 @@
+"""BatchNorm statistics for averaged weights: those of the whole data, not of the last batches."""
+
+from polyak.batchnorm.update import update_bn
+
+__all__ = ["update_bn"]

@@ -1,0 +1,113 @@
+"""Checkpoints of any tool: open one without reading it, write one that appears whole or not at all.
+
+=====================  ==========================================================================
+format                 recognised by, and written for
+=====================  ==========================================================================
+``"safetensors"``      ``.safetensors``
+``"pt"``               ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.tar``: what ``torch.save`` writes
+``"npz"``              ``.npz``
+``"huggingface"``      a folder with ``model.safetensors`` or its index; written where there is no suffix
+``"huggingface-bin"``  a folder with ``pytorch_model.bin`` or its index
+``"dcp"``              a folder of ``torch.distributed.checkpoint``
+=====================  ==========================================================================
+
+>>> import tempfile, torch
+>>> from pathlib import Path
+>>> folder = tempfile.TemporaryDirectory()
+>>> path = Path(folder.name) / "model.safetensors"
+>>> write(path, {"weight": torch.arange(6.0).view(2, 3)}, metadata={"step": "7"})
+>>> with open(path) as checkpoint:
+...     checkpoint.tensors["weight"].shape, checkpoint.step, checkpoint.read_slice("weight", 2, 5)
+((2, 3), 7, tensor([2., 3., 4.]))
+>>> folder.cleanup()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+from torch import Tensor
+
+from polyak.checkpoints.base import Location, TensorInfo
+from polyak.checkpoints.formats import FORMATS, format_for, recognise
+from polyak.checkpoints.handle import Checkpoint
+from polyak.checkpoints.writer import Layout, Writer
+
+__all__ = ["Checkpoint", "Layout", "Location", "TensorInfo", "Writer", "create", "open", "write"]
+
+
+def open(path: str | PathLike[str], key: str | None = None) -> Checkpoint:
+    """Open a checkpoint without reading its tensors.
+
+    Args:
+        path: a file or folder; its contents, not its name, say what it is.
+        key: the nested key to take the weights from, such as ``"state_dict_ema"``; by default the best known.
+
+    Raises ``CheckpointError`` for anything that is no whole, safe checkpoint, ``OptionError`` for a key that is
+    not there (the message lists those that are).
+    """
+    path = Path(path)
+    format = recognise(path)
+    return Checkpoint(path, format, FORMATS[format].read(path), key)
+
+
+def create(
+    path: str | PathLike[str], layout: Layout, *, format: str | None = None, overwrite: bool = False
+) -> Writer:
+    """Begin a checkpoint whose values come later, slice by slice; use it as a context manager.
+
+    Args:
+        path: the output; its folder must exist.
+        layout: names, shapes, dtypes, ties and metadata.
+        format: one of the names above; by default what the suffix says.
+        overwrite: replace an output that is there.
+
+    Raises ``OutputExistsError``, ``StructureError`` for dtypes that the format cannot hold, ``CheckpointError``
+    if nothing can be written there.
+
+    >>> import tempfile, torch
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = Path(folder.name) / "out.pt"
+    >>> with create(path, Layout({"w": TensorInfo((4,), torch.float32)})) as writer:
+    ...     writer.write("w", 2, torch.tensor([2.0, 3.0]))
+    ...     writer.write("w", 0, torch.tensor([0.0, 1.0]))
+    >>> torch.load(path)["w"]
+    tensor([0., 1., 2., 3.])
+    >>> folder.cleanup()
+    """
+    path = Path(path)
+    return FORMATS[format_for(path, format)].writer(path, layout, overwrite)
+
+
+def write(
+    path: str | PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    format: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a flat dict of tensors; names that share the same memory are written as tied.
+
+    Arguments and errors as for ``create``.
+    """
+    ties = _shared(tensors)
+    first = {name: tensor.detach() for name, tensor in tensors.items() if name not in ties}
+    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in first.items()}
+    with create(path, Layout(infos, ties, metadata or {}), format=format, overwrite=overwrite) as writer:
+        for name, tensor in first.items():
+            flat = tensor.cpu().reshape(-1)
+            writer.write(name, 0, flat)
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    first_names: dict[tuple, str] = {}
+    ties = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        first = first_names.setdefault(place, name) if tensor.numel() else name
+        if first != name:
+            ties[name] = first
+    return ties

@@ -1,0 +1,53 @@
+"""The command line: one file per command, and everything heavy imported only inside them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from polyak._version import __version__
+from polyak.cli.demo import demo
+from polyak.errors import PolyakError
+
+__all__ = ["app", "main"]
+
+# A wrong command line: where typer keeps this class depends on its version, but its child is always public.
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(demo)
+
+
+@app.callback(invoke_without_command=True)
+def polyak(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Weight averaging for PyTorch: SWA, EMA and every window between them.
+
+    Start with: polyak demo
+    """
+    if version:
+        typer.echo(f"polyak {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for bad input, 130 if interrupted.
+
+    Bad input is one line on stderr; a traceback is a bug in polyak.
+    """
+    try:
+        return app(arguments, prog_name="polyak", standalone_mode=False) or 0
+    except PolyakError as error:
+        message = str(error)
+    except _UsageError as error:
+        message = f"{error.format_message()} (polyak --help shows what there is)"
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    print(f"polyak: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

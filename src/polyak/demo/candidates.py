@@ -1,0 +1,89 @@
+"""The weights that a training run offers, live and averaged, and their scores along the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from polyak.average import Average
+from polyak.batchnorm import update_bn
+from polyak.demo.data import Examples, Split
+from polyak.demo.tasks import LIVE, AverageSpec
+
+__all__ = ["Candidates", "Curve"]
+
+
+@dataclass
+class Curve:
+    """Scores of one candidate along a run: NLL in nats per example, accuracy from 0 to 1."""
+
+    steps: list[int] = field(default_factory=list)
+    validation_nll: list[float] = field(default_factory=list)
+    validation_accuracy: list[float] = field(default_factory=list)
+    test_nll: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+
+    def append(self, step: int, validation: tuple[float, float], test: tuple[float, float]) -> None:
+        """Add one point; scores are (NLL, accuracy)."""
+        self.steps.append(step)
+        self.validation_nll.append(validation[0])
+        self.validation_accuracy.append(validation[1])
+        self.test_nll.append(test[0])
+        self.test_accuracy.append(test[1])
+
+
+class Candidates:
+    """Follows ``model`` with every average of ``specs`` and scores them all without disturbing it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: Mapping[str, AverageSpec],
+        split: Split,
+        update_bn_batches: list[Tensor],
+    ) -> None:
+        self._model = model
+        self._specs = specs
+        self._averages = {
+            label: Average(model, spec.scheme, start=spec.start, every=spec.every)
+            for label, spec in specs.items()
+        }
+        self._split = split
+        self._update_bn_batches = update_bn_batches
+        self.curves: dict[str, Curve] = {LIVE: Curve()} | {label: Curve() for label in specs}
+
+    def update(self) -> None:
+        """Call after each optimizer step."""
+        for average in self._averages.values():
+            average.update()
+
+    def score(self, step: int) -> None:
+        """Append a point to the curve of each candidate that exists by now."""
+        for label, weights in self._models():
+            self.curves[label].append(
+                step, _score(weights, self._split.validation), _score(weights, self._split.test)
+            )
+
+    def _models(self) -> Iterator[tuple[str, nn.Module]]:
+        live = deepcopy(self._model)
+        yield LIVE, live
+        for label, average in self._averages.items():
+            if average.n_averaged:
+                averaged = deepcopy(self._model)
+                average.copy_to(averaged)
+                if self._specs[label].update_bn:
+                    update_bn(self._update_bn_batches, averaged)
+                yield label, averaged
+
+
+@torch.no_grad()
+def _score(model: nn.Module, examples: Examples) -> tuple[float, float]:
+    model.eval()
+    logits = model(examples.inputs)
+    correct = logits.argmax(dim=1) == examples.targets
+    return cross_entropy(logits, examples.targets).item(), correct.double().mean().item()

@@ -1,0 +1,99 @@
+"""The numbers of a study as plain sentences."""
+
+from __future__ import annotations
+
+from polyak.demo.statistics import Difference, paired_difference
+from polyak.demo.study import Study
+from polyak.demo.tasks import LIVE
+
+__all__ = ["SIGNIFICANT", "format_p", "verdict"]
+
+SIGNIFICANT = 0.05
+
+
+def verdict(study: Study) -> list[str]:
+    """Whether averaging helped, by how much and how surely: one sentence per question.
+
+    A difference counts as real if its two-sided paired t-test has p < 0.05; otherwise the verdict is "not
+    sure". The average it is about was fixed before any result was seen.
+    """
+    sentences = [_against_live(study), _against_decay(study)]
+    if study.task.without_update_bn:
+        sentences.append(_without_update_bn(study, study.task.without_update_bn))
+    sentences.append(
+        "The intervals are over seeds of one model on one data set: measure on your own before relying on it."
+    )
+    return sentences
+
+
+def format_p(p_value: float) -> str:
+    """
+    >>> format_p(0.0312), format_p(0.00001)
+    ('p = 0.031', 'p < 0.001')
+    """
+    return f"p = {p_value:.3f}" if p_value >= 0.001 else "p < 0.001"
+
+
+def _against_live(study: Study) -> str:
+    headline = study.task.headline
+    difference = _nll_difference(study, headline, LIVE)
+    opening = _by_outcome(
+        difference,
+        "Averaging helped",
+        "Averaging did not help, it did harm",
+        "Not sure whether averaging helped",
+    )
+    return f"{opening}: against the {LIVE} at the end of the run, {headline} has {_size(difference)}."
+
+
+def _against_decay(study: Study) -> str:
+    difference = _nll_difference(study, study.task.headline, study.decay)
+    opening = _by_outcome(
+        difference,
+        "It also beat the best tuned learning-rate decay",
+        "A well tuned learning-rate decay is better still",
+        "Against the best tuned learning-rate decay it is level as far as these seeds can tell",
+    )
+    runs = len(study.task.decay_fractions) * len(study.task.tuning_seeds)
+    return (
+        f"{opening}: it has {_size(difference)} than linear decay over the last {study.decay_fraction:.0%}, "
+        f"a fraction that took {runs} more runs to tune, on other seeds; averaging took none."
+    )
+
+
+def _without_update_bn(study: Study, label: str) -> str:
+    raw, recomputed = (study.scores(name, "accuracy") for name in (label, study.task.headline))
+    difference = paired_difference(raw, recomputed)
+    opening = _by_outcome(
+        difference,
+        "Without update_bn the average is broken",
+        "Without update_bn the average did better, which is unusual",
+        "Whether update_bn mattered is not sure here",
+    )
+    return (
+        f"{opening}: {_mean(raw):.1%} of the test examples right instead of {_mean(recomputed):.1%} "
+        f"({format_p(difference.p_value)})."
+    )
+
+
+def _nll_difference(study: Study, candidate: str, baseline: str) -> Difference:
+    return paired_difference(study.scores(candidate, "nll"), study.scores(baseline, "nll"))
+
+
+def _by_outcome(difference: Difference, lower: str, higher: str, unsure: str) -> str:
+    if difference.p_value >= SIGNIFICANT:
+        return unsure
+    return lower if difference.mean < 0 else higher
+
+
+def _size(difference: Difference) -> str:
+    direction = "lower" if difference.mean < 0 else "higher"
+    return (
+        f"a test NLL {abs(difference.mean):.4f} {direction} (95% interval of the difference "
+        f"{difference.low:+.4f} to {difference.high:+.4f}, {format_p(difference.p_value)}, "
+        f"lower on {difference.seeds_lower} of {difference.seeds} seeds)"
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,130 @@
+"""Every figure that polyak draws, from plain numbers; matplotlib is imported only here, and only on use.
+
+Figures are made through matplotlib's objects, never through ``pyplot``: no window opens, no global state
+changes, and the user's own figures and backend are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from polyak.errors import OptionError
+from polyak.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Line", "Panel", "line_panels", "png_bytes"]
+
+# Grey for what the others are compared with, then Okabe and Ito's colours, told apart by all colour vision.
+_COLOURS = ("#4D4D4D", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
+_DOTS_PER_INCH = 150
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line with a band: ``x`` has shape ``[points]`` and ``y`` ``[repeats, points]``, one row per seed."""
+
+    label: str
+    x: ArrayLike
+    y: ArrayLike
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes; ``y_limits`` cuts off what would squeeze the rest, ``None`` shows everything."""
+
+    y_label: str
+    lines: Sequence[Line]
+    y_limits: tuple[float, float] | None = None
+
+
+def line_panels(title: str, x_label: str, panels: Sequence[Panel]) -> Figure:
+    """Panels side by side, each line the mean over its repeats in a band of one standard error either way.
+
+    A label has the same colour in every panel, in order of first appearance.
+
+    Raises:
+        OptionError: if there are no lines, shapes do not fit, or there are more labels than colours.
+        MissingExtraError: if matplotlib is not installed.
+
+    >>> line = Line("live weights", x=[1, 2, 3], y=[[0.9, 0.5, 0.4], [0.8, 0.6, 0.4]])
+    >>> figure = line_panels("Test scores", "epoch", [Panel("NLL", [line])])
+    >>> png_bytes(figure)[1:4]
+    b'PNG'
+    """
+    colours = _colours_by_label(panels)
+    figure = _figure(width_inches=5.2 * len(panels), height_inches=4.6)
+    axes_row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(axes_row, panels, strict=True):
+        _draw_panel(axes, panel, colours)
+        axes.set_xlabel(x_label)
+    handles = {line.get_label(): line for axes in axes_row for line in axes.get_lines()}
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(len(handles), 3),
+        frameon=False,
+    )
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as a PNG file; the same figure gives the same bytes."""
+    buffer = BytesIO()
+    # By default the file names matplotlib's version.
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _figure(width_inches: float, height_inches: float) -> Figure:
+    require("matplotlib", extra="demo", purpose="drawing figures")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _colours_by_label(panels: Sequence[Panel]) -> dict[str, str]:
+    labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
+    if not labels:
+        raise OptionError("there is nothing to draw: give at least one panel with a line")
+    if len(labels) > len(_COLOURS):
+        raise OptionError(
+            f"{len(labels)} labels are more than the {len(_COLOURS)} colours that can be told apart; "
+            f"draw fewer lines"
+        )
+    return dict(zip(labels, _COLOURS, strict=False))
+
+
+def _draw_panel(axes: Axes, panel: Panel, colours: dict[str, str]) -> None:
+    for line in panel.lines:
+        x, y = np.asarray(line.x, float), np.asarray(line.y, float)
+        if y.ndim != 2 or x.shape != y.shape[1:]:
+            raise OptionError(
+                f"line {line.label!r} needs x [points] and y [repeats, points]; "
+                f"got {list(x.shape)} and {list(y.shape)}"
+            )
+        mean = y.mean(axis=0)
+        axes.plot(x, mean, label=line.label, color=colours[line.label], linewidth=1.8)
+        if len(y) > 1:
+            error = y.std(axis=0, ddof=1) / np.sqrt(len(y))
+            axes.fill_between(
+                x, mean - error, mean + error, color=colours[line.label], alpha=0.2, linewidth=0
+            )
+    axes.set_ylabel(panel.y_label)
+    if panel.y_limits:
+        axes.set_ylim(panel.y_limits)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,39 @@
+"""Profiles: how much each step of a training run counts in the average.
+
+A profile is one function, :meth:`~Profile.cumulative`: the share of the weight that lies on ``(0, t]`` of a
+run of length ``total``. A :class:`Scheme` is a profile that can be followed while training runs.
+
+=============  =======================================  ==========================================
+class          written                                  known as
+=============  =======================================  ==========================================
+`Uniform`      ``uniform``                              SWA, Polyak-Ruppert averaging
+`EMA`          ``ema:half_life=2000``                   exponential moving average
+`Power`        ``power:gamma=6.94``                     EDM2's power function
+`Polynomial`   ``polynomial:eta=8``                     polynomial-decay averaging
+`Tail`         ``tail:0.4``, ``tail:steps=2000``        LAWA, suffix average, last-k
+`Window`       ``window:1000,2000``                     PMA
+`Decay`        ``decay:sqrt:0.4``                       WSM: stands in for learning-rate decay
+`Weights`      ``weights:1,2,3``                        given or fitted, one weight per block
+=============  =======================================  ==========================================
+
+The first four are schemes. :func:`parse` reads the written form and ``str`` gives it back.
+"""
+
+from polyak.profiles.base import Profile, Scheme
+from polyak.profiles.parsing import parse
+from polyak.profiles.schemes import EMA, Polynomial, Power, Uniform
+from polyak.profiles.windows import Decay, Tail, Weights, Window
+
+__all__ = [
+    "EMA",
+    "Decay",
+    "Polynomial",
+    "Power",
+    "Profile",
+    "Scheme",
+    "Tail",
+    "Uniform",
+    "Weights",
+    "Window",
+    "parse",
+]

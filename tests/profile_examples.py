@@ -1,0 +1,44 @@
+"""Profiles that several test files look at."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+from polyak import EMA, Decay, Polynomial, Power, Tail, Uniform, Weights, Window
+
+PROFILES = [
+    Uniform(),
+    EMA(half_life=300),
+    EMA(decay=0.99),
+    EMA(decay=0.99, debias=False),
+    Power(gamma=6.94),
+    Power(sigma_rel=0.1),
+    Polynomial(eta=8),
+    Tail(0.4),
+    Tail(steps=250),
+    Window(100, 700),
+    Decay("linear", 0.4),
+    Decay("sqrt", 0.4),
+    Decay("1-sqrt", 1.0),
+    Decay("cosine", 0.7),
+    Decay(lambda x: 1 - 0.8 * x, 0.5),
+    Weights(np.linspace(1, 3, 1000)),
+]
+
+fractions = st.floats(1e-9, 1)
+positive = st.floats(1e-3, 1e12)
+unit_open = st.floats(0, 1, exclude_min=True, exclude_max=True)
+counts = st.integers(1, 10**9)
+shapes = st.sampled_from(["linear", "sqrt", "1-sqrt", "cosine"])
+ANY_PROFILE = st.one_of(
+    st.just(Uniform()),
+    st.builds(EMA, half_life=positive, debias=st.booleans()),
+    st.builds(EMA, decay=unit_open, debias=st.booleans()),
+    st.builds(Power, gamma=st.floats(0, 1e6)),
+    st.builds(Power, sigma_rel=st.floats(1e-6, 0.2887)),
+    st.builds(Polynomial, eta=st.floats(0, 100)),
+    st.builds(Tail, fractions),
+    st.builds(lambda k: Tail(steps=k), counts),
+    st.builds(lambda start, length: Window(start, start + length), st.integers(0, 10**9), counts),
+    st.builds(Decay, shapes, fractions),
+    st.builds(Weights, st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8)),
+)
