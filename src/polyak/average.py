@@ -222,9 +222,11 @@ class Average:
         """
         from polyak import checkpoints
 
-        ties = {a: e.name for e in ModelTensors(self._binding.model).values() for a in e.aliases}
+        tensors = self.named_tensors()
+        for entry in ModelTensors(self._binding.model).values():
+            tensors |= {alias: tensors[entry.name] for alias in entry.aliases if entry.persistent}
         metadata = {"polyak.scheme": str(self.scheme), "polyak.n_averaged": str(self.n_averaged)}
-        checkpoints.write(path, self.named_tensors(), ties=ties, metadata=metadata, overwrite=overwrite)
+        checkpoints.write(path, tensors, metadata=metadata, overwrite=overwrite)
 
     # Saving and resuming.
 

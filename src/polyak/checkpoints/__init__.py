@@ -28,12 +28,14 @@ from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from polyak.checkpoints.base import Location, TensorInfo
 from polyak.checkpoints.formats import FORMATS, format_for, recognise
 from polyak.checkpoints.handle import Checkpoint
 from polyak.checkpoints.writer import Layout, Writer
+from polyak.errors import StructureError, name_list
 
 __all__ = ["Checkpoint", "Layout", "Location", "TensorInfo", "Writer", "create", "open", "write"]
 
@@ -86,28 +88,41 @@ def write(
     tensors: Mapping[str, Tensor],
     *,
     format: str | None = None,
+    ties: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a flat dict of tensors; names that share the same memory are written as tied.
+    """Write a flat dict of tensors.
 
-    Arguments and errors as for ``create``.
+    Args:
+        path: the output, as for ``create``.
+        tensors: name to dense tensor, on any device.
+        ties: further name to name in ``tensors``; names that share the same memory are found without it.
+        format: as for ``create``.
+        metadata: text entries.
+        overwrite: as for ``create``.
+
+    Raises as ``create``; ``StructureError`` also for sparse and meta tensors.
     """
-    ties = _shared(tensors)
-    first = {name: tensor.detach() for name, tensor in tensors.items() if name not in ties}
+    unwritable = [name for name, tensor in tensors.items() if tensor.is_meta or tensor.layout != torch.strided]
+    if unwritable:
+        raise StructureError(f"{path}: {name_list(unwritable)} are sparse or on the meta device: make them dense")
+    shared = _shared(tensors)
+    first = {name: tensor.detach() for name, tensor in tensors.items() if name not in shared}
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in first.items()}
-    with create(path, Layout(infos, ties, metadata or {}), format=format, overwrite=overwrite) as writer:
+    layout = Layout(infos, {**shared, **(ties or {})}, metadata or {})
+    with create(path, layout, format=format, overwrite=overwrite) as writer:
         for name, tensor in first.items():
-            flat = tensor.cpu().reshape(-1)
-            writer.write(name, 0, flat)
+            writer.write(name, 0, tensor.cpu().resolve_conj().resolve_neg().reshape(-1))
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that lie where an earlier one does, with its name."""
     first_names: dict[tuple, str] = {}
-    ties = {}
+    shared = {}
     for name, tensor in tensors.items():
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         first = first_names.setdefault(place, name) if tensor.numel() else name
         if first != name:
-            ties[name] = first
-    return ties
+            shared[name] = first
+    return shared

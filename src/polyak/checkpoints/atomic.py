@@ -54,7 +54,7 @@ class OutputFile:
             if shutil.disk_usage(path.parent).free < nbytes:
                 raise OSError(errno.ENOSPC, f"{nbytes:,} bytes are needed and the disk has less")
             self._number: int | None = os.open(
-                path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
+                path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666
             )
             try:
                 os.truncate(self._number, nbytes)
@@ -162,9 +162,7 @@ def _sync_tree(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no way to sync a folder
-    number = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:

@@ -101,4 +101,4 @@ def byte_view(flat: Tensor) -> memoryview:
     '803f803f'
     """
     # NumPy knows neither bfloat16 nor the 8-bit floats, but every dtype can be seen as bytes.
-    return memoryview(flat.detach().view(torch.uint8).numpy())
+    return flat.detach().view(torch.uint8).numpy().data

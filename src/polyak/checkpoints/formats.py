@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from polyak.checkpoints import distributed, huggingface, npz, pickled, safetensors
+from polyak.checkpoints import dcp, huggingface, npz, pickled, safetensors
 from polyak.checkpoints.base import Contents
 from polyak.checkpoints.regions import DataFile
-from polyak.checkpoints.writer import Writer
+from polyak.checkpoints.writer import Layout, Writer
 from polyak.checkpoints.zipped import ZIP_MAGIC, read_directory
 from polyak.errors import CheckpointError, OptionError, name_list
 
@@ -24,7 +24,7 @@ class Format:
     """A reader, a writer, and the suffixes that ask for it."""
 
     read: Callable[[Path], Contents]
-    writer: Callable[[Path, object, bool], Writer]
+    writer: Callable[[Path, Layout, bool], Writer]
     suffixes: tuple[str, ...] = ()
 
 
@@ -34,7 +34,7 @@ FORMATS: dict[str, Format] = {
     "npz": Format(npz.read, npz.NpzWriter, (".npz",)),
     "huggingface": Format(huggingface.read, huggingface.HuggingFaceWriter, ("",)),
     "huggingface-bin": Format(huggingface.read, partial(huggingface.HuggingFaceWriter, kind=huggingface.BIN)),
-    "dcp": Format(distributed.read, distributed.DistributedWriter),
+    "dcp": Format(dcp.read, dcp.DcpWriter),
 }
 
 
@@ -86,7 +86,7 @@ def _recognise_zip(file: DataFile) -> str:
 
 
 def _recognise_folder(path: Path) -> str:
-    if (path / distributed.METADATA).is_file():
+    if (path / dcp.METADATA).is_file():
         return "dcp"
     found = huggingface.find_weights_file(path)
     if found is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polyak.checkpoints import pickled, safetensors
 from polyak.checkpoints.atomic import AtomicOutput, writing
-from polyak.checkpoints.base import Contents, Location
+from polyak.checkpoints.base import Contents, Location, StoredTensor
 from polyak.checkpoints.writer import Layout, Writer
 from polyak.errors import CheckpointError, name_list
 
@@ -88,7 +88,9 @@ def _sharded(index: Path, kind: _Kind) -> Contents:
     for shard, part in zip(shards, contents, strict=True):
         # Tied names are in a shard without being in the index.
         tree |= {
-            name: part.stored(leaf) for name, leaf in part.tree.items() if shard_of.get(name, shard) == shard
+            name: part.stored(leaf)
+            for name, leaf in part.tree.items()
+            if isinstance(leaf, StoredTensor | Tensor) and shard_of.get(name, shard) == shard
         }
     absent = [name for name in shard_of if name not in tree]
     if absent:

@@ -55,7 +55,8 @@ def load_archive(
     members = read_directory(file, start, nbytes)
     if any(name.endswith("/constants.pkl") for name in members):
         raise CheckpointError(
-            f"{file.path} is a TorchScript archive, which is code: load it with torch.jit.load and save its state_dict()"
+            f"{file.path} is a TorchScript archive, which is code: load it with torch.jit.load and save "
+            f"its state_dict()"
         )
     if not all(member.is_stored for member in members.values()):
         raise CheckpointError(f"{file.path} was compressed after torch.save: save it again with torch.save")

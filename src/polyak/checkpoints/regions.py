@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import stat
+import weakref
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,11 +30,8 @@ class _Descriptor:
     """An open file; closed when the last thread that reads from it lets go."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        self.number = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.number)
 
 
 def _fingerprint(status: os.stat_result) -> tuple[int, ...]:
@@ -58,11 +57,14 @@ class DataFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fingerprint = _fingerprint(os.stat(path))
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"cannot read {path}: it is not a regular file")
+            self._fingerprint = _fingerprint(status)
             _descriptor(path, self._fingerprint)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-        self.size = self._fingerprint[2]
+        self.size = status.st_size
         if self.size == 0:
             raise CheckpointError(f"{path} is empty: its writer was cut off; use another copy")
 

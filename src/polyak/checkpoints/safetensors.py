@@ -18,7 +18,7 @@ from polyak.checkpoints.atomic import AtomicOutput
 from polyak.checkpoints.base import Contents, Location, StoredTensor, TensorInfo, byte_view
 from polyak.checkpoints.regions import DataFile, StridedRegion
 from polyak.checkpoints.writer import Layout, Writer
-from polyak.errors import CheckpointError, StructureError
+from polyak.errors import CheckpointError, StructureError, name_list
 
 __all__ = ["SafetensorsWriter", "read"]
 
@@ -26,6 +26,7 @@ __all__ = ["SafetensorsWriter", "read"]
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000
 _METADATA = "__metadata__"
+_FRAMEWORK = "format"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -66,7 +67,7 @@ def read(path: Path) -> Contents:
         name: StridedRegion(file, data_start + begin, info, limit=file.size)
         for name, (info, begin, _) in spans.items()
     }
-    ties = {tied: name for tied, name in metadata.items() if name in tree and tied not in tree}
+    ties = {tied: name for tied, name in metadata.items() if name in tree and tied not in {_FRAMEWORK, *tree}}
     tree.update({tied: tree[name] for tied, name in ties.items()})
     return Contents(tree, {name: text for name, text in metadata.items() if name not in ties})
 
@@ -174,8 +175,14 @@ def _laid_out(path: Path, layout: Layout) -> tuple[bytes, dict[str, int]]:
     if unknown:
         dtypes = sorted({str(layout.tensors[name].dtype) for name in unknown})
         raise StructureError(f"{path}: safetensors cannot hold {', '.join(dtypes)}; write a .pt file instead")
+    misleading = [key for key, text in layout.metadata.items() if text in layout.tensors and key != _FRAMEWORK]
+    if misleading:
+        raise StructureError(
+            f"{path}: the metadata {name_list(misleading)} would read as tied tensors, being names of tensors; "
+            f"word them differently"
+        )
     # transformers refuses files that do not say which framework they are for.
-    entries: dict[str, Any] = {_METADATA: {"format": "pt"} | dict(layout.metadata) | dict(layout.ties)}
+    entries: dict[str, Any] = {_METADATA: {_FRAMEWORK: "pt"} | dict(layout.metadata) | dict(layout.ties)}
     begins, position = {}, 0
     for name in sorted(layout.tensors, key=lambda name: -layout.tensors[name].dtype.itemsize):
         info = layout.tensors[name]

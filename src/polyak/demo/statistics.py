@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from polyak.extras import require
 
@@ -27,13 +26,13 @@ class Difference:
     """Seeds on which the candidate's number is the lower one."""
 
 
-def mean_and_error(values: ArrayLike) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error, s/√n with s² divided by n - 1.
 
     >>> mean_and_error([1.0, 2.0, 3.0])
     (2.0, 0.5773502691896258)
     """
-    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(np.size(values)))
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def paired_difference(candidate: Sequence[float], baseline: Sequence[float]) -> Difference:
@@ -43,13 +42,14 @@ def paired_difference(candidate: Sequence[float], baseline: Sequence[float]) -> 
 
     Source: Student, "The probable error of a mean", 1908.
     """
-    differences = np.subtract(candidate, baseline)
+    differences = [one - other for one, other in zip(candidate, baseline, strict=True)]
     mean, stderr = mean_and_error(differences)
-    if np.ptp(differences) == 0:
+    if len(set(differences)) == 1:
         low, high, p_value = mean, mean, float(mean == 0)
     else:
         stats = require("scipy.stats", extra="demo", purpose="the paired t-test")
         test = stats.ttest_rel(candidate, baseline)
         interval = test.confidence_interval(0.95)
         low, high, p_value = float(interval.low), float(interval.high), float(test.pvalue)
-    return Difference(mean, stderr, low, high, p_value, len(differences), int(np.sum(differences < 0)))
+    seeds_lower = sum(difference < 0 for difference in differences)
+    return Difference(mean, stderr, low, high, p_value, len(differences), seeds_lower)

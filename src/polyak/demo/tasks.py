@@ -36,7 +36,7 @@ class Task:
     ``decay_fractions`` are the shares of the run over which the learning rate may go linearly to zero: the
     best for validation on ``tuning_seeds`` is the baseline. Counts are optimizer steps; every ``eval_steps``
     of them the weights are scored. ``without_update_bn`` is the label of the headline's twin whose BatchNorm
-    statistics are not recomputed, if there is one. A figure's time axis is in ``time_unit`` of ``unit_steps``.
+    statistics are not recomputed, if there is one. Figures count time in ``time_unit`` of ``unit_steps``.
     """
 
     name: str
@@ -70,7 +70,7 @@ _DIGITS = Task(
     batch_size=25,
     input_noise=0.3,
     steps=800,
-    eval_steps=20,
+    eval_steps=40,
     time_unit="epochs",
     unit_steps=20,
     averages={
@@ -95,7 +95,7 @@ _TEXT = Task(
     batch_size=64,
     steps=2000,
     warmup_steps=100,
-    eval_steps=100,
+    eval_steps=200,
     averages={
         "uniform tail": AverageSpec(Uniform(), start=1300, every=20),
         "EMA": AverageSpec(EMA(half_life=200)),

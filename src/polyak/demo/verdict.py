@@ -35,29 +35,28 @@ def format_p(p_value: float) -> str:
 
 
 def _against_live(study: Study) -> str:
-    headline = study.task.headline
-    difference = _nll_difference(study, headline, LIVE)
+    difference = _nll_difference(study, LIVE)
     opening = _by_outcome(
         difference,
-        "Averaging helped",
-        "Averaging did not help, it did harm",
-        "Not sure whether averaging helped",
+        lower="Averaging helped",
+        higher="Averaging did not help, it did harm",
+        unsure="Not sure whether averaging helped",
     )
-    return f"{opening}: against the {LIVE} at the end of the run, {headline} has {_size(difference)}."
+    return f"{opening}: the test NLL of {study.task.headline} is {_size(difference)} that of the {LIVE}."
 
 
 def _against_decay(study: Study) -> str:
-    difference = _nll_difference(study, study.task.headline, study.decay)
+    difference = _nll_difference(study, study.decay)
     opening = _by_outcome(
         difference,
-        "It also beat the best tuned learning-rate decay",
-        "A well tuned learning-rate decay is better still",
-        "Against the best tuned learning-rate decay it is level as far as these seeds can tell",
+        lower="It also beat the best tuned learning-rate decay",
+        higher="The best tuned learning-rate decay is better still",
+        unsure="Against the best tuned learning-rate decay there is no sure difference",
     )
     runs = len(study.task.decay_fractions) * len(study.task.tuning_seeds)
     return (
-        f"{opening}: it has {_size(difference)} than linear decay over the last {study.decay_fraction:.0%}, "
-        f"a fraction that took {runs} more runs to tune, on other seeds; averaging took none."
+        f"{opening}: its test NLL is {_size(difference)} that of linear decay over the last "
+        f"{study.decay_fraction:.0%}, a share that {runs} runs on other seeds went to find; averaging needed none."
     )
 
 
@@ -66,9 +65,9 @@ def _without_update_bn(study: Study, label: str) -> str:
     difference = paired_difference(raw, recomputed)
     opening = _by_outcome(
         difference,
-        "Without update_bn the average is broken",
-        "Without update_bn the average did better, which is unusual",
-        "Whether update_bn mattered is not sure here",
+        lower="Without update_bn the average is wrong",
+        higher="Without update_bn the average did better, which is unusual",
+        unsure="Whether update_bn mattered is not sure here",
     )
     return (
         f"{opening}: {_mean(raw):.1%} of the test examples right instead of {_mean(recomputed):.1%} "
@@ -76,22 +75,22 @@ def _without_update_bn(study: Study, label: str) -> str:
     )
 
 
-def _nll_difference(study: Study, candidate: str, baseline: str) -> Difference:
-    return paired_difference(study.scores(candidate, "nll"), study.scores(baseline, "nll"))
+def _nll_difference(study: Study, baseline: str) -> Difference:
+    return paired_difference(study.scores(study.task.headline, "nll"), study.scores(baseline, "nll"))
 
 
-def _by_outcome(difference: Difference, lower: str, higher: str, unsure: str) -> str:
+def _by_outcome(difference: Difference, *, lower: str, higher: str, unsure: str) -> str:
     if difference.p_value >= SIGNIFICANT:
         return unsure
     return lower if difference.mean < 0 else higher
 
 
 def _size(difference: Difference) -> str:
-    direction = "lower" if difference.mean < 0 else "higher"
+    side = "below" if difference.mean < 0 else "above"
     return (
-        f"a test NLL {abs(difference.mean):.4f} {direction} (95% interval of the difference "
-        f"{difference.low:+.4f} to {difference.high:+.4f}, {format_p(difference.p_value)}, "
-        f"lower on {difference.seeds_lower} of {difference.seeds} seeds)"
+        f"{abs(difference.mean):.4f} (95% interval of the difference {difference.low:+.4f} to "
+        f"{difference.high:+.4f}, {format_p(difference.p_value)}, lower on {difference.seeds_lower} of "
+        f"{difference.seeds} seeds) {side}"
     )
 
 

@@ -27,7 +27,7 @@ from polyak.checkpoints.regions import DataFile, contiguous_stride
 from polyak.checkpoints.writer import SIDECAR, SpooledWriter, read_sidecar, sidecar_text
 from polyak.errors import CheckpointError, name_list
 
-__all__ = ["METADATA", "DistributedWriter", "read"]
+__all__ = ["METADATA", "DcpWriter", "read"]
 
 METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint"
@@ -92,7 +92,7 @@ def _load_metadata(file: DataFile) -> Any:
     try:
         for opcode, argument, _ in pickletools.genops(data):
             # A damaged index would have the unpickler clear gigabytes of memory for its memo.
-            if opcode.name in ("LONG_BINPUT", "PUT") and argument > len(data):
+            if opcode.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > len(data):
                 raise pickle.UnpicklingError("impossible memo index")
         return _Unpickler(io.BytesIO(data)).load()
     except Exception as error:  # pickle lets whatever the damaged bytes provoke escape
@@ -220,16 +220,19 @@ class ChunkedTensor(StoredTensor):
                 items[torch.from_numpy(inside)] = run.view(torch.uint8).view(-1, out.element_size())
 
 
-class DistributedWriter(SpooledWriter):
+class DcpWriter(SpooledWriter):
     """DCP's own writer, every name of tied tensors (DCP knows no ties), and the sidecar."""
 
     def _save(self, tensors: dict[str, Tensor], target: Path) -> None:
-        import torch.distributed.checkpoint as dcp  # takes a second to import
+        # Imported here because it takes a second.
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that one process writes, which is what is wanted
             try:
-                dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(target), no_dist=True)
-            except dcp.CheckpointException as error:
+                save(dict(tensors), storage_writer=FileSystemWriter(target), no_dist=True)
+            except CheckpointException as error:
                 raise OSError(f"torch.distributed.checkpoint failed ({error})") from error
         (target / SIDECAR).write_text(sidecar_text(self._layout))
