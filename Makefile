@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all coverage format bench clean
+.PHONY: demo test test-slow coverage format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/polyak demo
@@ -14,6 +14,9 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
 
 coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered

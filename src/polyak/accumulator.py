@@ -169,9 +169,10 @@ class Accumulator:
     # The law: which coefficient comes next. Numbers on the host, 0-dim tensors on an accelerator.
 
     def _coefficient(self, position: float) -> Any:
-        before, now = self._position, position
         if self.scheme.unit == "samples":
             before, now = self._n_averaged, self._n_averaged + 1
+        else:
+            before, now = self._position, self._position * 0 + position  # a tensor where the counter is one
         return self.scheme.coefficient_between(before, now, xp=torch if self._masked else np)
 
     def _count(self, accepted: Any, position: float) -> None:

@@ -104,9 +104,13 @@ def write(
 
     Raises as ``create``; ``StructureError`` also for sparse and meta tensors.
     """
-    unwritable = [name for name, tensor in tensors.items() if tensor.is_meta or tensor.layout != torch.strided]
+    unwritable = [
+        name for name, tensor in tensors.items() if tensor.is_meta or tensor.layout != torch.strided
+    ]
     if unwritable:
-        raise StructureError(f"{path}: {name_list(unwritable)} are sparse or on the meta device: make them dense")
+        raise StructureError(
+            f"{path}: {name_list(unwritable)} are sparse or on the meta device: make them dense"
+        )
     shared = _shared(tensors)
     first = {name: tensor.detach() for name, tensor in tensors.items() if name not in shared}
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in first.items()}

@@ -53,9 +53,7 @@ class OutputFile:
             # A full disk shows here, before hours of work, rather than at the last tensor.
             if shutil.disk_usage(path.parent).free < nbytes:
                 raise OSError(errno.ENOSPC, f"{nbytes:,} bytes are needed and the disk has less")
-            self._number: int | None = os.open(
-                path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666
-            )
+            self._number: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 os.truncate(self._number, nbytes)
             except BaseException:

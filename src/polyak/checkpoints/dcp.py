@@ -235,4 +235,4 @@ class DcpWriter(SpooledWriter):
                 save(dict(tensors), storage_writer=FileSystemWriter(target), no_dist=True)
             except CheckpointException as error:
                 raise OSError(f"torch.distributed.checkpoint failed ({error})") from error
-        (target / SIDECAR).write_text(sidecar_text(self._layout))
+        (target / SIDECAR).write_text(sidecar_text(self.layout))

@@ -119,6 +119,7 @@ class HuggingFaceWriter(Writer):
     def __init__(
         self, path: Path, layout: Layout, overwrite: bool = False, kind: _Kind = SAFETENSORS
     ) -> None:
+        super().__init__(layout)
         self._output = AtomicOutput(path, overwrite)
         self._kind = kind
         parts = _split(layout)
@@ -134,9 +135,8 @@ class HuggingFaceWriter(Writer):
         except BaseException:
             self.abort()
             raise
-        self._total_bytes = sum(info.nbytes for info in layout.tensors.values())
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
+    def _write(self, name: str, start: int, values: Tensor) -> None:
         self._writers[self._file_of[name]].write(name, start, values)
 
     def location(self, name: str) -> Location | None:
@@ -146,7 +146,8 @@ class HuggingFaceWriter(Writer):
         for writer in self._writers.values():
             writer.commit()
         if len(self._writers) > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._file_of}
+            total_bytes = sum(info.nbytes for info in self.layout.tensors.values())
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": self._file_of}
             name = self._kind.stem + self._kind.suffix + _INDEX
             with writing(self._output.path):
                 (self._output.temporary / name).write_text(json.dumps(index, indent=2))

@@ -213,7 +213,7 @@ class NpzWriter(SpooledWriter):
                     data = byte_view(tensor.reshape(-1))
                     for start in range(0, len(data), _PIECE_BYTES):
                         member.write(data[start : start + _PIECE_BYTES])
-            archive.writestr(zipfile.ZipInfo(SIDECAR, _FIXED_TIME), sidecar_text(self._layout, dtypes=dtypes))
+            archive.writestr(zipfile.ZipInfo(SIDECAR, _FIXED_TIME), sidecar_text(self.layout, dtypes=dtypes))
 
 
 def _npy_header(tensor: Tensor) -> bytes:

@@ -27,7 +27,9 @@ __all__ = ["PickledWriter", "load_archive", "read"]
 # `load_state_dict` looks into this attribute of a state dict for the versions of modules; an entry that
 # belongs to no module is free, and the dict itself keeps nothing but tensors.
 _ATTRIBUTE, _ENTRY = "_metadata", "polyak"
-_FORBIDDEN = re.compile(r"GLOBAL (\S+)|Unsupported class (\S+)|class (\S+) was not")
+# Both are words of torch.load's own messages, which are otherwise a page of advice.
+_FORBIDDEN = re.compile(r"GLOBAL (\S+)")
+_REASON = "WeightsUnpickler error:"
 
 
 def read(path: Path) -> Contents:
@@ -80,15 +82,15 @@ def _load(file: DataFile, start: int, nbytes: int | None, device: str) -> Any:
 
 
 def _why(path: Path, error: Exception) -> str:
-    forbidden = _FORBIDDEN.search(str(error))
+    message = str(error)
+    forbidden = _FORBIDDEN.search(message)
     if forbidden:
-        name = next(group for group in forbidden.groups() if group)
         return (
-            f"{path} holds more than tensors: loading it would need {name}, and no code from a checkpoint is run. "
-            f"Where you trust it, load it with torch.load and save its state_dict() alone"
+            f"{path} holds more than tensors: loading it would need {forbidden[1]}, and no code from a checkpoint "
+            f"is run. Where you trust it, load it with torch.load and save its state_dict() alone"
         )
-    first_line = str(error).strip().split("\n", 1)[0][:200]
-    return f"{path} is truncated, damaged or not a torch file ({first_line}); use another copy"
+    reason = message.rpartition(_REASON)[2].strip().split("\n", 1)[0][:200] or type(error).__name__
+    return f"{path} is truncated, damaged or not a torch file ({reason}); use another copy"
 
 
 class _Archived:
@@ -148,8 +150,8 @@ class PickledWriter(SpooledWriter):
 
     def _save(self, tensors: dict[str, Tensor], target: Path) -> None:
         state = OrderedDict(tensors)
-        if self._layout.metadata:
-            setattr(state, _ATTRIBUTE, OrderedDict({_ENTRY: dict(self._layout.metadata)}))
+        if self.layout.metadata:
+            setattr(state, _ATTRIBUTE, OrderedDict({_ENTRY: dict(self.layout.metadata)}))
         try:
             # Given a file and not its name, torch writes the same bytes whatever the file is called.
             with target.open("xb") as stream:

@@ -146,15 +146,14 @@ class SafetensorsWriter(Writer):
     """Writes slices at their places in the file; any process may do so at ``location``."""
 
     def __init__(self, path: Path, layout: Layout, overwrite: bool = False) -> None:
+        super().__init__(layout)
         header, self._offsets = _laid_out(path, layout)
-        self._layout = layout
         self._output = AtomicOutput(path, overwrite)
         nbytes = len(header) + sum(info.nbytes for info in layout.tensors.values())
         self._file = self._output.create_file(nbytes)
         self._file.write(0, memoryview(header))
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        self._layout.check_slice(name, start, values)
+    def _write(self, name: str, start: int, values: Tensor) -> None:
         self._file.write(self._offsets[name] + start * values.element_size(), byte_view(values))
 
     def location(self, name: str) -> Location:
@@ -175,7 +174,9 @@ def _laid_out(path: Path, layout: Layout) -> tuple[bytes, dict[str, int]]:
     if unknown:
         dtypes = sorted({str(layout.tensors[name].dtype) for name in unknown})
         raise StructureError(f"{path}: safetensors cannot hold {', '.join(dtypes)}; write a .pt file instead")
-    misleading = [key for key, text in layout.metadata.items() if text in layout.tensors and key != _FRAMEWORK]
+    misleading = [
+        key for key, text in layout.metadata.items() if text in layout.tensors and key != _FRAMEWORK
+    ]
     if misleading:
         raise StructureError(
             f"{path}: the metadata {name_list(misleading)} would read as tied tensors, being names of tensors; "

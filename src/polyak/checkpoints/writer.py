@@ -74,12 +74,20 @@ class Writer(ABC):
     ``write`` may be called from several threads for different slices. Every element must be written once.
     """
 
-    @abstractmethod
-    def __init__(self, path: Path, layout: Layout, overwrite: bool = False) -> None: ...
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Put the 1-D ``values`` at elements ``[start, start + values.numel())`` of the flattened tensor.
+
+        Raises ``StructureError`` if they are no part of it, ``CheckpointError`` if the disk does not take them.
+        """
+        self.layout.check_slice(name, start, values)
+        self._write(name, start, values)
 
     @abstractmethod
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        """Put the 1-D ``values`` at elements ``[start, start + values.numel())`` of the flattened tensor."""
+    def _write(self, name: str, start: int, values: Tensor) -> None:
+        """The same for a slice that fits."""
 
     @abstractmethod
     def location(self, name: str) -> Location | None:
@@ -113,7 +121,7 @@ class SpooledWriter(Writer):
     """
 
     def __init__(self, path: Path, layout: Layout, overwrite: bool = False) -> None:
-        self._layout = layout
+        super().__init__(layout)
         self._output = AtomicOutput(path, overwrite)
         self._offsets: dict[str, int] = {}
         position = 0
@@ -124,12 +132,10 @@ class SpooledWriter(Writer):
             self._spool = tempfile.TemporaryFile(dir=path.parent, buffering=0)  # noqa: SIM115 (closed in abort)
             self._spool.truncate(max(position, 1))
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        self._layout.check_slice(name, start, values)
-        data = byte_view(values)
+    def _write(self, name: str, start: int, values: Tensor) -> None:
         offset = self._offsets[name] + start * values.element_size()
         with writing(self._output.path):
-            write_all(self._spool.fileno(), data, offset)
+            write_all(self._spool.fileno(), byte_view(values), offset)
 
     def location(self, name: str) -> None:
         return None
@@ -150,7 +156,7 @@ class SpooledWriter(Writer):
     def _spooled(self) -> dict[str, Tensor]:
         memory = mmap.mmap(self._spool.fileno(), 0)
         tensors = {}
-        for name, info in self._layout.tensors.items():
+        for name, info in self.layout.tensors.items():
             # A storage of its own for each: torch saves whole storages, whatever part a tensor shows.
             flat = (
                 torch.frombuffer(memory, dtype=info.dtype, count=info.numel, offset=self._offsets[name])
@@ -158,7 +164,7 @@ class SpooledWriter(Writer):
                 else torch.empty(0, dtype=info.dtype)
             )
             tensors[name] = flat.view(info.shape)
-        return tensors | {tied: tensors[name] for tied, name in self._layout.ties.items()}
+        return tensors | {tied: tensors[name] for tied, name in self.layout.ties.items()}
 
 
 def sidecar_text(layout: Layout, **more: Mapping[str, str]) -> str:
@@ -175,4 +181,4 @@ def read_sidecar(path: Path, text: bytes) -> dict[str, dict[str, str]]:
             return {section: sections.get(section, {}) for section in ("metadata", "ties", "dtypes")}
     except (ValueError, AttributeError, RecursionError):
         pass
-    raise CheckpointError(f"{path}: its {SIDECAR} is damaged; without it the file may still be read")
+    raise CheckpointError(f"{path}: its {SIDECAR} is damaged; use another copy")

@@ -15,19 +15,41 @@ if TYPE_CHECKING:
 
 __all__ = ["study_figure"]
 
+# Before this share of the run all candidates are far worse than where they end.
+_FIRST_SHOWN = 0.25
+
 
 def study_figure(study: Study) -> Figure:
     """Live weights, tuned decay and averages against training time, mean over seeds ± standard error."""
     labels = [LIVE, study.decay, *study.task.averages]
-    panels = [
-        Panel("test NLL", [_line(study, label, "test_nll", 1) for label in labels]),
-        Panel("test accuracy, %", [_line(study, label, "test_accuracy", 100) for label in labels]),
-    ]
-    title = f"{study.task.description}\nmean of {len(study.curves)} seeds ± standard error"
-    return line_panels(title, study.task.time_unit, panels)
+    nlls = [_line(study, label, "test_nll", 1) for label in labels]
+    accuracies = [_line(study, label, "test_accuracy", 100) for label in labels]
+    worth_comparing = [line for line in nlls if line.label != study.task.without_update_bn]
+    return line_panels(
+        f"Test scores of {study.task.description}\nmean of {len(study.curves)} seeds ± standard error",
+        study.task.time_unit,
+        [
+            Panel("NLL (lower is better)", nlls, _limits_of_second_half(worth_comparing)),
+            Panel("accuracy, % (higher is better)", accuracies, _limits_of_second_half(accuracies)),
+        ],
+    )
 
 
 def _line(study: Study, label: str, measure: str, scale: float) -> Line:
     curves = [curves[label] for curves in study.curves.values()]
-    time = np.array(curves[0].steps) / study.task.unit_steps
-    return Line(label, time, scale * np.array([getattr(curve, measure) for curve in curves]))
+    steps = np.array(curves[0].steps)
+    # Until the decay begins, its run is that of the live weights and would hide it.
+    constant_share = 1 - study.decay_fraction if label == study.decay else 0.0
+    shown = steps >= max(_FIRST_SHOWN, constant_share) * study.task.steps
+    scores = np.array([getattr(curve, measure) for curve in curves])
+    return Line(label, steps[shown] / study.task.unit_steps, scale * scores[:, shown])
+
+
+def _limits_of_second_half(lines: list[Line]) -> tuple[float, float]:
+    """Limits that show the second half of training in full: the first would squeeze what is compared."""
+    end = max(np.max(np.asarray(line.x)) for line in lines)
+    means = np.concatenate(
+        [np.asarray(line.y)[:, np.asarray(line.x) >= end / 2].mean(axis=0) for line in lines]
+    )
+    margin = 0.08 * np.ptp(means)
+    return float(means.min() - margin), float(means.max() + margin)

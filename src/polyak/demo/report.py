@@ -27,14 +27,15 @@ def study_table(study: Study) -> Table:
     table = Table(
         title=f"Test scores over {len(study.curves)} seeds, mean ± standard error",
         box=box.SIMPLE_HEAD,
+        show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in ("", f"minus {LIVE}", "minus tuned decay"):
         table.add_column(heading, justify="right", no_wrap=True)
-    _add_section(table, study, "NLL", "nll", "(lower is better)", lambda value: f"{value:.4f}")
+    _add_section(table, study, "NLL", "nll", lambda value: f"{value:.4f}")
     table.add_section()
-    _add_section(table, study, "accuracy, %", "accuracy", "", lambda value: f"{100 * value:.2f}")
+    _add_section(table, study, "accuracy, %", "accuracy", lambda value: f"{100 * value:.2f}")
     return table
 
 
@@ -57,10 +58,8 @@ def study_as_data(study: Study) -> dict[str, Any]:
     }
 
 
-def _add_section(
-    table: Table, study: Study, name: str, measure: str, note: str, number: Callable[[float], str]
-) -> None:
-    table.add_row(f"[bold]{name}[/] {note}")
+def _add_section(table: Table, study: Study, name: str, measure: str, number: Callable[[float], str]) -> None:
+    table.add_row(f"[bold]{name}[/]")
     live, decay = study.scores(LIVE, measure), study.scores(study.decay, measure)
     for label in study.labels:
         scores = study.scores(label, measure)
@@ -75,9 +74,7 @@ def _add_section(
 
 def _cell(difference: Difference, number: Callable[[float], str]) -> str:
     sign = "-" if difference.mean < 0 else "+"
-    return (
-        f"{sign}{number(abs(difference.mean))} ± {number(difference.stderr)}, {format_p(difference.p_value)}"
-    )
+    return f"{sign}{number(abs(difference.mean))} ({format_p(difference.p_value).replace(' ', '')})"
 
 
 def _summary(study: Study, label: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def _against_live(study: Study) -> str:
         higher="Averaging did not help, it did harm",
         unsure="Not sure whether averaging helped",
     )
-    return f"{opening}: the test NLL of {study.task.headline} is {_size(difference)} that of the {LIVE}."
+    return f"{opening}: the test NLL of {study.task.headline} is {_size(difference, f'the {LIVE}')}."
 
 
 def _against_decay(study: Study) -> str:
@@ -55,7 +55,7 @@ def _against_decay(study: Study) -> str:
     )
     runs = len(study.task.decay_fractions) * len(study.task.tuning_seeds)
     return (
-        f"{opening}: its test NLL is {_size(difference)} that of linear decay over the last "
+        f"{opening}: the test NLL is {_size(difference, 'decay')}. That decay is linear over the last "
         f"{study.decay_fraction:.0%}, a share that {runs} runs on other seeds went to find; averaging needed none."
     )
 
@@ -85,12 +85,12 @@ def _by_outcome(difference: Difference, *, lower: str, higher: str, unsure: str)
     return lower if difference.mean < 0 else higher
 
 
-def _size(difference: Difference) -> str:
+def _size(difference: Difference, baseline: str) -> str:
     side = "below" if difference.mean < 0 else "above"
     return (
-        f"{abs(difference.mean):.4f} (95% interval of the difference {difference.low:+.4f} to "
-        f"{difference.high:+.4f}, {format_p(difference.p_value)}, lower on {difference.seeds_lower} of "
-        f"{difference.seeds} seeds) {side}"
+        f"{abs(difference.mean):.4f} {side} that of {baseline} (95% interval of the difference "
+        f"{difference.low:+.4f} to {difference.high:+.4f}, {format_p(difference.p_value)}, lower on "
+        f"{difference.seeds_lower} of {difference.seeds} seeds)"
     )
 
 

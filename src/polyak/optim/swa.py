@@ -1,0 +1,269 @@
+"""SWA as an optimizer that wraps another one: the interface of torchcontrib, on today's torch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from polyak.accumulator import Accumulator
+from polyak.errors import OptionError, StateError, StructureError, SwapError, name_list
+from polyak.profiles import Uniform
+from polyak.swap import copy_into
+
+__all__ = ["SWA"]
+
+_COUNTERS = ("n_avg", "n_skipped", "step_counter")
+_STATE_KEYS = ("opt_state", "swa_state", "param_groups")
+
+
+class SWA(Optimizer):
+    """Stochastic Weight Averaging around any torch optimizer: what it steps to is averaged on the way.
+
+    In automatic mode, with ``swa_start`` and ``swa_freq`` given, parameter groups are sampled after the steps
+    t > swa_start with t divisible by swa_freq, and from step swa_start + 1 on run at ``swa_lr``. Both count
+    **optimizer steps** since a group was added, never epochs, as glossaries often have it: for epochs multiply
+    by ``len(loader)``. In manual mode, without them, call :meth:`update_swa`. After n samples w_i of a group
+
+        swa_buffer = (w_1 + … + w_n) / n,    followed as    m += (w - m) / n
+
+    for all its parameters, frozen ones and those without a gradient too. Averages are in fp32 at least. A sample
+    that holds a NaN or an infinity is left out and counted, and so is not a step that GradScaler skipped.
+
+    ``param_groups`` and ``defaults`` are those of the wrapped optimizer, so learning-rate schedulers may be
+    given either. Each group has the counts ``n_avg``, ``n_skipped`` (samples left out) and ``step_counter``.
+    ``state`` shows the wrapped optimizer's state and ``swa_buffer`` together; it is made when it is read.
+
+    Args:
+        optimizer: the optimizer to wrap; it stays in reach as ``.optimizer``.
+        swa_start: optimizer steps before sampling; None: manual mode.
+        swa_freq: optimizer steps between samples; None: manual mode.
+        swa_lr: learning rate after swa_start steps; None: left alone.
+
+    Raises:
+        OptionError: a negative start or learning rate, a frequency below 1, or no torch optimizer.
+
+    References:
+        Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization.
+
+    >>> import torch
+    >>> from polyak.optim import SWA
+    >>> model, loss_fn = torch.nn.Linear(4, 1), torch.nn.MSELoss()
+    >>> input, target = torch.randn(8, 4), torch.randn(8, 1)
+    >>> opt = SWA(torch.optim.SGD(model.parameters(), lr=0.1), swa_start=10, swa_freq=5, swa_lr=0.05)
+    >>> for _ in range(100):
+    ...     opt.zero_grad()
+    ...     loss_fn(model(input), target).backward()
+    ...     opt.step()
+    >>> opt.swap_swa_sgd()                    # the averaged weights are in the model
+
+    >>> opt.param_groups[0]["n_avg"]          # after steps 15, 20, …, 100
+    18
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        swa_start: int | None = None,
+        swa_freq: int | None = None,
+        swa_lr: float | None = None,
+    ):
+        if not isinstance(optimizer, Optimizer):
+            raise OptionError(f"SWA wraps a torch optimizer, got {type(optimizer).__name__}")
+        _refuse_sharded(optimizer.param_groups)
+        self.swa_start, self.swa_freq, self.swa_lr = _schedule(swa_start, swa_freq, swa_lr)
+        self._auto_mode = self.swa_start is not None
+        self.optimizer = optimizer
+        # By each group's first parameter: none is in two groups, and loading replaces the groups themselves.
+        self._averages: dict[Tensor, _GroupAverage] = {}
+        # In place of Optimizer.__init__, which would make groups and a state of its own.
+        super().__setstate__({})
+        for group in optimizer.param_groups:
+            group.update(dict.fromkeys(_COUNTERS, 0))
+
+    # What is the wrapped optimizer's. Properties, since loading a state replaces the objects.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The parameter groups of the wrapped optimizer."""
+        return self.optimizer.param_groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The defaults of the wrapped optimizer."""
+        return self.optimizer.defaults
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """The wrapped optimizer's state of each parameter with its ``swa_buffer``: own dicts, shared tensors."""
+        # Kept apart underneath: an optimizer takes any entry for a sign that it has set up its own.
+        merged = defaultdict(dict, {p: dict(entries) for p, entries in self.optimizer.state.items()})
+        for parameter, buffers in self._buffers().items():
+            merged[parameter].update(buffers)
+        return merged
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the wrapped optimizer does."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which begins its own ``step_counter`` and ``n_avg`` at 0."""
+        _refuse_sharded([param_group])
+        self.optimizer.add_param_group(param_group)
+        self.param_groups[-1].update(dict.fromkeys(_COUNTERS, 0))
+
+    # Stepping and averaging.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step of the wrapped optimizer, and in automatic mode the samples that are due.
+
+        Returns:
+            What the wrapped optimizer returns: the loss, given a closure.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+        """
+        self._refuse_while_swapped("step() would train the averaged weights")
+        for group in self._counted_groups():
+            if self.swa_lr is not None and self.swa_start is not None and group["step_counter"] >= self.swa_start:
+                _set_lr(group, self.swa_lr)
+        loss = self.optimizer.step(closure)
+        for group in self._counted_groups():
+            group["step_counter"] += 1
+            if self._is_due(group["step_counter"]):
+                self.update_swa_group(group)
+        return loss
+
+    def update_swa(self) -> None:
+        """Take a sample of every group; raises as :meth:`update_swa_group` does."""
+        for group in self.param_groups:
+            self.update_swa_group(group)
+
+    def update_swa_group(self, group: dict[str, Any]) -> None:
+        """Take a sample of one of the ``param_groups``.
+
+        Raises:
+            SwapError: the averaged weights are in the model.
+            StructureError: its parameters are not those it had at the first sample, or not of their shapes.
+        """
+        self._refuse_while_swapped("a sample would be of the averaged weights")
+        if _to_average(group):
+            _start_counters(group)
+            self._average_of(group).update(group)
+
+    def swap_swa_sgd(self) -> None:
+        """Exchange the live and the averaged weights, in place; a second call exchanges them back.
+
+        The live weights come back bit for bit and the average stays in its own precision, whatever the dtype of
+        the model. Until then steps, samples and loading are refused. Groups that were never averaged are
+        skipped with a warning. Anything else that changed the weights in between is undone, with a warning.
+        """
+        swapping_back = self._is_swapped()
+        for number, group in enumerate(self._counted_groups()):
+            if not group["n_avg"]:
+                warnings.warn(
+                    f"SWA wasn't applied to param {_names(group)} of group {number}, as no sample of it was "
+                    "taken; skipping it",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            elif swapping_back:
+                self._average_of(group).swap_out()
+            else:
+                self._average_of(group).swap_in()
+
+    @staticmethod
+    def bn_update(
+        loader: Iterable[Any], model: nn.Module, device: torch.device | str | int | None = None
+    ) -> None:
+        """Set BatchNorm statistics to those of all samples in ``loader``: :func:`polyak.update_bn`."""
+        from polyak.batchnorm import update_bn
+
+        update_bn(loader, model, device)
+
+    # Saving and resuming.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bitwise as if never interrupted; it loads with ``weights_only=True``.
+
+        Returns:
+            ``opt_state``, the wrapped optimizer's; ``swa_state``, to each averaged parameter's index its
+            ``swa_buffer``, and while swapped the ``live_buffer``; and ``param_groups``. No copies. The schedule
+            is not in it: it is the constructor's, as in torchcontrib.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        inner = self.optimizer.state_dict()
+        index = dict(zip(_all_params(self.param_groups), _all_params(inner["param_groups"]), strict=True))
+        state = {
+            "opt_state": inner["state"],
+            "swa_state": {index[p]: buffers for p, buffers in self._buffers().items()},
+            "param_groups": inner["param_groups"],
+        }
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            state = hook(self, state) or state
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a saved state, one that was saved while swapped too.
+
+        Raises:
+            StateError: it is of another kind, or of other groups or shapes; nothing was loaded.
+            SwapError: the averaged weights are in the model.
+        """
+        self._refuse_while_swapped("load_state_dict() would lose the live weights")
+        state = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state = hook(self, state) or state
+        saved = _saved_buffers(state, self.param_groups)
+        self.optimizer.load_state_dict({"state": state["opt_state"], "param_groups": state["param_groups"]})
+        self._averages.clear()
+        for group in self._counted_groups():
+            if group["n_avg"]:
+                self._average_of(group).load(saved)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks and what schedulers put around step stay behind, as in every torch optimizer.
+        kept = ("optimizer", "swa_start", "swa_freq", "swa_lr", "_auto_mode", "_averages")
+        return {name: self.__dict__[name] for name in kept}
+
+    # How it works inside.
+
+    def _counted_groups(self) -> Iterator[dict[str, Any]]:
+        for group in self.param_groups:
+            _start_counters(group)
+            yield group
+
+    def _is_due(self, steps: int) -> bool:
+        if self.swa_start is None or self.swa_freq is None:
+            return False
+        return steps > self.swa_start and steps % self.swa_freq == 0
+
+    def _average_of(self, group: dict[str, Any]) -> _GroupAverage:
+        key = group["params"][0]
+        if key not in self._averages:
+            self._averages[key] = _GroupAverage(_to_average(group))
+        return self._averages[key]
+
+    def _buffers(self) -> dict[Tensor, dict[str, Tensor]]:
+        averaged = [self._average_of(group) for group in self._counted_groups() if group["n_avg"]]
+        return {p: buffers for average in averaged for p, buffers in average.buffers().items()}
+
+    def _is_swapped(self) -> bool:
+        return any(average.live for average in self._averages.values())
+
+    def _refuse_while_swapped(self, why: str) -> None:
+        if self._is_swapped():
+            raise SwapError(
+                f"the averaged weights are in the model: {why}. Call swap_swa_sgd() again to go on with the "
+                "live weights, or make a new optimizer to go on from the averaged ones"
+            )
