@@ -65,7 +65,9 @@ def test_means_equal_the_float64_oracle(scheme, dtype, gap, masked):
     assert mean.n_averaged == 40 and mean.position == 40 * gap
 
 
-@pytest.mark.parametrize("options", [{"check_finite": False}, {"compensated": True}, {"dtype": torch.float64}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"check_finite": False}, {"compensated": True}, {"dtype": torch.float64}], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_option_gives_the_same_mean(dtype, options):
     samples = samples_of(SHAPES, dtype, 25)
@@ -193,7 +195,9 @@ def test_unchecked_means_take_what_they_are_given():
     assert mean.n_averaged == 2 and mean.means[0].isnan()
 
 
-@pytest.mark.parametrize("options", [{"check_finite": "maybe"}, {"check_finite": 1.5}, {"dtype": torch.int64}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"check_finite": "maybe"}, {"check_finite": 1.5}, {"dtype": torch.int64}], ids=str
+)
 def test_bad_options_are_refused(options):
     with pytest.raises(OptionError, match=next(iter(options))):
         Accumulator([torch.ones(1)], ["w"], Uniform(), **options)
@@ -215,7 +219,9 @@ def test_the_mean_lies_in_the_hull(values, scheme, gap):
 @given(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=20), st.randoms())
 def test_a_uniform_mean_does_not_depend_on_the_order(values, random):
     shuffled = random.sample(values, len(values))
-    one, other = (accumulated([[torch.tensor([v])] for v in vs], Uniform()).means[0] for vs in (values, shuffled))
+    one, other = (
+        accumulated([[torch.tensor([v])] for v in vs], Uniform()).means[0] for vs in (values, shuffled)
+    )
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
@@ -224,7 +230,9 @@ def test_a_uniform_mean_does_not_depend_on_the_order(values, random):
 def test_parts_pooled_by_counts_are_the_whole(values, data):
     cut = data.draw(st.integers(1, len(values) - 1))
     samples = [[torch.tensor([v])] for v in values]
-    first, second, whole = (float(accumulated(s, Uniform()).means[0]) for s in (samples[:cut], samples[cut:], samples))
+    first, second, whole = (
+        float(accumulated(s, Uniform()).means[0]) for s in (samples[:cut], samples[cut:], samples)
+    )
     pooled = (cut * first + (len(values) - cut) * second) / len(values)
     assert pooled == pytest.approx(whole, abs=1e-5)
 

@@ -193,8 +193,10 @@ class Average:
         if self._swap is None:
             raise SwapError("swap_out() without swap_in(): the model holds its live weights")
         self._binding.tensors.reshard()
-        swap, self._swap = self._swap, None
-        swap.undo()
+        try:
+            self._swap.undo()
+        finally:
+            self._swap = None
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged model into ``model``, by name; for the live model this is for good.

@@ -52,7 +52,7 @@ class Binding:
     @property
     def ready(self) -> bool:
         """Whether every parameter has data: none is on the meta device or lazy."""
-        return not self.tensors.unmaterialised()
+        return self._ready
 
     @property
     def live(self) -> list[Tensor]:
@@ -78,7 +78,7 @@ class Binding:
                 some have no data yet. The message names them.
         """
         self._refuse_thawed()
-        if self.ready and not self.tensors.changed():
+        if self._ready and not self.tensors.changed():
             return False
         tensors = ModelTensors(self.model, watch_buffers=self._watch_buffers)
         waiting = tensors.unmaterialised()
@@ -109,6 +109,8 @@ class Binding:
     def _take_up(self) -> None:
         self._live = [self.tensors[name].tensor for name in self.names]
         self._meshes = meshes(self._live)
+        self._ready = not self.tensors.unmaterialised()
+        self._shapes = self._describe(self.tensors)
         self._frozen = [self.tensors[n].tensor for n in self._frozen_names if n not in set(self.names)]
 
     def _choose(self, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None) -> list[str]:
@@ -141,30 +143,33 @@ class Binding:
             )
 
     def _refuse_restructured(self, tensors: ModelTensors) -> None:
-        complaints = _differences(self._shapes(self.tensors), self._shapes(tensors))
+        complaints = _differences(self._shapes, self._describe(tensors))
         if complaints:
             raise StructureError(
                 f"the model is no longer the one that is averaged: {'; '.join(complaints)}. "
                 "Make a new average for the changed model"
             )
 
-    def _shapes(self, tensors: ModelTensors) -> dict[str, tuple[int, ...] | None]:
-        """Parameters and averaged buffers to their shapes, None for one that is still lazy."""
+    def _describe(self, tensors: ModelTensors) -> dict[str, str | None]:
+        """Parameters and averaged buffers to their shapes in words, None for one that is still lazy."""
         lazy = {name for name in tensors.unmaterialised() if not tensors[name].tensor.is_meta}
         return {
-            e.name: None if e.name in lazy else tuple(e.tensor.shape)
+            e.name: None if e.name in lazy else _shape(e.tensor)
             for e in tensors.values()
             if e.kind == "parameter" or e.name in self.names
         }
+
+
+def _shape(tensor: Tensor) -> str:
+    placements = getattr(tensor, "placements", None)
+    return f"{tuple(tensor.shape)}" + (f" sharded as {placements}" if placements else "")
 
 
 def _is_trained(entry: NamedTensor) -> bool:
     return entry.kind == "buffer" or entry.tensor.requires_grad
 
 
-def _differences(
-    before: dict[str, tuple[int, ...] | None], now: dict[str, tuple[int, ...] | None]
-) -> list[str]:
+def _differences(before: dict[str, str | None], now: dict[str, str | None]) -> list[str]:
     """What differs between two models, in words; a lazy tensor (None) may take any shape."""
     missing = [n for n in before if n not in now]
     added = [n for n in now if n not in before]

@@ -82,7 +82,10 @@ class Swap:
             )
 
     def _restore(self) -> None:
-        _finish(lambda: copy_into(self._live, self._backup))
+        _finish(self._copy_back)
+
+    def _copy_back(self) -> None:
+        copy_into(self._live, self._backup)
         for target in self._targets:
             _swapped_in.pop(target, None)
 

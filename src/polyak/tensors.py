@@ -146,7 +146,8 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor: the shard of a DTensor, the tensor itself otherwise."""
-    return [_to_local(t) if hasattr(t, "to_local") else t for t in tensors]
+    with torch.no_grad():  # with gradients enabled a DTensor gives out a new view of its shard each time
+        return [_to_local(t) if hasattr(t, "to_local") else t for t in tensors]
 
 
 def meshes(tensors: Iterable[Tensor]) -> list[Any]:

@@ -74,7 +74,10 @@ def format(request):
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_conversion_keeps_bits_ties_and_metadata(tmp_path, source, target):
     tensors = example_tensors()
-    first, second = tmp_path / f"first{SUFFIXES.get(source, '')}", tmp_path / f"second{SUFFIXES.get(target, '')}"
+    first, second = (
+        tmp_path / f"first{SUFFIXES.get(source, '')}",
+        tmp_path / f"second{SUFFIXES.get(target, '')}",
+    )
     checkpoints.write(first, tensors, format=source, metadata={"step": "12", "note": "naïve"})
 
     with checkpoints.open(first) as opened:
@@ -90,7 +93,9 @@ def test_conversion_keeps_bits_ties_and_metadata(tmp_path, source, target):
     with checkpoints.open(second) as converted:
         assert converted.format == target
         assert_same(converted, tensors)
-        assert {frozenset(pair) for pair in converted.ties.items()} == {frozenset({"tied", "torch.bfloat16.3x5"})}
+        assert {frozenset(pair) for pair in converted.ties.items()} == {
+            frozenset({"tied", "torch.bfloat16.3x5"})
+        }
         assert converted.metadata.items() >= {"step": "12", "note": "naïve"}.items()
         assert converted.step == 12
         assert converted.key is None and converted.note == "" and converted.is_lazy
@@ -105,7 +110,9 @@ def test_slices_are_those_of_the_flat_tensor(tmp_path, format):
             for start, stop in ((0, 0), (0, 1), (3, 11), (14, 15), (15, 15), (0, 15), (2, 4)):
                 part = opened.read_slice(name, start, stop)
                 assert part.dtype == tensor.dtype and part.shape == (stop - start,)
-                assert torch.equal(as_bytes(part), as_bytes(tensor)[start * tensor.itemsize : stop * tensor.itemsize])
+                assert torch.equal(
+                    as_bytes(part), as_bytes(tensor)[start * tensor.itemsize : stop * tensor.itemsize]
+                )
 
 
 def test_locations_are_where_the_bytes_lie(tmp_path, format):
@@ -132,7 +139,10 @@ def test_slices_may_be_written_in_any_order(tmp_path, format):
 
 def test_a_failure_leaves_nothing(tmp_path, format):
     layout = Layout({"w": TensorInfo((4,), torch.float32)})
-    with pytest.raises(KeyboardInterrupt), checkpoints.create(output(tmp_path, format), layout, format=format):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        checkpoints.create(output(tmp_path, format), layout, format=format),
+    ):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 

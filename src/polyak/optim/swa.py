@@ -5,23 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from polyak.accumulator import Accumulator
-from polyak.errors import OptionError, StateError, StructureError, SwapError, name_list
-from polyak.profiles import Uniform
-from polyak.swap import copy_into
+from polyak.errors import OptionError, StructureError, SwapError, name_list
+from polyak.optim.group_average import GroupAverage, all_params, averageable, saved_buffers
 
 __all__ = ["SWA"]
 
 _COUNTERS = ("n_avg", "n_skipped", "step_counter")
-_STATE_KEYS = ("opt_state", "swa_state", "param_groups")
 
 
 class SWA(Optimizer):
@@ -82,7 +78,7 @@ class SWA(Optimizer):
         self._auto_mode = self.swa_start is not None
         self.optimizer = optimizer
         # By each group's first parameter: none is in two groups, and loading replaces the groups themselves.
-        self._averages: dict[Tensor, _GroupAverage] = {}
+        self._averages: dict[Tensor, GroupAverage] = {}
         # In place of Optimizer.__init__, which would make groups and a state of its own.
         super().__setstate__({})
         for group in optimizer.param_groups:
@@ -115,7 +111,6 @@ class SWA(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which begins its own ``step_counter`` and ``n_avg`` at 0."""
-        _refuse_sharded([param_group])
         self.optimizer.add_param_group(param_group)
         self.param_groups[-1].update(dict.fromkeys(_COUNTERS, 0))
 
@@ -132,7 +127,11 @@ class SWA(Optimizer):
         """
         self._refuse_while_swapped("step() would train the averaged weights")
         for group in self._counted_groups():
-            if self.swa_lr is not None and self.swa_start is not None and group["step_counter"] >= self.swa_start:
+            if (
+                self.swa_lr is not None
+                and self.swa_start is not None
+                and group["step_counter"] >= self.swa_start
+            ):
                 _set_lr(group, self.swa_lr)
         loss = self.optimizer.step(closure)
         for group in self._counted_groups():
@@ -147,37 +146,42 @@ class SWA(Optimizer):
             self.update_swa_group(group)
 
     def update_swa_group(self, group: dict[str, Any]) -> None:
-        """Take a sample of one of the ``param_groups``.
+        """Take a sample of one of the ``param_groups``; setting its ``n_avg`` to 0 before begins a new mean.
 
         Raises:
             SwapError: the averaged weights are in the model.
-            StructureError: its parameters are not those it had at the first sample, or not of their shapes.
+            StructureError: its parameters or their shapes are not those of its first sample.
         """
         self._refuse_while_swapped("a sample would be of the averaged weights")
-        if _to_average(group):
+        if params := averageable(group):
             _start_counters(group)
-            self._average_of(group).update(group)
+            if group["params"][0] not in self._averages:
+                self._averages[group["params"][0]] = GroupAverage(params)
+            self._averages[group["params"][0]].update(group)
 
     def swap_swa_sgd(self) -> None:
         """Exchange the live and the averaged weights, in place; a second call exchanges them back.
 
-        The live weights come back bit for bit and the average stays in its own precision, whatever the dtype of
-        the model. Until then steps, samples and loading are refused. Groups that were never averaged are
-        skipped with a warning. Anything else that changed the weights in between is undone, with a warning.
+        Live weights come back bit for bit, and averages keep their own precision, whatever the model's dtype.
+        Until then steps, samples and loading are refused, as they would go on from the average; weights that
+        something else changed in between are lost, with a warning. Groups without a sample are skipped, with a
+        warning.
         """
-        swapping_back = self._is_swapped()
+        if self._is_swapped():
+            for average in self._averages.values():
+                average.swap_out()
+            return
         for number, group in enumerate(self._counted_groups()):
-            if not group["n_avg"]:
+            average = self._average_of(group)
+            if average is not None:
+                average.swap_in()
+            elif group["params"]:
                 warnings.warn(
-                    f"SWA wasn't applied to param {_names(group)} of group {number}, as no sample of it was "
+                    f"SWA wasn't applied to param {_names(group)} of group {number}, of which no sample was "
                     "taken; skipping it",
                     UserWarning,
                     stacklevel=2,
                 )
-            elif swapping_back:
-                self._average_of(group).swap_out()
-            else:
-                self._average_of(group).swap_in()
 
     @staticmethod
     def bn_update(
@@ -201,7 +205,7 @@ class SWA(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         inner = self.optimizer.state_dict()
-        index = dict(zip(_all_params(self.param_groups), _all_params(inner["param_groups"]), strict=True))
+        index = dict(zip(all_params(self.param_groups), all_params(inner["param_groups"]), strict=True))
         state = {
             "opt_state": inner["state"],
             "swa_state": {index[p]: buffers for p, buffers in self._buffers().items()},
@@ -222,12 +226,13 @@ class SWA(Optimizer):
         state = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state = hook(self, state) or state
-        saved = _saved_buffers(state, self.param_groups)
+        saved = saved_buffers(state, self.param_groups)
         self.optimizer.load_state_dict({"state": state["opt_state"], "param_groups": state["param_groups"]})
-        self._averages.clear()
-        for group in self._counted_groups():
-            if group["n_avg"]:
-                self._average_of(group).load(saved)
+        self._averages = {
+            group["params"][0]: GroupAverage.loaded(averageable(group), saved, group)
+            for group in self._counted_groups()
+            if group["n_avg"]
+        }
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -248,15 +253,13 @@ class SWA(Optimizer):
             return False
         return steps > self.swa_start and steps % self.swa_freq == 0
 
-    def _average_of(self, group: dict[str, Any]) -> _GroupAverage:
-        key = group["params"][0]
-        if key not in self._averages:
-            self._averages[key] = _GroupAverage(_to_average(group))
-        return self._averages[key]
+    def _average_of(self, group: dict[str, Any]) -> GroupAverage | None:
+        """None as long as no sample of the group was taken."""
+        return self._averages.get(group["params"][0]) if group["n_avg"] else None
 
     def _buffers(self) -> dict[Tensor, dict[str, Tensor]]:
-        averaged = [self._average_of(group) for group in self._counted_groups() if group["n_avg"]]
-        return {p: buffers for average in averaged for p, buffers in average.buffers().items()}
+        averages = filter(None, map(self._average_of, self._counted_groups()))
+        return {p: buffers for average in averages for p, buffers in average.buffers().items()}
 
     def _is_swapped(self) -> bool:
         return any(average.live for average in self._averages.values())
@@ -267,3 +270,54 @@ class SWA(Optimizer):
                 f"the averaged weights are in the model: {why}. Call swap_swa_sgd() again to go on with the "
                 "live weights, or make a new optimizer to go on from the averaged ones"
             )
+
+
+def _schedule(
+    swa_start: int | None, swa_freq: int | None, swa_lr: float | None
+) -> tuple[int | None, int | None, float | None]:
+    """The options checked, or nothing of them where one that they need is missing."""
+    if swa_start is None or swa_freq is None:
+        ignored = ["other"] * (swa_start is not swa_freq) + ["swa_lr"] * (swa_lr is not None)
+        for option in ignored:
+            warnings.warn(
+                f"Some of swa_start, swa_freq is None, ignoring {option}", UserWarning, stacklevel=3
+            )
+        return None, None, None
+    if swa_lr is not None and not 0 <= swa_lr < math.inf:
+        raise OptionError(f"Invalid SWA learning rate: {swa_lr}; it must be finite and not negative")
+    return _steps("swa_start", swa_start, least=0), _steps("swa_freq", swa_freq, least=1), swa_lr
+
+
+def _steps(option: str, value: float, least: int) -> int:
+    if not least <= value < math.inf:
+        raise OptionError(
+            f"Invalid {option}: {value}; it must be a number of optimizer steps, at least {least}"
+        )
+    if not isinstance(value, int):
+        warnings.warn("Casting swa_start, swa_freq to int", UserWarning, stacklevel=4)
+    return int(value)
+
+
+def _start_counters(group: dict[str, Any]) -> None:
+    # A group may come to the wrapped optimizer without passing here: added or loaded there.
+    for counter in _COUNTERS:
+        group.setdefault(counter, 0)
+
+
+def _set_lr(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)  # compiled and captured steps read the tensor that they were given
+    else:
+        group["lr"] = lr
+
+
+def _names(group: dict[str, Any]) -> str:
+    return name_list(group.get("param_names") or list(range(len(group["params"]))))
+
+
+def _refuse_sharded(groups: list[dict[str, Any]]) -> None:
+    if any(hasattr(parameter, "to_local") for parameter in all_params(groups)):
+        raise StructureError(
+            "the parameters are sharded, and SWA averages whole ones; use polyak.Average with polyak.Uniform(), "
+            "which averages shard by shard"
+        )

@@ -1,0 +1,63 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from polyak.demo.report import study_as_data
+from polyak.demo.study import run_count, run_study
+from polyak.demo.tasks import LIVE, LIVE_EARLY
+from polyak.demo.training import train
+from polyak.errors import OptionError
+
+
+@pytest.fixture(scope="module")
+def study(tiny_digits):
+    return run_study(tiny_digits, seeds=2)
+
+
+def test_the_decay_is_tuned_on_the_tuning_seeds_and_validation_only(study, tiny_digits):
+    assert list(study.tuning_nll) == [0.5, 1.0]
+    for fraction, by_seed in study.tuning_nll.items():
+        curve = train(tiny_digits, 1000, decay_fraction=fraction)[LIVE]
+        assert by_seed == [curve.validation_nll[-1]]
+    best = min(study.tuning_nll, key=lambda fraction: np.mean(study.tuning_nll[fraction]))
+    assert study.decay_fraction == best
+    assert study.decay == f"decay, last {best:.0%}"
+
+
+def test_every_candidate_is_scored_on_every_reported_seed(study, tiny_digits):
+    assert list(study.curves) == [0, 1]
+    constant = train(tiny_digits, 1)
+    decayed = train(tiny_digits, 1, decay_fraction=study.decay_fraction)[LIVE]
+    for label in (LIVE, *tiny_digits.averages):
+        assert study.scores(label, "nll")[1] == constant[label].test_nll[-1]
+        assert study.scores(label, "accuracy")[1] == constant[label].test_accuracy[-1]
+    assert study.scores(study.decay, "nll")[1] == decayed.test_nll[-1]
+    earliest = int(np.argmin(constant[LIVE].validation_nll))
+    assert study.scores(LIVE_EARLY, "nll")[1] == constant[LIVE].test_nll[earliest]
+
+
+def test_early_stopping_takes_the_best_validation_epoch_not_the_best_test_epoch(made_up_study):
+    study = made_up_study({LIVE: [1.0, 1.0]}, live_validation_nll=(0.5, 0.2, 0.3))
+    assert study.scores(LIVE, "nll") == [1.0, 1.0]
+    assert study.scores(LIVE_EARLY, "nll") == [2.0, 2.0]
+
+
+def test_worker_processes_give_the_same_bytes(study, tiny_digits):
+    again = run_study(tiny_digits, seeds=2, workers=2)
+    assert json.dumps(study_as_data(again)) == json.dumps(study_as_data(study))
+
+
+def test_progress_counts_every_run(tiny_digits):
+    task = replace(tiny_digits, steps=4, eval_steps=4)
+    done = []
+    run_study(task, seeds=2, on_run=done.append)
+    assert len(done) == run_count(task, 2) == 6
+    assert done[0] == "tuning the learning-rate decay"
+
+
+@pytest.mark.parametrize("seeds", [0, 1, 1001])
+def test_seeds_that_prove_nothing_or_were_tuned_on_are_refused(tiny_digits, seeds):
+    with pytest.raises(OptionError, match="seeds must be 2 to 1000"):
+        run_study(tiny_digits, seeds)
