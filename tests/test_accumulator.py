@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracles
 from polyak.accumulator import Accumulator, mean_dtype
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import EMA, Polynomial, Power, Uniform

@@ -6,11 +6,11 @@ import copy
 import io
 import threading
 
-import oracles
 import pytest
 import torch
 from torch import nn
 
+import oracles
 import polyak
 from polyak.errors import NotStartedError, OptionError, StateError, StructureError, SwapError
 

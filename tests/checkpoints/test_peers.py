@@ -2,7 +2,9 @@
 
 import importlib.util
 import logging
+import os
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,7 @@ def test_training_script_with_optimizer(tmp_path):
         assert opened.note == "weights found under 'model'"
 
 
-@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, partial(torch.compile, backend="eager")])
 def test_wrapped_models(tmp_path, wrap):
     model = small_model()
     torch.save({"state_dict": wrap(model).state_dict()}, tmp_path / "wrapped.pt")
@@ -203,12 +205,14 @@ def test_safetensors_save_model_ties(tmp_path, gpt2):
 def test_pickles_with_code_are_never_run(tmp_path):
     class Harmful:
         def __reduce__(self):
-            return Path.touch, (tmp_path / "harm was done",)
+            return os.mkdir, (tmp_path / "harm was done",)
 
     torch.save({"state_dict": small_model().state_dict(), "note": Harmful()}, tmp_path / "bad.pt")
-    with pytest.raises(CheckpointError, match=r"would need .*touch.*no code from a checkpoint is run"):
+    with pytest.raises(
+        CheckpointError, match=r"would need posix\.mkdir, and no code from a checkpoint is run"
+    ):
         checkpoints.open(tmp_path / "bad.pt")
     torch.save(small_model(), tmp_path / "module.pt")
-    with pytest.raises(CheckpointError, match="more than tensors: loading it would need torch.nn"):
+    with pytest.raises(CheckpointError, match=r"more than tensors: loading it would need torch\.nn"):
         checkpoints.open(tmp_path / "module.pt")
     assert not (tmp_path / "harm was done").exists()

@@ -41,7 +41,7 @@ _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_
 _MODULE = "module."
 # A damaged pickle may hold itself, or the same list many times over.
 _MAX_DEPTH = 32
-_MAX_ENTRIES = 2_000_000
+_MAX_ENTRIES = 1_000_000
 
 
 @dataclass

@@ -15,7 +15,7 @@ from polyak.errors import StateError, StructureError, name_list
 from polyak.profiles import Uniform
 from polyak.swap import copy_into
 
-__all__ = ["GroupAverage", "all_params", "averageable", "saved_buffers"]
+__all__ = ["GroupAverage", "all_params", "averageable", "refuse_sharded", "saved_buffers"]
 
 Buffers = dict[str, Tensor]
 
@@ -124,6 +124,14 @@ def averageable(group: Mapping[str, Any]) -> list[Tensor]:
 def all_params(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
     """The parameters of all groups in one list, or their indices where the groups are saved ones."""
     return list(chain.from_iterable(group["params"] for group in groups))
+
+
+def refuse_sharded(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Whole parameters are averaged here, and the ranks would not agree on which samples are finite."""
+    if any(hasattr(parameter, "to_local") for parameter in all_params(groups)):
+        raise StructureError(
+            "the parameters are sharded, which SWA cannot average; polyak.Average with polyak.Uniform() can"
+        )
 
 
 def saved_buffers(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Buffers]:

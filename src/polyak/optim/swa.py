@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from polyak.errors import OptionError, StructureError, SwapError, name_list
-from polyak.optim.group_average import GroupAverage, all_params, averageable, saved_buffers
+from polyak.errors import OptionError, SwapError, name_list
+from polyak.optim.group_average import GroupAverage, all_params, averageable, refuse_sharded, saved_buffers
 
 __all__ = ["SWA"]
 
-_COUNTERS = ("n_avg", "n_skipped", "step_counter")
+_COUNTS = ("n_avg", "n_skipped", "step_counter")
 
 
 class SWA(Optimizer):
@@ -30,12 +30,12 @@ class SWA(Optimizer):
 
         swa_buffer = (w_1 + … + w_n) / n,    followed as    m += (w - m) / n
 
-    for all its parameters, frozen ones and those without a gradient too. Averages are in fp32 at least. A sample
-    that holds a NaN or an infinity is left out and counted, and so is not a step that GradScaler skipped.
+    for all its floating parameters, as in torchcontrib also frozen ones and those without a gradient. Averages
+    are in fp32 at least. A sample with a NaN or an infinity is left out and counted in the group's ``n_skipped``,
+    beside ``n_avg`` and ``step_counter``; a step that GradScaler skips counts nowhere.
 
-    ``param_groups`` and ``defaults`` are those of the wrapped optimizer, so learning-rate schedulers may be
-    given either. Each group has the counts ``n_avg``, ``n_skipped`` (samples left out) and ``step_counter``.
-    ``state`` shows the wrapped optimizer's state and ``swa_buffer`` together; it is made when it is read.
+    ``param_groups``, ``defaults`` and ``state`` show the wrapped optimizer's own, so learning-rate schedulers
+    may be given either of the two. After :meth:`swap_swa_sgd` a model with BatchNorm wants :meth:`bn_update`.
 
     Args:
         optimizer: the optimizer to wrap; it stays in reach as ``.optimizer``.
@@ -73,7 +73,7 @@ class SWA(Optimizer):
     ):
         if not isinstance(optimizer, Optimizer):
             raise OptionError(f"SWA wraps a torch optimizer, got {type(optimizer).__name__}")
-        _refuse_sharded(optimizer.param_groups)
+        refuse_sharded(optimizer.param_groups)
         self.swa_start, self.swa_freq, self.swa_lr = _schedule(swa_start, swa_freq, swa_lr)
         self._auto_mode = self.swa_start is not None
         self.optimizer = optimizer
@@ -82,13 +82,17 @@ class SWA(Optimizer):
         # In place of Optimizer.__init__, which would make groups and a state of its own.
         super().__setstate__({})
         for group in optimizer.param_groups:
-            group.update(dict.fromkeys(_COUNTERS, 0))
+            group.update(dict.fromkeys(_COUNTS, 0))
 
-    # What is the wrapped optimizer's. Properties, since loading a state replaces the objects.
+    # What is the wrapped optimizer's: properties, since loading a state replaces the objects.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The parameter groups of the wrapped optimizer."""
+        """The parameter groups of the wrapped optimizer, with the counts of each."""
+        # Here, since a group may be added to the wrapped optimizer, or loaded into it, and not pass by.
+        for group in self.optimizer.param_groups:
+            for count in _COUNTS:
+                group.setdefault(count, 0)
         return self.optimizer.param_groups
 
     @property
@@ -98,8 +102,8 @@ class SWA(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        """The wrapped optimizer's state of each parameter with its ``swa_buffer``: own dicts, shared tensors."""
-        # Kept apart underneath: an optimizer takes any entry for a sign that it has set up its own.
+        """The wrapped optimizer's state with each ``swa_buffer``: new dicts at each reading, the same tensors."""
+        # Apart underneath, as an optimizer takes any entry for a sign that its own are there.
         merged = defaultdict(dict, {p: dict(entries) for p, entries in self.optimizer.state.items()})
         for parameter, buffers in self._buffers().items():
             merged[parameter].update(buffers)
@@ -112,7 +116,7 @@ class SWA(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which begins its own ``step_counter`` and ``n_avg`` at 0."""
         self.optimizer.add_param_group(param_group)
-        self.param_groups[-1].update(dict.fromkeys(_COUNTERS, 0))
+        self.param_groups[-1].update(dict.fromkeys(_COUNTS, 0))
 
     # Stepping and averaging.
 
@@ -126,15 +130,12 @@ class SWA(Optimizer):
             SwapError: the averaged weights are in the model.
         """
         self._refuse_while_swapped("step() would train the averaged weights")
-        for group in self._counted_groups():
-            if (
-                self.swa_lr is not None
-                and self.swa_start is not None
-                and group["step_counter"] >= self.swa_start
-            ):
-                _set_lr(group, self.swa_lr)
+        start, lr = self.swa_start, self.swa_lr
+        for group in self.param_groups:
+            if start is not None and lr is not None and group["step_counter"] >= start:
+                _set_lr(group, lr)
         loss = self.optimizer.step(closure)
-        for group in self._counted_groups():
+        for group in self.param_groups:
             group["step_counter"] += 1
             if self._is_due(group["step_counter"]):
                 self.update_swa_group(group)
@@ -149,39 +150,37 @@ class SWA(Optimizer):
         """Take a sample of one of the ``param_groups``; setting its ``n_avg`` to 0 before begins a new mean.
 
         Raises:
+            OptionError: ``group`` is none of them.
             SwapError: the averaged weights are in the model.
             StructureError: its parameters or their shapes are not those of its first sample.
         """
         self._refuse_while_swapped("a sample would be of the averaged weights")
+        if not any(group is own for own in self.param_groups):
+            raise OptionError("update_swa_group takes one of this optimizer's param_groups")
         if params := averageable(group):
-            _start_counters(group)
-            if group["params"][0] not in self._averages:
-                self._averages[group["params"][0]] = GroupAverage(params)
-            self._averages[group["params"][0]].update(group)
+            average = self._averages.get(group["params"][0]) or GroupAverage(params)
+            average.update(group)
+            self._averages[group["params"][0]] = average
 
     def swap_swa_sgd(self) -> None:
         """Exchange the live and the averaged weights, in place; a second call exchanges them back.
 
         Live weights come back bit for bit, and averages keep their own precision, whatever the model's dtype.
-        Until then steps, samples and loading are refused, as they would go on from the average; weights that
-        something else changed in between are lost, with a warning. Groups without a sample are skipped, with a
-        warning.
+        Until then steps, samples and loading are refused, and what else changes the weights is undone with a
+        warning. Groups without a sample are skipped with a warning.
         """
         if self._is_swapped():
             for average in self._averages.values():
                 average.swap_out()
             return
-        for number, group in enumerate(self._counted_groups()):
+        for number, group in enumerate(self.param_groups):
             average = self._average_of(group)
             if average is not None:
                 average.swap_in()
             elif group["params"]:
-                warnings.warn(
-                    f"SWA wasn't applied to param {_names(group)} of group {number}, of which no sample was "
-                    "taken; skipping it",
-                    UserWarning,
-                    stacklevel=2,
-                )
+                names = name_list(group.get("param_names") or [str(i) for i, _ in enumerate(group["params"])])
+                which = f"{names} of group {number}, which has no sample"
+                warnings.warn(f"SWA wasn't applied to param {which}; skipping it", UserWarning, stacklevel=2)
 
     @staticmethod
     def bn_update(
@@ -230,7 +229,7 @@ class SWA(Optimizer):
         self.optimizer.load_state_dict({"state": state["opt_state"], "param_groups": state["param_groups"]})
         self._averages = {
             group["params"][0]: GroupAverage.loaded(averageable(group), saved, group)
-            for group in self._counted_groups()
+            for group in self.param_groups
             if group["n_avg"]
         }
         for hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -243,22 +242,16 @@ class SWA(Optimizer):
 
     # How it works inside.
 
-    def _counted_groups(self) -> Iterator[dict[str, Any]]:
-        for group in self.param_groups:
-            _start_counters(group)
-            yield group
-
     def _is_due(self, steps: int) -> bool:
-        if self.swa_start is None or self.swa_freq is None:
-            return False
-        return steps > self.swa_start and steps % self.swa_freq == 0
+        start, freq = self.swa_start, self.swa_freq
+        return start is not None and freq is not None and steps > start and steps % freq == 0
 
     def _average_of(self, group: dict[str, Any]) -> GroupAverage | None:
         """None as long as no sample of the group was taken."""
         return self._averages.get(group["params"][0]) if group["n_avg"] else None
 
     def _buffers(self) -> dict[Tensor, dict[str, Tensor]]:
-        averages = filter(None, map(self._average_of, self._counted_groups()))
+        averages = filter(None, map(self._average_of, self.param_groups))
         return {p: buffers for average in averages for p, buffers in average.buffers().items()}
 
     def _is_swapped(self) -> bool:
@@ -278,30 +271,21 @@ def _schedule(
     """The options checked, or nothing of them where one that they need is missing."""
     if swa_start is None or swa_freq is None:
         ignored = ["other"] * (swa_start is not swa_freq) + ["swa_lr"] * (swa_lr is not None)
-        for option in ignored:
-            warnings.warn(
-                f"Some of swa_start, swa_freq is None, ignoring {option}", UserWarning, stacklevel=3
-            )
+        for what in ignored:
+            warnings.warn(f"Some of swa_start, swa_freq is None, ignoring {what}", UserWarning, stacklevel=3)
         return None, None, None
+    steps = _steps("swa_start", swa_start, least=0), _steps("swa_freq", swa_freq, least=1)
     if swa_lr is not None and not 0 <= swa_lr < math.inf:
         raise OptionError(f"Invalid SWA learning rate: {swa_lr}; it must be finite and not negative")
-    return _steps("swa_start", swa_start, least=0), _steps("swa_freq", swa_freq, least=1), swa_lr
+    return *steps, swa_lr
 
 
 def _steps(option: str, value: float, least: int) -> int:
     if not least <= value < math.inf:
-        raise OptionError(
-            f"Invalid {option}: {value}; it must be a number of optimizer steps, at least {least}"
-        )
+        raise OptionError(f"Invalid {option}: {value}; it counts optimizer steps and must be {least} or more")
     if not isinstance(value, int):
         warnings.warn("Casting swa_start, swa_freq to int", UserWarning, stacklevel=4)
     return int(value)
-
-
-def _start_counters(group: dict[str, Any]) -> None:
-    # A group may come to the wrapped optimizer without passing here: added or loaded there.
-    for counter in _COUNTERS:
-        group.setdefault(counter, 0)
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:
@@ -309,15 +293,3 @@ def _set_lr(group: dict[str, Any], lr: float) -> None:
         group["lr"].fill_(lr)  # compiled and captured steps read the tensor that they were given
     else:
         group["lr"] = lr
-
-
-def _names(group: dict[str, Any]) -> str:
-    return name_list(group.get("param_names") or list(range(len(group["params"]))))
-
-
-def _refuse_sharded(groups: list[dict[str, Any]]) -> None:
-    if any(hasattr(parameter, "to_local") for parameter in all_params(groups)):
-        raise StructureError(
-            "the parameters are sharded, and SWA averages whole ones; use polyak.Average with polyak.Uniform(), "
-            "which averages shard by shard"
-        )

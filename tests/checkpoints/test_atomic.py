@@ -1,0 +1,112 @@
+"""Outputs appear whole or not at all: full disks, failures, other people's folders, kill -9."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from polyak import checkpoints
+from polyak.checkpoints import Layout, TensorInfo
+from polyak.errors import CheckpointError, OutputExistsError
+
+
+def run(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+FULL_DISK = """
+    import resource, signal, sys, torch
+    from polyak import checkpoints
+    from polyak.errors import CheckpointError
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    for format in ("safetensors", "pt", "npz", "huggingface", "huggingface-bin", "dcp"):
+        try:
+            checkpoints.write(sys.argv[1], {"w": torch.ones(50_000)}, format=format)
+        except CheckpointError as error:
+            print(format, error)
+"""
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    # A limit on file sizes fails just where a full disk would: in truncate, write, and torch's own writers.
+    output, _ = run(FULL_DISK, tmp_path / "x").communicate(timeout=60)
+    lines = output.splitlines()
+    assert len(lines) == 6
+    assert all(f"cannot write {tmp_path / 'x'}: File too large" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_is_refused_at_once(tmp_path):
+    layout = Layout({"w": TensorInfo((1 << 50,), torch.float32)})
+    with pytest.raises(CheckpointError, match="No space left|bytes are needed and the disk has less"):
+        checkpoints.create(tmp_path / "x.safetensors", layout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_must_be_a_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no folder .*make it first"):
+        checkpoints.write(tmp_path / "absent" / "x.pt", {"w": torch.ones(1)})
+
+
+@pytest.mark.parametrize("format", ["safetensors", "huggingface", "dcp"])
+def test_folders_with_other_files_are_not_replaced(tmp_path, format):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match=r"also holds 'config\.json', which would be lost"):
+        checkpoints.write(tmp_path / "model", {"w": torch.ones(1)}, format=format, overwrite=True)
+    assert (tmp_path / "model" / "config.json").read_text() == "{}"
+    assert [item.name for item in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
+    path = tmp_path / "x.safetensors"
+    layout = Layout({"w": TensorInfo((1,), torch.float32)})
+    with pytest.raises(OutputExistsError), checkpoints.create(path, layout):
+        path.write_text("somebody else's")
+    assert path.read_text() == "somebody else's"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_have_ordinary_permissions(tmp_path):
+    previous = os.umask(0o022)
+    try:
+        checkpoints.write(tmp_path / "x.safetensors", {"w": torch.ones(1)})
+        checkpoints.write(tmp_path / "x.pt", {"w": torch.ones(1)})
+    finally:
+        os.umask(previous)
+    assert {oct(item.stat().st_mode & 0o777) for item in tmp_path.iterdir()} == {"0o644"}
+
+
+WRITE_FOREVER = """
+    import sys, torch
+    from polyak import checkpoints
+    print("ready", flush=True)
+    for number in range(1, 1_000_000):
+        tensors = {name: torch.full((20_000,), float(number)) for name in "abc"}
+        checkpoints.write(sys.argv[1], tensors, format=sys.argv[2], overwrite=True)
+"""
+
+
+@pytest.mark.parametrize(("format", "delay_s"), [("safetensors", 0.11), ("pt", 0.07), ("huggingface", 0.13)])
+def test_kill_9_leaves_a_whole_output_or_none(tmp_path, format, delay_s):
+    path = tmp_path / "out"
+    with run(WRITE_FOREVER, path, format) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGKILL)
+    if path.exists():
+        with checkpoints.open(path) as opened:
+            values = {value for name in "abc" for value in opened.read(name).unique().tolist()}
+        assert len(values) == 1

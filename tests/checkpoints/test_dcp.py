@@ -1,0 +1,166 @@
+"""torch.distributed.checkpoint folders: torch on both sides, chunks from several ranks, unsafe metadata."""
+
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from polyak import checkpoints
+from polyak.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = torch.nn.Linear(3, 4)
+    saved = {
+        "model": {"layer.weight": model.weight, "layer.bias": model.bias, "half": torch.randn(5).bfloat16()},
+        "optim": {"state": {0: {"exp_avg": torch.zeros(3)}}, "groups": [{"lr": 0.1}]},
+        "step": 11,
+        "name": "run",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(saved, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    return tmp_path / "dcp", saved["model"]
+
+
+def change_metadata(path, change):
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_it_reads_torch(folder):
+    path, model = folder
+    with checkpoints.open(path) as opened:
+        assert (opened.format, opened.key, opened.step) == ("dcp", "model", 11)
+        assert opened.ignored == ("optim", "step", "name")
+        assert set(opened.tensors) == set(model)
+        for name, tensor in model.items():
+            assert torch.equal(opened.read(name), tensor)
+    with checkpoints.open(path, key="optim.state") as opened:
+        assert list(opened.tensors) == ["0.exp_avg"]
+
+
+def test_torch_reads_it(tmp_path):
+    tensors = {"a.w": torch.randn(3, 5), "n": torch.tensor(3)}
+    checkpoints.write(tmp_path / "out", tensors | {"tied": tensors["a.w"]}, format="dcp")
+    target = {"a.w": torch.zeros(3, 5), "n": torch.tensor(0), "tied": torch.zeros(3, 5)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(target, checkpoint_id=tmp_path / "out", no_dist=True)
+    assert all(torch.equal(target[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(target["tied"], tensors["a.w"])
+
+
+TWO_RANKS = """
+    import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.arange(1050).view(7, 10, 15).bfloat16()
+    places = {"rows": Shard(0), "columns": Shard(1), "last": Shard(2), "copies": Replicate()}
+    dcp.save(
+        {"model": {name: distribute_tensor(whole, mesh, [place]) for name, place in places.items()}},
+        checkpoint_id=sys.argv[1],
+    )
+    dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    base = tmp_path_factory.mktemp("sharded")
+    (base / "save.py").write_text(textwrap.dedent(TWO_RANKS))
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    subprocess.run(
+        [sys.executable, *command, str(base / "save.py"), str(base / "dcp")],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return base / "dcp"
+
+
+@pytest.mark.parametrize("block_elements", [1 << 16, 7])
+def test_chunks_of_two_ranks(sharded, monkeypatch, block_elements):
+    monkeypatch.setattr("polyak.checkpoints.dcp._BLOCK_ELEMENTS", block_elements)
+    whole = torch.arange(1050).bfloat16()
+    with checkpoints.open(sharded) as opened:
+        assert len(list(sharded.glob("*.distcp"))) == 2
+        assert set(opened.tensors) == {"rows", "columns", "last", "copies"}
+        for name in opened.tensors:
+            assert torch.equal(opened.read(name), whole.view(7, 10, 15)), name
+            assert (opened.location(name) is None) == (name != "copies")
+            for start, stop in ((0, 1), (3, 160), (149, 151), (1049, 1050), (500, 500)):
+                assert torch.equal(opened.read_slice(name, start, stop), whole[start:stop])
+
+
+def test_missing_files_are_all_named(folder):
+    path, _ = folder
+    for file in path.glob("*.distcp"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"lacks '__0_0\.distcp': copy the files of all ranks"):
+        checkpoints.open(path)
+
+
+def test_missing_chunks(folder):
+    path, _ = folder
+    index = MetadataIndex("model.layer.bias", [0])
+    change_metadata(path, lambda metadata: metadata.storage_data.pop(index))
+    with pytest.raises(CheckpointError, match=r"lacks a chunk of tensor 'model\.layer\.bias'"):
+        checkpoints.open(path)
+
+
+def test_chunks_that_do_not_tile(folder):
+    path, _ = folder
+    change_metadata(path, lambda metadata: metadata.state_dict_metadata["model.half"].chunks.clear())
+    with pytest.raises(CheckpointError, match=r"chunks of tensor 'model\.half' do not tile its shape \[5\]"):
+        checkpoints.open(path)
+
+
+def test_chunks_that_are_not_what_they_should_be(folder):
+    path, _ = folder
+
+    def swap(metadata):
+        weight, bias = MetadataIndex("model.layer.weight", [0, 0]), MetadataIndex("model.layer.bias", [0])
+        storage = metadata.storage_data
+        storage[weight], storage[bias] = storage[bias], storage[weight]
+
+    change_metadata(path, swap)
+    with pytest.raises(CheckpointError, match="not what the metadata says"), checkpoints.open(path) as opened:
+        opened.read("layer.weight")
+
+
+def test_files_elsewhere_are_refused(folder):
+    path, _ = folder
+
+    def point_elsewhere(metadata):
+        for info in metadata.storage_data.values():
+            info.relative_path = "../other.distcp"
+
+    change_metadata(path, point_elsewhere)
+    with pytest.raises(CheckpointError, match=r"refers to files outside it: '\.\./other\.distcp'"):
+        checkpoints.open(path)
+
+
+def test_code_in_metadata_is_never_run(folder):
+    path, _ = folder
+
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(path / "harm was done"),)
+
+    change_metadata(path, lambda metadata: setattr(metadata, "planner_data", Harmful()))
+    with pytest.raises(CheckpointError, match=r"needs posix\.mkdir, and no code from a checkpoint is run"):
+        checkpoints.open(path)
+    assert not (path / "harm was done").exists()

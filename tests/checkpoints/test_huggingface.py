@@ -1,0 +1,101 @@
+"""Hugging Face folders: shards, indices that lie, and folders that are none."""
+
+import json
+
+import pytest
+import torch
+
+from polyak import checkpoints
+from polyak.errors import CheckpointError
+
+TENSORS = {f"layer.{number}": torch.full((10,), float(number)) for number in range(6)}
+
+
+@pytest.fixture(params=["huggingface", "huggingface-bin"])
+def folder(request, tmp_path, monkeypatch):
+    monkeypatch.setattr("polyak.checkpoints.huggingface.MAX_SHARD_BYTES", 90)
+    path = tmp_path / "model"
+    checkpoints.write(path, TENSORS | {"tied": TENSORS["layer.3"]}, format=request.param)
+    return path
+
+
+def change_index(folder, change):
+    (index,) = folder.glob("*.index.json")
+    content = json.loads(index.read_text())
+    change(content)
+    index.write_text(json.dumps(content))
+
+
+def test_shards(folder):
+    files = sorted(item.name for item in folder.iterdir())
+    assert len(files) == 4 and sum("-of-00003" in name for name in files) == 3
+    (index,) = folder.glob("*.index.json")
+    content = json.loads(index.read_text())
+    assert content["metadata"]["total_size"] == 240
+    assert content["weight_map"]["tied"] == content["weight_map"]["layer.3"]
+    with checkpoints.open(folder) as opened:
+        assert opened.ties == {"tied": "layer.3"}
+        for name, tensor in TENSORS.items():
+            assert torch.equal(opened.read(name), tensor)
+
+
+def test_missing_shards_are_all_named(folder):
+    first, second = sorted(folder.glob("*-of-*"))[:2]
+    first.unlink()
+    second.unlink()
+    with pytest.raises(
+        CheckpointError, match=f"lacks '{first.name}', '{second.name}': fetch the shards again"
+    ):
+        checkpoints.open(folder)
+
+
+def test_names_that_no_shard_holds(folder):
+    change_index(folder, lambda content: content["weight_map"].update(ghost=content["weight_map"]["layer.0"]))
+    with pytest.raises(CheckpointError, match="promises tensors that its shards do not hold: 'ghost'"):
+        checkpoints.open(folder)
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "sub/model.bin", 3, None])
+def test_indices_that_point_elsewhere(folder, shard):
+    change_index(folder, lambda content: content["weight_map"].update({"layer.0": shard}))
+    with pytest.raises(CheckpointError, match="weight_map must give the file name"):
+        checkpoints.open(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "[" * 100_000])
+def test_damaged_indices(folder, text):
+    (index,) = folder.glob("*.index.json")
+    index.write_text(text)
+    with pytest.raises(CheckpointError, match="is damaged: its weight_map"):
+        checkpoints.open(folder)
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(CheckpointError, match="folder with no checkpoint .it is empty."):
+        checkpoints.open(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint .it holds 'config\.json'.: expected model\.safetensors"
+    ):
+        checkpoints.open(tmp_path)
+
+
+def test_a_damaged_trainer_state_is_no_obstacle(tmp_path):
+    checkpoints.write(tmp_path / "model", TENSORS)
+    (tmp_path / "model" / "trainer_state.json").write_text('{"global_step": "many"}')
+    with checkpoints.open(tmp_path / "model") as opened:
+        assert opened.step is None
+
+
+def test_diffusers_and_single_bin_folders(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(TENSORS, tmp_path / "diffusion_pytorch_model.safetensors")
+    torch.save({"w": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with checkpoints.open(tmp_path) as opened:
+        assert opened.format == "huggingface"
+        assert set(opened.tensors) == set(TENSORS)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with checkpoints.open(tmp_path) as opened:
+        assert opened.format == "huggingface-bin"
+        assert set(opened.tensors) == {"w"}

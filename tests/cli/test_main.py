@@ -1,0 +1,104 @@
+import subprocess
+import sys
+
+import pytest
+import typer
+
+import polyak.cli
+from polyak import __version__
+from polyak.cli import app, main
+from polyak.errors import CheckpointError
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "polyak", *arguments], capture_output=True, text=True)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"polyak {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_lists_the_commands(capsys, arguments):
+    assert main(arguments) == 0
+    assert "demo" in capsys.readouterr().out
+
+
+def test_help_waits_for_neither_torch_nor_matplotlib():
+    code = (
+        "import sys; from polyak.cli import main; assert main(['demo', '--help']) == 0;"
+        "heavy = {'torch', 'matplotlib', 'numpy', 'scipy', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_module_runs():
+    result = run("demo", "--help")
+    assert result.returncode == 0
+    assert "polyak demo --task text" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nope"], "--nope"),
+        (["nope"], "nope"),
+        (["demo", "--task", "chess"], "chess"),
+        (["demo", "--seeds", "few"], "few"),
+        (["demo", "--seeds"], "--seeds"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_code_2(capsys, arguments, message):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("polyak: error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_bad_input_is_one_line_and_code_2_in_a_real_process(tmp_path):
+    result = run("demo", "--seeds", "1", "--output", str(tmp_path))
+    assert result.returncode == 2
+    assert result.stderr.startswith("polyak: error: seeds must be 2 to 1000")
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Add a command that raises what it is given, for as long as the test runs."""
+    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
+
+    def add(error: BaseException) -> None:
+        @app.command("fail")
+        def fail() -> None:
+            raise error
+
+    return add
+
+
+def test_an_error_of_several_lines_is_shown_as_one(command, capsys):
+    command(CheckpointError("a.pt is truncated\nat byte 7"))
+    assert main(["fail"]) == 2
+    assert capsys.readouterr().err == "polyak: error: a.pt is truncated at byte 7\n"
+
+
+def test_an_interrupt_is_code_130_without_a_traceback(command, capsys):
+    command(KeyboardInterrupt())
+    assert main(["fail"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_command_may_choose_its_exit_code(command):
+    command(typer.Exit(3))
+    assert main(["fail"]) == 3
+
+
+def test_a_bug_keeps_its_traceback(command):
+    command(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        main(["fail"])
+
+
+def test_exports():
+    assert set(polyak.cli.__all__) == {"app", "main"}

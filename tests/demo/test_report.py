@@ -1,0 +1,124 @@
+import json
+from io import StringIO
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from polyak.demo.figure import study_figure
+from polyak.demo.report import study_as_data, study_table
+from polyak.demo.tasks import LIVE
+from polyak.demo.verdict import verdict
+
+LIVE_NLL = [0.50, 0.52, 0.48, 0.51, 0.49]
+SWA, RAW, EMA, DECAY = "SWA + update_bn", "SWA, no update_bn", "EMA + update_bn", "decay, last 40%"
+
+
+def shifted(by: float, wobble: float) -> list[float]:
+    """The live weights' scores, moved, and moved a little more or less on every other seed."""
+    return [nll + by + wobble * (-1) ** seed for seed, nll in enumerate(LIVE_NLL)]
+
+
+def test_verdict_when_averaging_helped_and_beat_the_decay(made_up_study):
+    study = made_up_study({LIVE: LIVE_NLL, SWA: shifted(-0.2, 0.01), DECAY: shifted(-0.1, 0.01)})
+    live, decay, *_ = verdict(study)
+    assert live.startswith(
+        "Averaging helped: the test NLL of SWA + update_bn is 0.1980 below that of the live weights (95% interval"
+    )
+    assert "p < 0.001, lower on 5 of 5 seeds)" in live
+    assert decay.startswith("It also beat the best tuned learning-rate decay: the test NLL is 0.1000 below")
+    assert "linear over the last 40%, a share that 18 runs on other seeds" in decay
+
+
+def test_verdict_when_averaging_did_harm(made_up_study):
+    study = made_up_study({LIVE: LIVE_NLL, SWA: shifted(0.1, 0.01), DECAY: shifted(-0.1, 0.01)})
+    live, decay, *_ = verdict(study)
+    assert live.startswith(
+        "Averaging did not help, it did harm: the test NLL of SWA + update_bn is 0.1020 above"
+    )
+    assert "lower on 0 of 5 seeds" in live
+    assert decay.startswith(
+        "The best tuned learning-rate decay is better still: the test NLL is 0.2000 above"
+    )
+
+
+def test_verdict_when_the_seeds_cannot_tell(made_up_study):
+    study = made_up_study({LIVE: LIVE_NLL, SWA: shifted(-0.01, 0.1), DECAY: shifted(-0.02, 0.0)})
+    live, decay, *_ = verdict(study)
+    assert live.startswith("Not sure whether averaging helped: ")
+    low, high = (float(bound) for bound in live.split("difference ")[1].split(",")[0].split(" to "))
+    assert low < 0 < high
+    assert decay.startswith("Against the best tuned learning-rate decay there is no sure difference: ")
+
+
+@pytest.mark.parametrize(
+    ("raw", "opening"),
+    [
+        (
+            [0.60, 0.55, 0.62, 0.58, 0.61],
+            "Without update_bn the average is wrong: 59.2% of the test examples right",
+        ),
+        ([0.95, 0.60, 0.99, 0.97, 0.40], "Whether update_bn mattered is not sure here: 78.2%"),
+        ([0.99, 0.98, 0.99, 0.98, 0.99], "Without update_bn the average did better, which is unusual: 98.6%"),
+    ],
+)
+def test_verdict_on_update_bn(made_up_study, raw, opening):
+    study = made_up_study({LIVE: LIVE_NLL}, accuracy={RAW: raw, SWA: [0.90, 0.91, 0.92, 0.90, 0.91]})
+    sentence = verdict(study)[2]
+    assert sentence.startswith(opening)
+    assert "instead of 90.8%" in sentence
+
+
+def test_the_data_is_json_with_the_numbers_that_were_measured(made_up_study):
+    study = made_up_study({LIVE: LIVE_NLL, SWA: shifted(-0.2, 0.01), DECAY: shifted(-0.1, 0.01)})
+    data = json.loads(json.dumps(study_as_data(study), allow_nan=False))
+
+    by_seed = [data["curves"][str(seed)][SWA]["test_nll"][-1] for seed in range(5)]
+    summary = data["summary"][SWA]["test_nll"]
+    assert summary["by_seed"] == by_seed == shifted(-0.2, 0.01)
+    assert summary["mean"] == pytest.approx(np.mean(by_seed))
+    assert summary["stderr"] == pytest.approx(np.std(by_seed, ddof=1) / 5**0.5)
+    assert summary["minus_live"]["mean"] == pytest.approx(np.mean(by_seed) - np.mean(LIVE_NLL))
+    assert summary["minus_tuned_decay"]["mean"] == pytest.approx(-0.1)
+    assert list(data["summary"]) == [LIVE, "live, early-stopped", DECAY, RAW, SWA, EMA]
+    assert data["tuning"]["best_decay_fraction"] == 0.4
+    assert data["settings"]["averages"][SWA] == {
+        "scheme": "uniform",
+        "start": 320,
+        "every": 20,
+        "update_bn": True,
+    }
+    assert data["settings"]["seeds"] == [0, 1, 2, 3, 4]
+    assert data["verdict"] == verdict(study)
+
+
+def test_the_table_shows_every_candidate_uncut_on_a_terminal_of_80_columns(made_up_study):
+    study = made_up_study({LIVE: LIVE_NLL, SWA: shifted(-0.2, 0.01), DECAY: shifted(-0.1, 0.01)})
+    console = Console(file=StringIO(), width=80)
+    console.print(study_table(study))
+    table = console.file.getvalue()
+    assert "…" not in table
+    lines = [line.split() for line in table.splitlines()]
+    assert [
+        *SWA.split(),
+        "0.3020",
+        "±",
+        "0.0048",
+        "-0.1980",
+        "(p<0.001)",
+        "-0.1000",
+        "(p=0.000)",
+    ] not in lines
+    swa = next(line for line in lines if line[:3] == SWA.split())
+    assert swa[3:7] == ["0.3020", "±", "0.0086", "-0.1980"]
+    assert sum(line[:2] == ["live", "weights"] for line in lines) == 2
+
+
+def test_the_figure_draws_the_decay_only_from_where_it_begins(made_up_study):
+    study = made_up_study({LIVE: LIVE_NLL}, live_validation_nll=(0.9,) * 10)
+    nll, accuracy = study_figure(study).get_axes()
+    ends = {line.get_label(): (line.get_xdata()[0], line.get_xdata()[-1]) for line in nll.get_lines()}
+    # Epochs: 800 steps of 20, the decay over the last 40% of them.
+    assert ends[LIVE] == (12, 40)
+    assert ends[DECAY] == (24, 40)
+    assert accuracy.get_lines()[0].get_ydata()[-1] == pytest.approx(90)

@@ -1,0 +1,190 @@
+"""`Average` on two gloo ranks: DDP, FSDP2, and state through torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import run_on_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import polyak
+from polyak.errors import StructureError
+
+
+def model_of(width=5):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+
+
+def sharded_model():
+    model = model_of()
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def train(model, averages, steps=10, after=0):
+    """SGD on data that depends on the step alone, so that every way of splitting it gives the same weights."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    visited = []
+    for step in range(after, after + steps):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        visited.append({name: full(p).double() for name, p in model.named_parameters()})
+        for average in averages:
+            average.update()
+    return visited
+
+
+def full(tensor):
+    tensor = tensor.detach()
+    return tensor.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def expected_mean(visited, weights):
+    return {name: oracles.mean_of([v[name] for v in visited], weights) for name in visited[0]}
+
+
+def ddp():
+    model = model_of()
+    wrapped = DistributedDataParallel(model)
+    average = polyak.Average(wrapped, polyak.EMA(decay=0.8))
+    visited = train(wrapped, [average])
+    x = torch.ones(1, 3)
+    before = wrapped(x).item()
+    with average.applied():
+        inside = wrapped(x).item()
+    assert wrapped(x).item() == before != inside
+    return {n: t.clone() for n, t in average.named_tensors().items()}, expected_mean(visited, oracles.ema_decay(0.8)(10))
+
+
+def test_ddp_averages_under_bare_names_and_sees_the_swap():
+    for found, expected in run_on_ranks(ddp):
+        assert list(found) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+        for name, value in found.items():
+            torch.testing.assert_close(value.double(), expected[f"module.{name}"], rtol=0, atol=1e-6)
+
+
+def fsdp():
+    model = sharded_model()
+    averages = [polyak.Average(model, polyak.Uniform()), polyak.Average(model, polyak.EMA(decay=0.8), compensated=True)]
+    visited = train(model, averages)
+    held = sum(t.to_local().numel() for t in averages[0].named_tensors().values())
+    found = [{n: full(t) for n, t in a.named_tensors().items()} for a in averages]
+    x = torch.ones(1, 3)
+    before, live = model(x).item(), {n: full(p) for n, p in model.named_parameters()}
+    with averages[0].applied():
+        inside = model(x).item()
+    reference = model_of()
+    reference.load_state_dict(found[0])
+    assert inside == pytest.approx(reference(x).item(), abs=1e-6)
+    model(x)  # leaves the root gathered
+    averages[0].update()
+    assert model(x).item() == before
+    assert all(torch.equal(full(p), live[n]) for n, p in model.named_parameters())
+    return held, found, [expected_mean(visited, w(10)) for w in (oracles.uniform, oracles.ema_decay(0.8))]
+
+
+def test_fsdp2_averages_each_shard_where_it_is():
+    results = run_on_ranks(fsdp)
+    total = sum(p.numel() for p in model_of().parameters())
+    assert sum(held for held, _, _ in results) == total, "every element is held on exactly one rank"
+    for _, found, expected in results:
+        for one, other in zip(found, expected, strict=True):
+            for name, value in one.items():
+                torch.testing.assert_close(value.double(), other[name], rtol=0, atol=1e-6)
+
+
+def poisoned_shard():
+    model = sharded_model()
+    average = polyak.Average(model, polyak.Uniform())
+    train(model, [average], steps=2)
+    before = {n: full(t) for n, t in average.named_tensors().items()}
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model[0].weight.to_local()[0, 0] = float("nan")
+    average.update()
+    assert (average.n_averaged, average.n_skipped) == (2, 1)
+    assert all(torch.equal(full(t), before[n]) for n, t in average.named_tensors().items())
+    return True
+
+
+def test_a_nan_on_one_rank_is_skipped_on_all():
+    assert run_on_ranks(poisoned_shard) == [True, True]
+
+
+def save_sharded(folder):
+    model = sharded_model()
+    average = polyak.Average(model, polyak.EMA(half_life=5), every=2)
+    train(model, [average])
+    dcp.save({"average": average.state_dict(), "model": model.state_dict()}, checkpoint_id=folder)
+    visited = train(model, [average], after=10)
+    return {n: full(t) for n, t in average.named_tensors().items()}, visited[-1]
+
+
+def load_sharded(folder):
+    model = sharded_model()
+    average = polyak.Average(model, polyak.EMA(half_life=5), every=2)
+    return resume(folder, model, average)
+
+
+def resume(folder, model, average):
+    state = {"average": average.state_dict(), "model": model.state_dict()}
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    average.load_state_dict(state["average"])
+    assert average.n_averaged == 5
+    visited = train(model, [average], after=10)
+    return {n: full(t) for n, t in average.named_tensors().items()}, visited[-1]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the load in this one process
+def test_state_goes_through_distributed_checkpoints_to_another_number_of_ranks(tmp_path):
+    (whole, last), _ = run_on_ranks(save_sharded, str(tmp_path))
+    for (resumed, end) in run_on_ranks(load_sharded, str(tmp_path)):
+        assert all(torch.equal(end[n], last[n]) for n in last)
+        assert all(torch.equal(resumed[n], whole[n]) for n in whole), "bitwise as if never interrupted"
+    model = model_of()
+    alone, end = resume(str(tmp_path), model, polyak.Average(model, polyak.EMA(half_life=5), every=2))
+    for name in whole:
+        torch.testing.assert_close(alone[name], whole[name], rtol=0, atol=1e-6)
+
+
+def shard_after_start():
+    model = model_of()
+    average = polyak.Average(model, polyak.Uniform())
+    average.update()
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    assert isinstance(fully_shard(model), FSDPModule)
+    with pytest.raises(StructureError, match=r"reshaped '0\.weight \(5, 3\) -> \(5, 3\) sharded as"):
+        average.update()
+    fresh = polyak.Average(model, polyak.Uniform())
+    fresh.update()
+    return fresh.n_averaged
+
+
+def test_a_model_sharded_halfway_is_refused():
+    assert run_on_ranks(shard_after_start) == [1, 1]
+
+
+def hybrid():
+    model = model_of()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
+    average = polyak.Average(model, polyak.Uniform())
+    visited = train(model, [average], steps=4)
+    return {n: full(t) for n, t in average.named_tensors().items()}, expected_mean(visited, oracles.uniform(4))
+
+
+def test_hybrid_sharding():
+    for found, expected in run_on_ranks(hybrid):
+        for name, value in found.items():
+            torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-6)

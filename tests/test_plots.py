@@ -1,0 +1,91 @@
+import builtins
+import subprocess
+import sys
+from io import BytesIO
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from polyak.errors import MissingExtraError, OptionError
+from polyak.plots import Line, Panel, line_panels, png_bytes
+
+X = [1, 2, 3]
+LIVE = Line("live", X, [[3.0, 2.0, 1.0], [5.0, 2.0, 1.0]])
+SWA = Line("SWA", X, [[1.0, 1.0, 0.5]])
+
+
+def test_lines_are_means_in_bands_of_one_standard_error():
+    (axes,) = line_panels("title", "epoch", [Panel("NLL", [LIVE, SWA])]).get_axes()
+    live, swa = axes.get_lines()
+    np.testing.assert_allclose(live.get_ydata(), [4, 2, 1])
+    np.testing.assert_allclose(swa.get_ydata(), [1, 1, 0.5])
+    (band,) = axes.collections
+    corners = band.get_paths()[0].vertices
+    # std([3, 5], ddof=1) / √2 = 1
+    assert corners[:, 1].max() == pytest.approx(5) and corners[corners[:, 0] == 1, 1].min() == pytest.approx(
+        3
+    )
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "NLL")
+
+
+def test_a_label_keeps_its_colour_across_panels_and_stands_in_the_legend_once():
+    figure = line_panels("title", "epoch", [Panel("NLL", [LIVE, SWA]), Panel("accuracy", [SWA, LIVE])])
+    first, second = figure.get_axes()
+    colour = [{line.get_label(): line.get_color() for line in axes.get_lines()} for axes in (first, second)]
+    assert colour[0] == colour[1]
+    assert len(set(colour[0].values())) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["live", "SWA"]
+
+
+def test_y_limits_cut_off_what_would_squeeze_the_rest():
+    (axes,) = line_panels("title", "epoch", [Panel("NLL", [LIVE], y_limits=(0.5, 2.5))]).get_axes()
+    assert axes.get_ylim() == (0.5, 2.5)
+
+
+def test_png_is_a_picture_and_the_same_every_time():
+    first, second = (png_bytes(line_panels("title", "epoch", [Panel("NLL", [LIVE, SWA])])) for _ in range(2))
+    assert first == second
+    height, width, _ = imread(BytesIO(first), format="png").shape
+    assert width > height > 300
+
+
+@pytest.mark.parametrize(
+    ("panels", "message"),
+    [
+        ([], "nothing to draw"),
+        ([Panel("NLL", [])], "nothing to draw"),
+        ([Panel("NLL", [Line("live", X, [1.0, 2.0, 3.0])])], r"line 'live' needs .* got \[3\] and \[3\]"),
+        ([Panel("NLL", [Line("live", X, [[1.0, 2.0]])])], r"got \[3\] and \[1, 2\]"),
+        ([Panel("NLL", [Line(str(n), X, [[1.0, 2.0, 3.0]]) for n in range(8)])], "8 labels"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(panels, message):
+    with pytest.raises(OptionError, match=message):
+        line_panels("title", "epoch", panels)
+
+
+def test_without_matplotlib_the_message_is_the_pip_command(monkeypatch):
+    real_import = builtins.__import__
+
+    def no_matplotlib(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real_import(name, *args, **kwargs)
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
+    with pytest.raises(MissingExtraError, match=r"pip install 'polyak\[demo\]'"):
+        line_panels("title", "epoch", [Panel("NLL", [SWA])])
+
+
+def test_drawing_leaves_pyplot_and_the_backend_alone():
+    code = (
+        "import sys; from polyak.plots import *;"
+        "assert 'matplotlib' not in sys.modules, 'imported before use';"
+        "png_bytes(line_panels('title', 'epoch', [Panel('NLL', [Line('live', [1, 2], [[1., 2.]])])]));"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
