@@ -212,16 +212,17 @@ class Accumulator:
         m -= c/(1-c) (w - m): exact where m = w, and within two roundings elsewhere, in this rare case only.
         """
         for k, batch in enumerate(self._batches):
-            flat, sources = self._stage(batch, tensors)
-            if not _is_finite(flat):
+            sources = batch.sources(tensors, owned=self.compensated)
+            if not batch.is_finite(sources):
                 for done in self._batches[:k]:
-                    self._fold(done, self._stage(done, tensors)[1], -coefficient / (1 - coefficient))
+                    sources = done.sources(tensors, owned=self.compensated)
+                    self._fold(done, sources, -coefficient / (1 - coefficient))
                 return False
             self._fold(batch, sources, coefficient)
         return True
 
     def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
-        finite = all(_is_finite(batch.stage(tensors)[0]) for batch in self._batches)
+        finite = all(batch.is_finite(batch.sources(tensors)) for batch in self._batches)
         return bool(self._agree(torch.tensor(finite))) if self._agree else finite
 
     def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
@@ -233,10 +234,7 @@ class Accumulator:
             torch._foreach_lerp_(self.means, list(tensors), coefficient)
         else:
             for batch in self._batches:
-                self._fold(batch, self._stage(batch, tensors)[1], coefficient)
-
-    def _stage(self, batch: Batch, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        return batch.stage(tensors, owned=self.compensated)
+                self._fold(batch, batch.sources(tensors, owned=self.compensated), coefficient)
 
     def _fold(self, batch: Batch, sources: list[Tensor], coefficient: float) -> None:
         if self.compensated:
@@ -274,8 +272,8 @@ class Accumulator:
         coefficient = self._coefficient(position) * finite
         for batch in self._batches:
             device = batch.means[0].device
-            flat, sources = batch.stage(tensors, owned=True)
-            flat.masked_fill_(~finite.to(device), 0)  # 0 * NaN would still be NaN
+            buffer, sources = batch.copies(tensors)
+            buffer.masked_fill_(~finite.to(device), 0)  # a factor of 0 would not do: 0 * NaN is NaN
             if self.compensated:
                 self._fold_compensated(batch, sources, coefficient.to(device))
             else:
@@ -297,8 +295,3 @@ def _zeros(like: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tens
     if like.is_complex() and not dtype.is_complex:
         dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
     return torch.zeros_like(like, dtype=dtype, device=device, requires_grad=False)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # A NaN or an infinity always shows in the sum; a sum that only overflowed is looked at again.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

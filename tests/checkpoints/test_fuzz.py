@@ -24,15 +24,22 @@ NESTED = {
 def write_shards(path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("polyak.checkpoints.huggingface.MAX_SHARD_BYTES", 20)
-        checkpoints.write(path, TENSORS)
+        checkpoints.write(path, TENSORS, format="huggingface")
+
+
+def write_compressed(path):
+    with path.open("wb") as stream:
+        np.savez_compressed(stream, a=np.arange(60).reshape(6, 10))
 
 
 WRITERS = {
-    "safetensors": lambda path: checkpoints.write(path, TENSORS, format="safetensors", metadata={"a": "b"}),
+    "safetensors": lambda path: checkpoints.write(
+        path, TENSORS, format="safetensors", metadata={"note": "x"}
+    ),
     "pt": lambda path: torch.save(NESTED, path),
     "legacy pt": lambda path: torch.save(NESTED, path, _use_new_zipfile_serialization=False),
     "npz": lambda path: checkpoints.write(path, TENSORS, format="npz"),
-    "compressed npz": lambda path: np.savez_compressed(path.open("wb"), a=np.arange(60).reshape(6, 10)),
+    "compressed npz": write_compressed,
     "huggingface": write_shards,
     "dcp": lambda path: checkpoints.write(path, TENSORS, format="dcp"),
 }

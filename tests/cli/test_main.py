@@ -45,7 +45,7 @@ def test_the_module_runs():
         (["--nope"], "--nope"),
         (["nope"], "nope"),
         (["demo", "--task", "chess"], "chess"),
-        (["demo", "--seeds", "few"], "few"),
+        (["demo", "--seeds", "few"], "'--seeds'"),
         (["demo", "--seeds"], "--seeds"),
     ],
 )
@@ -58,10 +58,11 @@ def test_a_wrong_command_line_is_one_line_and_code_2(capsys, arguments, message)
 
 
 def test_bad_input_is_one_line_and_code_2_in_a_real_process(tmp_path):
-    result = run("demo", "--seeds", "1", "--output", str(tmp_path))
+    result = run("demo", "--seeds", "1", "--output", str(tmp_path / "out"))
     assert result.returncode == 2
     assert result.stderr.startswith("polyak: error: seeds must be 2 to 1000")
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    assert result.stdout == "" and not (tmp_path / "out").exists()
 
 
 @pytest.fixture

@@ -234,5 +234,6 @@ class DcpWriter(SpooledWriter):
             try:
                 save(dict(tensors), storage_writer=FileSystemWriter(target), no_dist=True)
             except CheckpointException as error:
-                raise OSError(f"torch.distributed.checkpoint failed ({error})") from error
+                reason, _ = next(iter(error.failures.values()))
+                raise OSError(str(reason)) from error
         (target / SIDECAR).write_text(sidecar_text(self.layout))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from polyak.checkpoints import pickled, safetensors
 from polyak.checkpoints.atomic import AtomicOutput, writing
 from polyak.checkpoints.base import Contents, Location, StoredTensor
 from polyak.checkpoints.writer import Layout, Writer
-from polyak.errors import CheckpointError, name_list
+from polyak.errors import CheckpointError, StructureError, name_list
 
 __all__ = ["BIN", "SAFETENSORS", "HuggingFaceWriter", "find_weights_file", "read"]
 
@@ -31,7 +32,7 @@ class _Kind:
     stem: str
     suffix: str
     read: Callable[[Path], Contents]
-    writer: type[Writer]
+    writer: Callable[[Path, Layout], Writer]
 
 
 SAFETENSORS = _Kind("model", ".safetensors", safetensors.read, safetensors.SafetensorsWriter)
@@ -127,24 +128,36 @@ class HuggingFaceWriter(Writer):
         self._file_of: dict[str, str] = {}
         folder = self._output.create_folder()
         try:
-            for number, part in enumerate(parts, 1):
-                shard = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
-                file = kind.stem + shard + kind.suffix
-                self._writers[file] = kind.writer(folder / file, part)
-                self._file_of |= dict.fromkeys([*part.tensors, *part.ties], file)
+            with self._under_its_name():
+                for number, part in enumerate(parts, 1):
+                    shard = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+                    file = kind.stem + shard + kind.suffix
+                    self._writers[file] = kind.writer(folder / file, part)
+                    self._file_of |= dict.fromkeys([*part.tensors, *part.ties], file)
         except BaseException:
             self.abort()
             raise
 
+    @contextmanager
+    def _under_its_name(self) -> Iterator[None]:
+        """Errors of the shards name the folder as it was asked for, not the temporary one."""
+        try:
+            yield
+        except (CheckpointError, StructureError) as error:
+            text = str(error).replace(str(self._output.temporary), str(self._output.path))
+            raise type(error)(text) from error
+
     def _write(self, name: str, start: int, values: Tensor) -> None:
-        self._writers[self._file_of[name]].write(name, start, values)
+        with self._under_its_name():
+            self._writers[self._file_of[name]].write(name, start, values)
 
     def location(self, name: str) -> Location | None:
         return self._writers[self._file_of[name]].location(name)
 
     def commit(self) -> None:
-        for writer in self._writers.values():
-            writer.commit()
+        with self._under_its_name():
+            for writer in self._writers.values():
+                writer.commit()
         if len(self._writers) > 1:
             total_bytes = sum(info.nbytes for info in self.layout.tensors.values())
             index = {"metadata": {"total_size": total_bytes}, "weight_map": self._file_of}

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PolyakError as error:
         message = str(error)
     except _UsageError as error:
-        message = f"{error.format_message()} (polyak --help shows what there is)"
+        command = error.ctx.command_path if error.ctx else "polyak"
+        message = f"{error.format_message()} (see {command} --help)"
     except (typer.Abort, KeyboardInterrupt):
         return 130
     print(f"polyak: error: {' '.join(message.split())}", file=sys.stderr)

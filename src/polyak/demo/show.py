@@ -12,7 +12,7 @@ from rich.text import Text
 from polyak.demo.figure import study_figure
 from polyak.demo.outputs import Outputs
 from polyak.demo.report import study_as_data, study_table
-from polyak.demo.study import Study, run_count, run_study
+from polyak.demo.study import Study, check_seeds, run_count, run_study
 from polyak.demo.tasks import Task
 from polyak.demo.verdict import verdict
 from polyak.extras import require
@@ -29,6 +29,7 @@ def show(task: Task, seeds: int, outputs: Outputs, console: Console) -> Study:
     Raises:
         MissingExtraError, OptionError, OutputExistsError, CheckpointError: before any training.
     """
+    check_seeds(task, seeds)
     for module in ("matplotlib", "scipy", "sklearn"):
         require(module, extra="demo", purpose="the demo")
     outputs.claim()

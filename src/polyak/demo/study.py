@@ -17,7 +17,7 @@ from polyak.demo.tasks import LIVE, LIVE_EARLY, Task
 from polyak.demo.training import train
 from polyak.errors import OptionError
 
-__all__ = ["Study", "run_count", "run_study"]
+__all__ = ["Study", "check_seeds", "run_count", "run_study"]
 
 Runs = Iterable[dict[str, Curve]]
 Map = Callable[..., Runs]
@@ -65,6 +65,15 @@ def run_count(task: Task, seeds: int) -> int:
     return len(task.decay_fractions) * len(task.tuning_seeds) + 2 * seeds
 
 
+def check_seeds(task: Task, seeds: int) -> None:
+    """Refuse (``OptionError``) too few seeds for a paired test, or so many that they reach the tuning seeds."""
+    if not 2 <= seeds <= min(task.tuning_seeds):
+        raise OptionError(
+            f"seeds must be 2 to {min(task.tuning_seeds)}: a single run shows nothing about chance, and from "
+            f"{min(task.tuning_seeds)} on the seeds tune the baseline. Got {seeds}."
+        )
+
+
 def run_study(
     task: Task, seeds: int, *, workers: int = 1, on_run: Callable[[str], object] = lambda doing: None
 ) -> Study:
@@ -77,14 +86,9 @@ def run_study(
         on_run: called after each training run with what is being done.
 
     Raises:
-        OptionError: if there are too few seeds for a paired test, or as many as reach the tuning seeds.
+        OptionError: as :func:`check_seeds` does.
     """
-    if not 2 <= seeds <= min(task.tuning_seeds):
-        raise OptionError(
-            f"seeds must be 2 to {min(task.tuning_seeds)}: a single run shows nothing about chance, and from "
-            f"{min(task.tuning_seeds)} on the seeds tune the baseline. Got {seeds}."
-        )
-
+    check_seeds(task, seeds)
     with _mapper(workers) as run_all:
         pairs = [(fraction, seed) for fraction in task.decay_fractions for seed in task.tuning_seeds]
         tuning_nll: dict[float, list[float]] = {fraction: [] for fraction in task.decay_fractions}

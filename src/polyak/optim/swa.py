@@ -171,7 +171,8 @@ class SWA(Optimizer):
         """
         if self._is_swapped():
             for average in self._averages.values():
-                average.swap_out()
+                if average.live:
+                    average.swap_out()
             return
         for number, group in enumerate(self.param_groups):
             average = self._average_of(group)
