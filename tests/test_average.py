@@ -564,3 +564,34 @@ def test_memory_is_one_copy_of_the_parameters():
 def test_repr_says_what_it_is():
     average = polyak.Average(mlp(), polyak.EMA(decay=0.5), every=2)
     assert repr(average) == "Average(EMA(decay=0.5), start=0, every=2, n_averaged=0)"
+
+
+# What `every` must not change.
+
+
+def ramp(scheme, every, steps=1000):
+    """The average of w_t = t: where the scheme's weight lies in the run."""
+    model = nn.Linear(1, 1, bias=False)
+    average = polyak.Average(model, scheme, every=every, dtype=torch.float64)
+    for step in range(1, steps + 1):
+        model.weight.data.fill_(step)
+        average.update()
+    return float(average.named_tensors()["weight"])
+
+
+@pytest.mark.parametrize("every", [2, 10, 50])
+@pytest.mark.parametrize("scheme", [polyak.Power(gamma=6.94), polyak.Power(sigma_rel=0.2)], ids=str)
+def test_a_power_average_keeps_its_mean_position_when_sampled_rarely(scheme, every):
+    """ema-pytorch's Karras EMA is off by 2 to 12 times with update_every."""
+    lag, reference = 1000 - ramp(scheme, every), 1000 - ramp(scheme, 1)
+    assert abs(lag - reference) <= every, "a sample stands for the steps before it, at most `every` of them"
+
+
+@pytest.mark.parametrize("every", [2, 10, 50])
+def test_a_half_life_keeps_its_horizon_when_sampled_rarely(every):
+    scheme = polyak.EMA(half_life=100)
+    lag, reference = 1000 - ramp(scheme, every), 1000 - ramp(scheme, 1)
+    assert abs(lag - reference) <= every
+    assert 1000 - ramp(polyak.EMA(decay=0.5 ** (1 / 100)), every) > reference + every, (
+        "per-sample decay does change"
+    )

@@ -72,6 +72,31 @@ def test_folders_with_other_files_are_not_replaced(tmp_path, format):
     assert [item.name for item in tmp_path.iterdir()] == ["model"]
 
 
+def test_links_to_folders_are_not_replaced(tmp_path):
+    checkpoints.write(tmp_path / "model", {"w": torch.zeros(1)})
+    (tmp_path / "latest").symlink_to(tmp_path / "model")
+    with pytest.raises(OutputExistsError, match="is a link to a folder: name the folder itself"):
+        checkpoints.write(tmp_path / "latest", {"w": torch.ones(1)}, overwrite=True)
+
+
+def test_an_old_folder_is_put_back_if_the_new_one_cannot_be_named(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    checkpoints.write(path, {"w": torch.zeros(1)})
+    rename = os.rename
+
+    def fail_on_new(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_on_new)
+    with pytest.raises(CheckpointError, match="Input/output error; nothing was changed there"):
+        checkpoints.write(path, {"w": torch.ones(1)}, overwrite=True)
+    assert list(tmp_path.iterdir()) == [path]
+    with checkpoints.open(path) as opened:
+        assert opened.read("w").item() == 0
+
+
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
     path = tmp_path / "x.safetensors"
     layout = Layout({"w": TensorInfo((1,), torch.float32)})

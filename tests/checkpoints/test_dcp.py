@@ -2,9 +2,7 @@
 
 import os
 import pickle
-import subprocess
-import sys
-import textwrap
+import shutil
 import warnings
 
 import pytest
@@ -14,6 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from polyak import checkpoints
 from polyak.errors import CheckpointError
+from ranks import run_on_ranks
 
 
 @pytest.fixture
@@ -60,35 +59,22 @@ def test_torch_reads_it(tmp_path):
     assert torch.equal(target["tied"], tensors["a.w"])
 
 
-TWO_RANKS = """
-    import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+def save_sharded(path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     whole = torch.arange(1050).view(7, 10, 15).bfloat16()
     places = {"rows": Shard(0), "columns": Shard(1), "last": Shard(2), "copies": Replicate()}
-    dcp.save(
-        {"model": {name: distribute_tensor(whole, mesh, [place]) for name, place in places.items()}},
-        checkpoint_id=sys.argv[1],
-    )
-    dist.destroy_process_group()
-"""
+    tensors = {name: distribute_tensor(whole, mesh, [place]) for name, place in places.items()}
+    dcp.save({"model": tensors}, checkpoint_id=path)
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    base = tmp_path_factory.mktemp("sharded")
-    (base / "save.py").write_text(textwrap.dedent(TWO_RANKS))
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    subprocess.run(
-        [sys.executable, *command, str(base / "save.py"), str(base / "dcp")],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    return base / "dcp"
+    path = tmp_path_factory.mktemp("sharded") / "dcp"
+    run_on_ranks(save_sharded, path)
+    return path
 
 
 @pytest.mark.parametrize("block_elements", [1 << 16, 7])
@@ -128,6 +114,21 @@ def test_chunks_that_do_not_tile(folder):
         checkpoints.open(path)
 
 
+def test_chunks_that_overlap_and_leave_a_hole(sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "dcp")
+
+    def shift(metadata):
+        chunks = metadata.state_dict_metadata["model.columns"].chunks
+        (second,) = (chunk for chunk in chunks if chunk.offsets[1])
+        place = metadata.storage_data.pop(MetadataIndex("model.columns", second.offsets))
+        second.offsets = torch.Size([0, 2, 0])
+        metadata.storage_data[MetadataIndex("model.columns", second.offsets)] = place
+
+    change_metadata(tmp_path / "dcp", shift)
+    with checkpoints.open(tmp_path / "dcp") as opened, pytest.raises(CheckpointError, match="do not tile"):
+        opened.read("columns")
+
+
 def test_chunks_that_are_not_what_they_should_be(folder):
     path, _ = folder
 
@@ -150,6 +151,18 @@ def test_files_elsewhere_are_refused(folder):
 
     change_metadata(path, point_elsewhere)
     with pytest.raises(CheckpointError, match=r"refers to files outside it: '\.\./other\.distcp'"):
+        checkpoints.open(path)
+
+
+def test_compressed_chunks_are_refused(folder):
+    path, _ = folder
+
+    def pretend(metadata):
+        for info in metadata.storage_data.values():
+            info.transform_descriptors = ["zstd"]
+
+    change_metadata(path, pretend)
+    with pytest.raises(CheckpointError, match="compressed by a DCP extension: save it again without"):
         checkpoints.open(path)
 
 

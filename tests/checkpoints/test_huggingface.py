@@ -80,9 +80,10 @@ def test_folders_that_are_none(tmp_path):
         checkpoints.open(tmp_path)
 
 
-def test_a_damaged_trainer_state_is_no_obstacle(tmp_path):
+@pytest.mark.parametrize("text", ['{"global_step": "many"}', '{"global_step": Infinity}', "[]", "{"])
+def test_a_damaged_trainer_state_is_no_obstacle(tmp_path, text):
     checkpoints.write(tmp_path / "model", TENSORS)
-    (tmp_path / "model" / "trainer_state.json").write_text('{"global_step": "many"}')
+    (tmp_path / "model" / "trainer_state.json").write_text(text)
     with checkpoints.open(tmp_path / "model") as opened:
         assert opened.step is None
 

@@ -29,6 +29,7 @@ def tensors(*names):
         ({"app": {"model": tensors("w")}}, "app.model", ["w"]),
         ({"model": {"state_dict": tensors("w"), "cfg": 1}}, "model.state_dict", ["w"]),
         ({"model": {"encoder": tensors("w"), "head": torch.zeros(1)}}, "model", ["encoder.w", "head"]),
+        ({"model": {"a": {"model": tensors("w")}, "b": torch.zeros(1)}}, "model", ["a.model.w", "b"]),
         ({"module": tensors("w"), "dp_world_size": 8}, "module", ["w"]),
         ({"encoder": tensors("w"), "decoder": tensors("w")}, None, ["encoder.w", "decoder.w"]),
         ({"net": tensors("w"), "opt": {"state": tensors("m")}, "d_optimizer": tensors("m")}, None, ["net.w"]),

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import oracles
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import run_on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import oracles
 import polyak
 from polyak.errors import StructureError
+from ranks import run_on_ranks
 
 
 def model_of(width=5):
@@ -63,7 +63,9 @@ def ddp():
     with average.applied():
         inside = wrapped(x).item()
     assert wrapped(x).item() == before != inside
-    return {n: t.clone() for n, t in average.named_tensors().items()}, expected_mean(visited, oracles.ema_decay(0.8)(10))
+    return {n: t.clone() for n, t in average.named_tensors().items()}, expected_mean(
+        visited, oracles.ema_decay(0.8)(10)
+    )
 
 
 def test_ddp_averages_under_bare_names_and_sees_the_swap():
@@ -75,7 +77,10 @@ def test_ddp_averages_under_bare_names_and_sees_the_swap():
 
 def fsdp():
     model = sharded_model()
-    averages = [polyak.Average(model, polyak.Uniform()), polyak.Average(model, polyak.EMA(decay=0.8), compensated=True)]
+    averages = [
+        polyak.Average(model, polyak.Uniform()),
+        polyak.Average(model, polyak.EMA(decay=0.8), compensated=True),
+    ]
     visited = train(model, averages)
     held = sum(t.to_local().numel() for t in averages[0].named_tensors().values())
     found = [{n: full(t) for n, t in a.named_tensors().items()} for a in averages]
@@ -149,7 +154,7 @@ def resume(folder, model, average):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the load in this one process
 def test_state_goes_through_distributed_checkpoints_to_another_number_of_ranks(tmp_path):
     (whole, last), _ = run_on_ranks(save_sharded, str(tmp_path))
-    for (resumed, end) in run_on_ranks(load_sharded, str(tmp_path)):
+    for resumed, end in run_on_ranks(load_sharded, str(tmp_path)):
         assert all(torch.equal(end[n], last[n]) for n in last)
         assert all(torch.equal(resumed[n], whole[n]) for n in whole), "bitwise as if never interrupted"
     model = model_of()
@@ -181,7 +186,9 @@ def hybrid():
     fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
     average = polyak.Average(model, polyak.Uniform())
     visited = train(model, [average], steps=4)
-    return {n: full(t) for n, t in average.named_tensors().items()}, expected_mean(visited, oracles.uniform(4))
+    return {n: full(t) for n, t in average.named_tensors().items()}, expected_mean(
+        visited, oracles.uniform(4)
+    )
 
 
 def test_hybrid_sharding():

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import lr_scheduler
 
 import polyak
@@ -18,16 +21,13 @@ from swa_training import equal, gradients, network, parameter, train, weights
 SGD = torch.optim.SGD
 
 
-# A real torch optimizer.
-
-
-def vector_optimizers() -> list[tuple[str, dict[str, Any]]]:
+def dense_optimizers() -> list[tuple[str, dict[str, Any]]]:
     names = [name for name, value in vars(torch.optim).items() if isinstance(value, type)]
     plain = [(name, {}) for name in sorted(names) if name not in ("Optimizer", "SparseAdam", "Muon", "SGD")]
     return [*plain, ("SGD", {"momentum": 0.9}), ("Adam", {"fused": True}), ("Adam", {"foreach": True})]
 
 
-def moments_of(visited: list[list[Tensor]]) -> list[Tensor]:
+def means_of(visited: list[list[Tensor]]) -> list[Tensor]:
     return [torch.stack(column).double().mean(0) for column in zip(*visited, strict=True)]
 
 
@@ -52,7 +52,7 @@ def check_against_the_bare_optimizer(
     assert {group["n_avg"] for group in opt.param_groups} == {4}
     assert not equal(visited[0], visited[-1])
     opt.swap_swa_sgd()
-    for p, mean in zip(model.parameters(), moments_of(visited[2:]), strict=True):
+    for p, mean in zip(model.parameters(), means_of(visited[2:]), strict=True):
         torch.testing.assert_close(p.double(), mean, rtol=1e-5, atol=1e-6)
 
 
@@ -63,7 +63,7 @@ def dense(model: nn.Module, step: int) -> float:
     return loss.item()
 
 
-@pytest.mark.parametrize(("name", "options"), vector_optimizers(), ids=str)
+@pytest.mark.parametrize(("name", "options"), dense_optimizers(), ids=str)
 def test_every_optimizer_of_torch_steps_as_alone(name: str, options: dict[str, Any]) -> None:
     check_against_the_bare_optimizer(lambda m: getattr(torch.optim, name)(m.parameters(), **options), dense)
 
@@ -206,7 +206,7 @@ def test_a_group_added_later_counts_for_itself() -> None:
     opt = SWA(SGD([x], lr=0.1), swa_start=1, swa_freq=1)
     opt.step()
     opt.step()
-    opt.add_param_group({"params": y})
+    opt.add_param_group({"params": y, "n_avg": 9, "step_counter": 9})
     opt.optimizer.add_param_group({"params": [z]})
     opt.step()
     opt.step()
@@ -287,3 +287,14 @@ def test_a_model_that_changes_dtype_is_followed_and_other_changes_are_refused() 
     opt.param_groups[0]["params"].append(parameter(1.0))
     with pytest.raises(StructureError, match="new ones as a new group"):
         opt.update_swa()
+
+
+def test_sharded_parameters_are_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shard = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+        with pytest.raises(StructureError, match=r"polyak\.Average with polyak\.Uniform"):
+            SWA(SGD([shard], lr=0.1))
+    finally:
+        dist.destroy_process_group()

@@ -16,6 +16,7 @@ from polyak.batchnorm.layers import BatchNormLayer, layers_to_refresh, lent, sto
 from polyak.batchnorm.meter import Meter
 from polyak.batchnorm.moments import PooledMoments
 from polyak.errors import BatchError, OptionError, StructureError
+from polyak.tensors import bare_model
 
 __all__ = ["update_bn"]
 
@@ -104,7 +105,7 @@ def update_bn(
             f"passes is {passes}, but the loader is a {type(loader).__name__}, which can be iterated only "
             "once; give a list or a DataLoader, or set passes=1"
         )
-    network = _unwrapped(model)
+    network = bare_model(model)  # DistributedDataParallel would wait for the other ranks in every forward
     layers = layers_to_refresh(network, keep_frozen=network.training)
     if not layers:
         return
@@ -154,17 +155,6 @@ def _require_equal_on_ranks(layers: list[BatchNormLayer], passes: int) -> None:
                 f"rank {rank} would refresh other BatchNorm layers than this rank, or take other passes; "
                 "call update_bn with the same model, in the same mode, and the same passes on all ranks"
             )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside wrappers, as DistributedDataParallel waits for the other ranks in every forward."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _eager() -> AbstractContextManager[object]:

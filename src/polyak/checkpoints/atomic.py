@@ -33,7 +33,7 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(error, OutputExistsError):
             raise
         reason = error.strerror or str(error)
-        raise CheckpointError(f"cannot write {path}: {reason}; nothing was left there") from error
+        raise CheckpointError(f"cannot write {path}: {reason}; nothing was changed there") from error
 
 
 def write_all(number: int, data: memoryview, offset: int) -> None:
@@ -96,6 +96,8 @@ class AtomicOutput:
                 f"{self.path} exists already: name another output, or ask to overwrite it"
             )
         if self.path.is_dir():
+            if self.path.is_symlink():
+                raise OutputExistsError(f"{self.path} is a link to a folder: name the folder itself")
             foreign = [item.name for item in self.path.iterdir() if not _is_ours(item)]
             if foreign:
                 raise OutputExistsError(

@@ -173,7 +173,7 @@ class ChunkedTensor(StoredTensor):
 
     def __init__(self, path: Path, name: str, info: TensorInfo, chunks: list[_Chunk]) -> None:
         self.info = info
-        self._chunks = chunks
+        self._path, self._name, self._chunks = path, name, chunks
         inside = all(
             len(chunk.offsets) == len(chunk.info.shape) == len(info.shape)
             and all(
@@ -183,9 +183,12 @@ class ChunkedTensor(StoredTensor):
             for chunk in chunks
         )
         if not inside or sum(chunk.info.numel for chunk in chunks) != info.numel:
-            raise CheckpointError(
-                f"{path}: the chunks of tensor {name!r} do not tile its shape {list(info.shape)}"
-            )
+            raise self._does_not_tile()
+
+    def _does_not_tile(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self._path}: the chunks of tensor {self._name!r} do not tile its shape {list(self.info.shape)}"
+        )
 
     @property
     def location(self) -> Location | None:
@@ -203,11 +206,13 @@ class ChunkedTensor(StoredTensor):
         position = np.arange(start, start + out.numel())
         coordinates = np.unravel_index(position, self.info.shape)
         items = out.view(torch.uint8).view(-1, out.element_size())
+        covered = np.zeros(out.numel(), dtype=bool)
         for chunk in self._chunks:
             local = [axis - low for axis, low in zip(coordinates, chunk.offsets, strict=True)]
             inside = np.logical_and.reduce(
                 [(axis >= 0) & (axis < size) for axis, size in zip(local, chunk.info.shape, strict=True)]
             )
+            covered |= inside
             if inside.any():
                 # Row-major order is kept inside a box, so its part of the block is one run of the chunk.
                 first = np.argmax(inside)
@@ -218,6 +223,8 @@ class ChunkedTensor(StoredTensor):
                 run = torch.empty(int(inside.sum()), dtype=self.info.dtype)
                 chunk.stored.read_into(run_start, run)
                 items[torch.from_numpy(inside)] = run.view(torch.uint8).view(-1, out.element_size())
+        if not covered.all():
+            raise self._does_not_tile()
 
 
 class DcpWriter(SpooledWriter):

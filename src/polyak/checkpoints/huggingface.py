@@ -74,7 +74,7 @@ def _trainer_step(path: Path) -> str | None:
     """The step as transformers' Trainer keeps it, beside the weights."""
     try:
         return str(int(json.loads((path / _TRAINER_STATE).read_bytes())["global_step"]))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, OverflowError, TypeError, KeyError, RecursionError):
         return None
 
 

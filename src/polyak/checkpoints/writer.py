@@ -130,7 +130,11 @@ class SpooledWriter(Writer):
             position += info.nbytes + (-info.nbytes % _ALIGNMENT)
         with writing(path):
             self._spool = tempfile.TemporaryFile(dir=path.parent, buffering=0)  # noqa: SIM115 (closed in abort)
-            self._spool.truncate(max(position, 1))
+            try:
+                self._spool.truncate(max(position, 1))
+            except BaseException:
+                self._spool.close()
+                raise
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
         offset = self._offsets[name] + start * values.element_size()

@@ -23,7 +23,7 @@ __all__ = ["show"]
 _TEXT_FILE_COLUMNS = 100
 
 
-def show(task: Task, seeds: int, outputs: Outputs, console: Console) -> Study:
+def show(task: Task, seeds: int, outputs: Outputs, console: Console) -> None:
     """Run ``task`` on ``seeds`` seeds with a progress bar, print table and verdict, write ``outputs``.
 
     Raises:
@@ -35,19 +35,18 @@ def show(task: Task, seeds: int, outputs: Outputs, console: Console) -> Study:
     outputs.claim()
     console.print(_announcement(task, seeds))
     study = _run_with_progress(task, seeds, console)
-    findings = Group(study_table(study), *(Text(sentence) for sentence in verdict(study)))
+    findings = Group(study_table(study), "", *(Text(sentence) for sentence in verdict(study)))
     outputs.write(study_as_data(study), png_bytes(study_figure(study)), _as_text(findings))
     console.print(findings)
     console.print(Text(f"\nWritten: {', '.join(str(path) for path in outputs.paths)}", style="dim"))
-    return study
 
 
 def _announcement(task: Task, seeds: int) -> Text:
     return Text(
         f"Training {task.description}: {run_count(task, seeds)} runs of {task.steps} steps.\n"
         f"The learning-rate decay is tuned on {len(task.tuning_seeds)} other seeds, for validation NLL; "
-        f"the averages are taken as they are, untuned. Figures below are from the test set, "
-        f"which nothing was chosen on.\n"
+        f"the averages' settings were fixed beforehand. The scores below are from the test set, which nothing "
+        f"was chosen on.\n"
     )
 
 

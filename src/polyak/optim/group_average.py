@@ -88,11 +88,11 @@ class GroupAverage:
     def loaded(
         cls, params: list[Tensor], saved: Mapping[Tensor, Buffers], counts: Mapping[str, int]
     ) -> GroupAverage:
-        """An average with copies of the saved buffers and the counts ``n_avg`` and ``n_skipped``."""
+        """An average with the saved buffers and the counts ``n_avg`` and ``n_skipped``."""
         average = cls(params)
         copy_into(average._accumulator.means, [saved[p]["swa_buffer"] for p in params])
         average._accumulator.restart(counts["n_avg"], counts["n_skipped"])
-        average.live = [saved[p]["live_buffer"].to(p, copy=True) for p in params if "live_buffer" in saved[p]]
+        average.live = [saved[p]["live_buffer"] for p in params if "live_buffer" in saved[p]]
         return average
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -117,8 +117,8 @@ class GroupAverage:
 
 
 def averageable(group: Mapping[str, Any]) -> list[Tensor]:
-    """The parameters of a group that have a mean, each once; integer ones, as of quantised models, have none."""
-    return [p for p in dict.fromkeys(group["params"]) if p.is_floating_point() or p.is_complex()]
+    """The parameters of a group that have a mean; integer ones, as of quantised models, have none."""
+    return [p for p in group["params"] if p.is_floating_point() or p.is_complex()]
 
 
 def all_params(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
