@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import threading
 
 import pytest
@@ -521,7 +522,7 @@ def test_saved_averages_open_again(tmp_path, suffix):
     with checkpoints.open(path) as saved:
         for name, value in average.named_tensors().items():
             assert torch.equal(saved.read(name), value)
-    assert saved.metadata["polyak.scheme"] == "uniform"
+    assert json.loads(saved.metadata["polyak"])["scheme"] == "uniform"
     with pytest.raises(FileExistsError):
         average.save(path)
     average.save(path, overwrite=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from polyak._version import __version__
 from polyak.accumulator import Accumulator, CheckFinite
 from polyak.binding import Binding
 from polyak.errors import NotStartedError, OptionError, StructureError, SwapError, name_list
@@ -216,7 +218,8 @@ class Average:
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the averaged model as a checkpoint, in the average's own dtype, atomically.
 
-        The ending chooses the format: ``.safetensors``, ``.pt``, …; see :mod:`polyak.checkpoints`.
+        The ending chooses the format: ``.safetensors``, ``.pt``, …; see :mod:`polyak.checkpoints`. A sharded
+        model is written by all ranks, without gathering, as a ``torch.distributed.checkpoint`` folder.
 
         Raises:
             NotStartedError: before the first sample.
@@ -225,10 +228,15 @@ class Average:
         from polyak import checkpoints
 
         tensors = self.named_tensors()
-        for entry in ModelTensors(self._binding.model).values():
-            tensors |= {alias: tensors[entry.name] for alias in entry.aliases if entry.persistent}
-        metadata = {"polyak.scheme": str(self.scheme), "polyak.n_averaged": str(self.n_averaged)}
-        checkpoints.write(path, tensors, metadata=metadata, overwrite=overwrite)
+        entries = [e for e in ModelTensors(self._binding.model).values() if e.persistent]
+        ties = {alias: e.name for e in entries for alias in e.aliases}
+        if self._binding.sharded:
+            checkpoints.write_sharded(path, tensors | {a: tensors[n] for a, n in ties.items()}, overwrite)
+            return
+        about = {"scheme": str(self.scheme), "n_averaged": self.n_averaged, "polyak": __version__}
+        checkpoints.write(
+            path, tensors, ties=ties, metadata={"polyak": json.dumps(about)}, overwrite=overwrite
+        )
 
     # Saving and resuming.
 

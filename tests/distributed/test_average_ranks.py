@@ -163,6 +163,25 @@ def test_state_goes_through_distributed_checkpoints_to_another_number_of_ranks(t
         torch.testing.assert_close(alone[name], whole[name], rtol=0, atol=1e-6)
 
 
+def save_average(folder):
+    model = sharded_model()
+    average = polyak.Average(model, polyak.Uniform())
+    train(model, [average], steps=3)
+    average.save(folder)
+    with pytest.raises(FileExistsError):
+        average.save(folder)
+    return {n: full(t) for n, t in average.named_tensors().items()}
+
+
+def test_a_sharded_average_is_saved_without_gathering(tmp_path):
+    from polyak import checkpoints
+
+    expected, _ = run_on_ranks(save_average, str(tmp_path / "average"))
+    with checkpoints.open(tmp_path / "average") as saved:
+        assert list(saved.tensors) == list(expected)
+        assert all(torch.equal(saved.read(name), value) for name, value in expected.items())
+
+
 def shard_after_start():
     model = model_of()
     average = polyak.Average(model, polyak.Uniform())

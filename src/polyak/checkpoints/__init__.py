@@ -32,12 +32,23 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints.base import Location, TensorInfo
+from polyak.checkpoints.dcp import write_sharded
 from polyak.checkpoints.formats import FORMATS, format_for, recognise
 from polyak.checkpoints.handle import Checkpoint
 from polyak.checkpoints.writer import Layout, Writer
 from polyak.errors import StructureError, name_list
 
-__all__ = ["Checkpoint", "Layout", "Location", "TensorInfo", "Writer", "create", "open", "write"]
+__all__ = [
+    "Checkpoint",
+    "Layout",
+    "Location",
+    "TensorInfo",
+    "Writer",
+    "create",
+    "open",
+    "write",
+    "write_sharded",
+]
 
 
 def open(path: str | PathLike[str], key: str | None = None) -> Checkpoint:

@@ -12,7 +12,9 @@ import pathlib
 import pickle
 import pickletools
 import warnings
+from collections.abc import Mapping
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polyak import distributed
 from polyak.checkpoints.base import Contents, Location, StoredTensor, TensorInfo
 from polyak.checkpoints.nesting import STEP_KEYS
 from polyak.checkpoints.pickled import load_archive
 from polyak.checkpoints.regions import DataFile, contiguous_stride
 from polyak.checkpoints.writer import SIDECAR, SpooledWriter, read_sidecar, sidecar_text
-from polyak.errors import CheckpointError, name_list
+from polyak.errors import CheckpointError, OutputExistsError, name_list
 
-__all__ = ["METADATA", "DcpWriter", "read"]
+__all__ = ["METADATA", "DcpWriter", "read", "write_sharded"]
 
 METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint"
@@ -75,6 +78,20 @@ def read(path: Path) -> Contents:
     sidecar = read_sidecar(path, (path / SIDECAR).read_bytes())
     tree |= {tied: tree[name] for tied, name in sidecar["ties"].items() if name in tree}
     return Contents(tree, sidecar["metadata"])
+
+
+def write_sharded(path: str | PathLike[str], tensors: Mapping[str, Tensor], overwrite: bool = False) -> None:
+    """Write DTensors from all ranks, each its own shards, into one folder; a collective call.
+
+    torch's writer puts ``.metadata`` there last, so a folder that has it is whole. Raises ``OutputExistsError``
+    on every rank where the folder is there and ``overwrite`` is False.
+    """
+    from torch.distributed.checkpoint import save
+
+    path = Path(path)
+    if any(distributed.gather(path.exists())) and not overwrite:
+        raise OutputExistsError(f"{path} exists already: name another output, or ask to overwrite it")
+    save(dict(tensors), checkpoint_id=path)
 
 
 class _Unpickler(pickle.Unpickler):
