@@ -6,6 +6,7 @@ tensors, walked in the batches of :mod:`polyak.batches`.
 
 from __future__ import annotations
 
+import cmath
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak.batches import Batch, plan_batches
+from polyak.batches import Batch, allocate, plan_batches
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import Scheme
 
@@ -88,10 +89,12 @@ class Accumulator:
         self.check_finite = check_finite
         self._agree = agree
         self._dtype, self._device = dtype, device
-        self.means = [_zeros(t, dtype or mean_dtype(t.dtype), device or t.device) for t in tensors]
-        self.residuals = [torch.zeros_like(m) for m in self.means] if compensated else []
+        self.means: list[Tensor] = []
+        self.residuals: list[Tensor] = []
+        self._n_averaged: Any = 0
+        self._n_skipped: Any = 0
+        self._position: Any = 0.0
         self._warned = False
-        self._set_counters(0, 0, 0.0)
         self.bind(tensors)
 
     def bind(self, tensors: Sequence[Tensor]) -> None:
@@ -99,17 +102,23 @@ class Accumulator:
 
         Means follow to another device unless one was asked for, and widen where the tensors did.
         """
-        self.means = [self._fitting(m, t) for m, t in zip(self.means, tensors, strict=True)]
-        self.residuals = [r.to(m) for r, m in zip(self.residuals, self.means, strict=False)]
-        self._eps = max(torch.finfo(m.dtype).eps for m in self.means)
+        dtypes = [self._dtype_for(i, tensor) for i, tensor in enumerate(tensors)]
+        devices = [torch.device(self._device or tensor.device) for tensor in tensors]
+        if [(m.dtype, m.device) for m in self.means] != list(zip(dtypes, devices, strict=True)):
+            self.means = _moved(self.means, allocate(tensors, dtypes, devices))
+            if self.compensated:
+                self.residuals = _moved(self.residuals, allocate(tensors, dtypes, devices))
+        self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         self._batches = plan_batches(tensors, self.means, self.residuals)
-        alike = [(t.dtype, t.device) == (m.dtype, m.device) for t, m in zip(tensors, self.means, strict=True)]
-        self._foreach = all(alike) and not self.compensated
+        self._uncut = plan_batches(tensors, self.means, self.residuals, cut=False)
+        self._foreach = all(batch.alike for batch in self._uncut) and not self.compensated
         self._set_counters(self.n_averaged, self.n_skipped, self.position)
 
-    def _fitting(self, mean: Tensor, tensor: Tensor) -> Tensor:
-        dtype = self._dtype or torch.promote_types(mean.dtype, mean_dtype(tensor.dtype))
-        return mean.to(self._device or tensor.device, dtype if not mean.is_complex() else mean.dtype)
+    def _dtype_for(self, index: int, tensor: Tensor) -> torch.dtype:
+        if self._dtype is not None:
+            return _complex_like(self._dtype) if tensor.is_complex() else self._dtype
+        dtype = mean_dtype(tensor.dtype)
+        return torch.promote_types(self.means[index].dtype, dtype) if self.means else dtype
 
     @property
     def n_averaged(self) -> int:
@@ -212,17 +221,17 @@ class Accumulator:
         m -= c/(1-c) (w - m): exact where m = w, and within two roundings elsewhere, in this rare case only.
         """
         for k, batch in enumerate(self._batches):
-            sources = batch.sources(tensors, owned=self.compensated)
-            if not batch.is_finite(sources):
+            source = batch.source(tensors, owned=self.compensated)
+            if not _is_finite(source):
                 for done in self._batches[:k]:
-                    sources = done.sources(tensors, owned=self.compensated)
-                    self._fold(done, sources, -coefficient / (1 - coefficient))
+                    source = done.source(tensors, owned=self.compensated)
+                    self._fold(done, source, -coefficient / (1 - coefficient))
                 return False
-            self._fold(batch, sources, coefficient)
+            self._fold(batch, source, coefficient)
         return True
 
     def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
-        finite = all(batch.is_finite(batch.sources(tensors)) for batch in self._batches)
+        finite = all(_is_finite(batch.source(tensors)) for batch in self._batches)
         return bool(self._agree(torch.tensor(finite))) if self._agree else finite
 
     def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
@@ -231,27 +240,22 @@ class Accumulator:
             for residual in self.residuals:
                 residual.zero_()
         elif self._foreach:
-            torch._foreach_lerp_(self.means, list(tensors), coefficient)
+            sources = [batch.source(tensors) for batch in self._uncut]
+            torch._foreach_lerp_([batch.mean for batch in self._uncut], sources, coefficient)
         else:
             for batch in self._batches:
-                self._fold(batch, batch.sources(tensors, owned=self.compensated), coefficient)
+                self._fold(batch, batch.source(tensors, owned=self.compensated), coefficient)
 
-    def _fold(self, batch: Batch, sources: list[Tensor], coefficient: float) -> None:
-        if self.compensated:
-            self._fold_compensated(batch, sources, coefficient)
-        else:
-            torch._foreach_lerp_(batch.means, sources, coefficient)
-
-    def _fold_compensated(self, batch: Batch, sources: list[Tensor], coefficient: Any) -> None:
-        # Staged sources are scratch and become the change y; m and e then take up y as in Kahan's sum.
-        torch._foreach_sub_(sources, batch.means)
-        torch._foreach_sub_(sources, batch.residuals)
-        torch._foreach_mul_(sources, coefficient)
-        torch._foreach_add_(sources, batch.residuals)
-        torch._foreach_copy_(batch.residuals, batch.means)
-        torch._foreach_add_(batch.means, sources)
-        torch._foreach_sub_(batch.residuals, batch.means)
-        torch._foreach_add_(batch.residuals, sources)
+    def _fold(self, batch: Batch, source: Tensor, coefficient: Any) -> None:
+        if batch.residual is None:
+            batch.mean.lerp_(source, coefficient)
+            return
+        # The source is scratch and becomes the change y; m and e then take up y as in Kahan's sum.
+        mean, residual = batch.mean, batch.residual
+        change = source.sub_(mean).sub_(residual).mul_(coefficient).add_(residual)
+        residual.copy_(mean)
+        mean.add_(change)
+        residual.sub_(mean).add_(change)
 
     def _raise_non_finite(self, tensors: Sequence[Tensor]) -> None:
         bad = [name for name, t in zip(self.names, tensors, strict=True) if not bool(torch.isfinite(t).all())]
@@ -271,15 +275,13 @@ class Accumulator:
         finite = finite.to(self.means[0].device, non_blocking=True)
         coefficient = self._coefficient(position) * finite
         for batch in self._batches:
-            device = batch.means[0].device
-            buffer, sources = batch.copies(tensors)
-            buffer.masked_fill_(~finite.to(device), 0)  # a factor of 0 would not do: 0 * NaN is NaN
-            if self.compensated:
-                self._fold_compensated(batch, sources, coefficient.to(device))
+            device = batch.mean.device
+            source = batch.source(tensors, owned=True)
+            source.masked_fill_(~finite.to(device), 0)  # a factor of 0 would not do: 0 * NaN is NaN
+            if batch.residual is None:
+                batch.mean.add_(source.sub_(batch.mean).mul_(coefficient.to(device)))
             else:
-                torch._foreach_sub_(sources, batch.means)
-                torch._foreach_mul_(sources, coefficient.to(device))
-                torch._foreach_add_(batch.means, sources)
+                self._fold(batch, source, coefficient.to(device))
         self._count(finite.to(coefficient.dtype), position)
         if self.check_finite == "raise" and not finite:
             self._raise_non_finite(tensors)
@@ -291,7 +293,16 @@ class Accumulator:
         return self._agree(finite) if self._agree else finite
 
 
-def _zeros(like: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    if like.is_complex() and not dtype.is_complex:
-        dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
-    return torch.zeros_like(like, dtype=dtype, device=device, requires_grad=False)
+def _moved(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    if old:
+        torch._foreach_copy_(new, old)
+    return new
+
+
+def _complex_like(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype in (torch.float64, torch.complex128) else torch.complex64
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A NaN or an infinity always shows in the sum; a sum that only overflowed is looked at again.
+    return cmath.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())

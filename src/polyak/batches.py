@@ -1,26 +1,25 @@
 """Lists of tensors in batches: small enough for the cache, large enough to be worth a call.
 
-Checking a batch, converting it and folding it into the mean then cost one trip to memory. The plan is made
-once, when an average is bound to a model; an update only walks it.
+Checking a batch, converting it and folding it into the mean then cost one trip to memory. Small tensors have
+their means side by side in one buffer, so that a hundred of them are one batch. The plan is made once, when
+an average is bound to a model; an update only walks it.
 """
 
 from __future__ import annotations
 
-import cmath
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "plan_batches"]
+__all__ = ["Batch", "allocate", "plan_batches"]
 
-# Elements in a batch: on the host, what its caches hold. Where sources are copied for conversion, and where small
-# ones are gathered to be looked at together, 1% of all elements at most, for the memory promise. Tensors of the
-# least size and more are worth a call of their own.
-_CACHE_NUMEL = 1 << 19
+# Tensors below this many elements cost more to call upon than to touch.
+_SMALL_NUMEL = 1 << 14
+# Large tensors are cut to what the caches hold; on an accelerator to what a launch is worth.
+_CACHE_NUMEL = 1 << 20
 _ACCELERATOR_NUMEL = 1 << 24
-_LEAST_NUMEL = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,112 +38,107 @@ class _Piece:
 
 @dataclass(slots=True)
 class Batch:
-    """Pieces with one dtype and device, and another one for their means.
+    """One piece of a tensor, or several small tensors whose means lie side by side.
 
-    ``means`` and ``residuals`` are views, made once; the sources are looked up at each update, since a model
-    may put other data behind a parameter at any time. ``checks`` are the positions to look at together.
+    ``mean`` and ``residual`` are views, made once; the source is looked up at each update, since a model may
+    put other data behind a parameter at any time.
     """
 
     pieces: list[_Piece]
-    means: list[Tensor]
-    residuals: list[Tensor]
-    alike: bool  # sources have the dtype and device of their means
-    checks: list[list[int]]
-    numels: list[int] = field(init=False)
+    mean: Tensor
+    residual: Tensor | None
+    alike: bool  # the source has the dtype and device of the mean
 
-    def __post_init__(self) -> None:
-        self.numels = [mean.numel() for mean in self.means]
+    def source(self, tensors: Sequence[Tensor], owned: bool = False) -> Tensor:
+        """The source in the mean's shape and dtype, on its device.
 
-    def sources(self, tensors: Sequence[Tensor], owned: bool = False) -> list[Tensor]:
-        """The sources in the dtype and on the device of the means, piece by piece.
-
-        Where nothing has to be converted they are the live tensors themselves, unless ``owned`` asks for
-        copies that may be written to.
+        It is the live tensor itself where nothing has to be gathered or converted, unless ``owned`` asks for
+        a copy that may be written to.
         """
+        parts = [piece.of(tensors) for piece in self.pieces]
+        if len(parts) > 1:
+            return torch.cat(list(map(_flat, parts))).to(self.mean)
         if self.alike and not owned:
-            return [piece.of(tensors) for piece in self.pieces]
-        return self.copies(tensors)[1]
+            return parts[0]
+        return parts[0].to(self.mean.device, self.mean.dtype, copy=True)
 
-    def copies(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Converted copies of the sources, side by side in one buffer: the buffer, and the pieces as views."""
-        buffer = torch.empty(sum(self.numels), dtype=self.means[0].dtype, device=self.means[0].device)
-        copies = [
-            part if mean.ndim == 1 else part.view(mean.shape)
-            for part, mean in zip(torch.split(buffer, self.numels), self.means, strict=True)
-        ]
-        torch._foreach_copy_(copies, [piece.of(tensors) for piece in self.pieces])
-        return buffer, copies
 
-    def is_finite(self, sources: list[Tensor]) -> bool:
-        """Whether no source holds a NaN or an infinity."""
-        for group in self.checks:
-            together = [sources[i] for i in group]
-            if not _is_finite(together[0] if len(group) == 1 else torch.cat(list(map(_flat, together)))):
-                return False
-        return True
+def allocate(
+    tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], devices: Sequence[torch.device]
+) -> list[Tensor]:
+    """Zeros in the shapes of ``tensors``; the small ones of one dtype and device share a buffer.
+
+    >>> big, small, other = allocate([torch.ones(200, 100), torch.ones(2), torch.ones(3)],
+    ...                              [torch.float32] * 3, [torch.device("cpu")] * 3)
+    >>> small.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    True
+    """
+    kinds = list(zip(dtypes, devices, strict=True))
+    numels: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for tensor, kind in zip(tensors, kinds, strict=True):
+        if tensor.numel() < _SMALL_NUMEL:
+            numels.setdefault(kind, []).append(tensor.numel())
+    parts = {
+        (dtype, device): iter(torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes))
+        for (dtype, device), sizes in numels.items()
+    }
+    return [
+        next(parts[kind]).view(tensor.shape)
+        if tensor.numel() < _SMALL_NUMEL
+        else torch.zeros_like(tensor, dtype=kind[0], device=kind[1], requires_grad=False)
+        for tensor, kind in zip(tensors, kinds, strict=True)
+    ]
 
 
 def plan_batches(
-    tensors: Sequence[Tensor], means: Sequence[Tensor], residuals: Sequence[Tensor] = ()
+    tensors: Sequence[Tensor], means: Sequence[Tensor], residuals: Sequence[Tensor] = (), *, cut: bool = True
 ) -> list[Batch]:
-    """Neighbours of one kind together, large tensors cut along their outermost dimension in memory.
+    """Small neighbours together; large tensors alone, and cut along their outermost dimension if so asked.
 
-    >>> weights = [torch.zeros(3), torch.zeros(5), torch.zeros(1000, 1000)]
-    >>> [batch.numels for batch in plan_batches(weights, [torch.zeros_like(w) for w in weights])]
-    [[3, 5, 524000], [476000]]
+    What has to be copied is 1% of all elements at most, so that an update takes little memory of its own.
+
+    >>> weights = [torch.zeros(3), torch.zeros(5), torch.zeros(1000, 2000)]
+    >>> means = allocate(weights, [torch.float32] * 3, [torch.device("cpu")] * 3)
+    >>> [tuple(batch.mean.shape) for batch in plan_batches(weights, means)]
+    [(8,), (524, 2000), (476, 2000)]
     """
-    on_host = any(mean.device.type == "cpu" for mean in means)
-    cache = _CACHE_NUMEL if on_host else _ACCELERATOR_NUMEL
-    copied = min(cache, max(sum(mean.numel() for mean in means) // 100, _LEAST_NUMEL))
-    uncopied = cache if on_host and not residuals else copied
+    share = max(sum(mean.numel() for mean in means) // 100, _SMALL_NUMEL)
     batches = []
-    for group in _group(tensors, means, uncopied, copied):
-        own = [piece.of(means) for piece in group]
-        batches.append(
-            Batch(
-                group,
-                own,
-                [piece.of(residuals) for piece in group] if residuals else [],
-                _alike(tensors[group[0].index], means[group[0].index]),
-                _checks([mean.numel() for mean in own], copied),
-            )
-        )
+    for group in _groups(tensors, means, share):
+        index = group[0]
+        mean, alike = means[index], _kind(tensors[index]) == _kind(means[index])
+        if len(group) > 1:
+            pieces = [[_Piece(index) for index in group]]
+        elif not cut:
+            pieces = [[_Piece(index)]]
+        else:
+            cache = _CACHE_NUMEL if mean.device.type == "cpu" else _ACCELERATOR_NUMEL
+            copied = residuals or not alike or mean.device.type != "cpu"
+            pieces = [[piece] for piece in _cut(index, mean, min(cache, share) if copied else cache)]
+        batches += [
+            Batch(p, _joined(means, p), _joined(residuals, p) if residuals else None, alike) for p in pieces
+        ]
     return batches
 
 
-def _group(
-    tensors: Sequence[Tensor], means: Sequence[Tensor], uncopied: int, copied: int
-) -> Iterator[list[_Piece]]:
-    group: list[_Piece] = []
-    kind, numel = None, 0
-    for index, (tensor, mean) in enumerate(zip(tensors, means, strict=True)):
-        most = uncopied if _alike(tensor, mean) else copied
-        for piece in _cut(index, mean, most):
-            size = piece.of(means).numel()
-            new_kind = _kind(tensor) + _kind(mean)
-            if group and (new_kind != kind or numel + size > most):
-                yield group
-                group, numel = [], 0
-            group.append(piece)
-            kind, numel = new_kind, numel + size
+def _groups(tensors: Sequence[Tensor], means: Sequence[Tensor], most: int) -> Iterator[list[int]]:
+    """Indices of tensors to handle together: large ones alone, neighbouring small ones up to ``most`` elements."""
+    group: list[int] = []
+    small = sorted(
+        (i for i, mean in enumerate(means) if mean.numel() < _SMALL_NUMEL), key=lambda i: _place(means[i])
+    )
+    for i in small:
+        if group and not (
+            _place(means[i]) == _end(means[group[-1]])
+            and _kind(tensors[i]) == _kind(tensors[group[0]])
+            and sum(means[j].numel() for j in group) + means[i].numel() <= most
+        ):
+            yield group
+            group = []
+        group.append(i)
     if group:
         yield group
-
-
-def _checks(numels: list[int], most: int) -> list[list[int]]:
-    """Positions to check together: large ones alone, small ones up to ``most`` elements."""
-    alone = [[i] for i, numel in enumerate(numels) if numel >= _LEAST_NUMEL]
-    groups: list[list[int]] = []
-    total = most
-    for i, numel in enumerate(numels):
-        if numel >= _LEAST_NUMEL:
-            continue
-        if total + numel > most:
-            groups.append([])
-            total = 0
-        groups[-1].append(i)
-        total += numel
-    return groups + alone
+    yield from ([i] for i, mean in enumerate(means) if mean.numel() >= _SMALL_NUMEL)
 
 
 def _cut(index: int, tensor: Tensor, most: int) -> list[_Piece]:
@@ -156,17 +150,25 @@ def _cut(index: int, tensor: Tensor, most: int) -> list[_Piece]:
     return [_Piece(index, outermost, start, min(length, size - start)) for start in range(0, size, length)]
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # A NaN or an infinity always shows in the sum; a sum that only overflowed is looked at again.
-    return cmath.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+def _joined(tensors: Sequence[Tensor], pieces: list[_Piece]) -> Tensor:
+    first = pieces[0].of(tensors)
+    if len(pieces) == 1:
+        return first
+    total = sum(tensors[piece.index].numel() for piece in pieces)
+    return first.as_strided((total,), (1,))
+
+
+def _place(mean: Tensor) -> tuple[str, int, int]:
+    return str(mean.device), mean.untyped_storage().data_ptr(), int(mean.storage_offset())
+
+
+def _end(mean: Tensor) -> tuple[str, int, int]:
+    device, storage, offset = _place(mean)
+    return device, storage, offset + mean.numel()
 
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 1 else tensor.reshape(-1)  # a view costs more than it looks
-
-
-def _alike(tensor: Tensor, mean: Tensor) -> bool:
-    return _kind(tensor) == _kind(mean)
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Line", "Panel", "line_panels", "png_bytes"]
+__all__ = ["Dot", "Line", "Panel", "dot_chart", "line_panels", "png_bytes"]
 
 # Grey for what the others are compared with, then Okabe and Ito's colours, told apart by all colour vision.
 _COLOURS = ("#4D4D4D", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
@@ -44,6 +44,16 @@ class Panel:
     y_label: str
     lines: Sequence[Line]
     y_limits: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A row of a chart: a value, and its interval where there is one."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
 
 
 def line_panels(title: str, x_label: str, panels: Sequence[Panel]) -> Figure:
@@ -75,6 +85,36 @@ def line_panels(title: str, x_label: str, panels: Sequence[Panel]) -> Figure:
         frameon=False,
     )
     figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def dot_chart(title: str, x_label: str, dots: Sequence[Dot]) -> Figure:
+    """Differences as dots with their intervals, one row each, the first on top; a line marks zero.
+
+    Raises:
+        OptionError: if there are no dots.
+        MissingExtraError: if matplotlib is not installed.
+
+    >>> figure = dot_chart("Candidates", "difference", [Dot("tail:0.4", -0.2, -0.3, -0.1), Dot("live", 0.0)])
+    >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    ['tail:0.4', 'live']
+    """
+    if not dots:
+        raise OptionError("there is nothing to draw: give at least one dot")
+    figure = _figure(width_inches=7.0, height_inches=1.6 + 0.22 * len(dots))
+    axes = figure.subplots()
+    rows = np.arange(len(dots))
+    axes.axvline(0, color=_COLOURS[0], linewidth=0.8)
+    axes.plot([dot.value for dot in dots], rows, "o", color=_COLOURS[3], markersize=4)
+    for row, dot in zip(rows, dots, strict=True):
+        if dot.low is not None and dot.high is not None:
+            axes.hlines(row, dot.low, dot.high, color=_COLOURS[3], linewidth=1.4)
+    axes.set_yticks(rows, [dot.label for dot in dots])
+    axes.invert_yaxis()
+    axes.set_xlabel(x_label)
+    axes.set_title(title, fontsize=12)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -1,0 +1,71 @@
+"""``polyak inspect``: what is at a path, and what differs between two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from polyak import inspection
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint (file or folder), or a folder of checkpoints.")],
+    other: Annotated[Path | None, typer.Argument(help="A second checkpoint to compare with.")] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(help="Nested key of the weights; given twice, one for each of two paths."),
+    ] = None,
+    movement: Annotated[
+        bool, typer.Option("--movement", help="For a folder: read all weights and measure how they moved.")
+    ] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="List everything, however long.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, always complete.")] = False,
+) -> None:
+    """Say what is in a checkpoint, what a folder holds, or how two checkpoints differ.
+
+    \b
+    polyak inspect model.safetensors             what it is, tensors, dtypes, sizes, ties, metadata
+    polyak inspect last.pth --key state_dict     other weights than those chosen by default
+    polyak inspect checkpoints/                  a row for each: step, size, same layout or not
+    polyak inspect checkpoints/ --movement       also: does the run drift on, or circle around one place?
+    polyak inspect a.safetensors b.pt            what differs, and by how much, in any formats
+    polyak inspect last.pth last.pth --key state_dict --key state_dict_ema
+
+    Nothing is changed, no code in a file is run, and weights are read only to compare them, in slices. The
+    relative distance of a to b is |a - b| / |a|. Exit code 2 if something cannot be read.
+    """
+    from polyak import inspection
+    from polyak.errors import CheckpointError, OptionError, name_list
+
+    paths = 1 if other is None else 2
+    keys = key or [None]
+    if len(keys) > paths:
+        raise OptionError(f"{len(keys)} keys for {paths} path{'s'[: paths - 1]}: give at most one for each")
+    if other is None:
+        summary = inspection.describe(path, keys[0], movement=movement)
+    elif movement:
+        raise OptionError("--movement is measured along one folder of checkpoints: leave the second path out")
+    else:
+        summary = inspection.compare(path, other, keys[0], keys[-1])
+    _show(summary, show_all, as_json)
+    if isinstance(summary, inspection.FolderSummary) and summary.unreadable:
+        names = name_list([row.name for row in summary.unreadable])
+        raise CheckpointError(
+            f"{len(summary.unreadable)} of {len(summary.rows)} checkpoints in {path} cannot be read: {names}"
+        )
+
+
+def _show(summary: inspection.Summary, show_all: bool, as_json: bool) -> None:
+    from rich.console import Console
+
+    from polyak.inspection.views import view
+
+    if as_json:
+        typer.echo(json.dumps(summary.to_dict(), indent=2, allow_nan=False))
+    else:
+        # Names in files are no markup and no emoji codes.
+        Console(highlight=False, markup=False, emoji=False).print(view(summary, show_all))

@@ -1,0 +1,105 @@
+"""The running mean m -= (a_k/A_k)(m - x_k), A_k = a_1 + … + a_k, as a list of steps and one inner loop.
+
+It gives Σ a_k x_k / Σ a_k and leaves identical inputs as they are, bit for bit in every dtype, which a plain sum
+of products does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyak.errors import OptionError
+
+__all__ = ["Fold", "accumulation_dtype", "as_reals", "fold", "folds", "is_averaged"]
+
+_SUM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One input that is read, and the ratios a_k/A_k at which it goes into each output that counts it.
+
+    Attributes:
+        index: which input.
+        ratios: pairs of output and ratio.
+    """
+
+    index: int
+    ratios: tuple[tuple[int, float], ...]
+
+
+def folds(coefficients: Sequence[Sequence[float]], n_inputs: int) -> list[Fold]:
+    """The reads and ratios that give every output its combination.
+
+    Zero coefficients are left out. Positive ones come before negative ones, so that A_k never crosses zero; an
+    input is read twice only where outputs disagree about its sign.
+
+    Args:
+        coefficients: for each output one number per input, which sum to 1.
+        n_inputs: how many inputs there are.
+
+    Raises ``OptionError`` for coefficients of another number, or that are not finite or do not sum to 1.
+
+    >>> folds([[0.5, 0.0, 0.5], [2.0, 0.0, -1.0]], n_inputs=3)
+    [Fold(index=0, ratios=((0, 1.0), (1, 1.0))),
+     Fold(index=2, ratios=((0, 0.5),)), Fold(index=2, ratios=((1, -1.0),))]
+    """
+    for row in coefficients:
+        _check(row, n_inputs)
+    sums = [0.0] * len(coefficients)
+    steps = []
+    for sign in (1, -1):
+        for index in range(n_inputs):
+            ratios = []
+            for output, row in enumerate(coefficients):
+                if row[index] * sign > 0:
+                    sums[output] += row[index]
+                    ratios.append((output, float(row[index] / sums[output])))
+            if ratios:
+                steps.append(Fold(index, tuple(ratios)))
+    return steps
+
+
+def _check(row: Sequence[float], n_inputs: int) -> None:
+    if len(row) != n_inputs:
+        raise OptionError(f"{len(row)} coefficients for {n_inputs} inputs: give one for each")
+    if not math.isclose(math.fsum(row), 1, abs_tol=_SUM_TOLERANCE * max(1, *map(abs, row))):
+        raise OptionError(f"coefficients must be finite and sum to 1, got {math.fsum(row)}")
+
+
+def fold(mean: Tensor, values: Tensor, ratio: float, difference: Tensor) -> None:
+    """``mean -= ratio * (mean - values)`` in place, with ``difference`` as scratch; ratio 1 replaces ``mean``.
+
+    Where both are equal the result is ``mean`` to the bit: the sign of the zero that is added is that of -0.0
+    in either form, and adding -0.0 changes nothing.
+    """
+    if ratio == 1:
+        mean.copy_(values)
+    elif ratio > 0:
+        mean.sub_(torch.sub(mean, values, out=difference), alpha=ratio)
+    else:
+        mean.add_(torch.sub(values, mean, out=difference), alpha=ratio)
+
+
+def is_averaged(dtype: torch.dtype) -> bool:
+    """Whether tensors of this dtype are averaged; integer and bool ones are copied."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def accumulation_dtype(dtype: torch.dtype, wanted: torch.dtype | None = None) -> torch.dtype:
+    """The real dtype in which the parts of a ``dtype`` are summed: float32, or float64 if it or ``wanted`` is.
+
+    >>> accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.complex128)
+    (torch.float32, torch.float64)
+    """
+    return torch.float64 if torch.float64 in (dtype.to_real(), wanted) else torch.float32
+
+
+def as_reals(values: Tensor) -> Tensor:
+    """A 1-D tensor as it is, a complex one as twice as many real numbers in the same memory."""
+    return torch.view_as_real(values).view(-1) if values.is_complex() else values

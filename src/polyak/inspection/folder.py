@@ -1,0 +1,177 @@
+"""A folder of checkpoints: one row for each, from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from polyak import checkpoints
+from polyak.checkpoints import Checkpoint
+from polyak.checkpoints.formats import FORMATS, recognise
+from polyak.errors import CheckpointError, PolyakError
+from polyak.inspection.contents import summarise_checkpoint
+from polyak.inspection.layouts import LayoutDifference, compare_layouts
+from polyak.inspection.movement import Movement, measure_movement
+
+__all__ = ["FolderRow", "FolderSummary", "is_checkpoint_folder", "summarise_folder"]
+
+_SUFFIXES = {suffix for format in FORMATS.values() for suffix in format.suffixes if suffix}
+
+
+@dataclass(frozen=True)
+class FolderRow:
+    """One checkpoint of a folder.
+
+    Attributes:
+        name: its file or folder name.
+        error: why it cannot be used, one sentence; None if it can, and only then the rest is known.
+        format, note, step: as the checkpoint says them.
+        tensors: how many, tied ones once.
+        nbytes: of all tensors.
+        dtypes: the dtypes, most bytes first.
+        layout: how it differs from the folder's ``reference``.
+    """
+
+    name: str
+    error: str | None = None
+    format: str = ""
+    note: str = ""
+    step: int | None = None
+    tensors: int = 0
+    nbytes: int = 0
+    dtypes: tuple[str, ...] = ()
+    layout: LayoutDifference | None = None
+
+
+@dataclass(frozen=True)
+class FolderSummary:
+    """A folder of checkpoints, ordered by step where all readable ones have one, else by name.
+
+    Attributes:
+        path: the folder.
+        reference: the name of the checkpoint that the others' layouts are compared with; None if none is readable.
+        rows: one for each checkpoint.
+        movement: how the readable ones lie to each other; None unless it was asked for.
+    """
+
+    path: str
+    reference: str | None
+    rows: tuple[FolderRow, ...]
+    movement: Movement | None = None
+
+    @property
+    def readable(self) -> tuple[FolderRow, ...]:
+        """The checkpoints that can be used."""
+        return tuple(row for row in self.rows if row.error is None)
+
+    @property
+    def unreadable(self) -> tuple[FolderRow, ...]:
+        """The checkpoints that cannot."""
+        return tuple(row for row in self.rows if row.error is not None)
+
+    @property
+    def same_layout(self) -> bool:
+        """Whether all readable checkpoints have the same names, shapes, dtypes and ties."""
+        return not any(row.layout for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "kind": "folder",
+            "path": self.path,
+            "reference": self.reference,
+            "same_layout": self.same_layout,
+            "checkpoints": [asdict(row) for row in self.rows],
+            "movement": self.movement.to_dict() if self.movement else None,
+        }
+
+
+def summarise_folder(path: Path, key: str | None = None, *, movement: bool = False) -> FolderSummary:
+    """Describe every checkpoint in a folder; those that cannot be read are named with the reason.
+
+    Args:
+        path: the folder.
+        key: the nested key to take weights from, in each of them.
+        movement: also read all weights and measure how they moved.
+
+    Raises ``CheckpointError`` if there is none, and for ``movement`` what ``measure_movement`` raises.
+
+    >>> import tempfile, torch
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> for step in (100, 20):
+    ...     torch.save({"model": {"w": torch.ones(3)}, "step": step}, Path(folder.name) / f"{step}.pt")
+    >>> summary = summarise_folder(Path(folder.name))
+    >>> [(row.name, row.step, row.nbytes) for row in summary.rows], summary.same_layout
+    ([('20.pt', 20, 12), ('100.pt', 100, 12)], True)
+    >>> folder.cleanup()
+    """
+    paths = checkpoint_paths(path)
+    if not paths:
+        recognise(path)  # says what the folder holds instead
+    rows = list(_rows(paths, key))
+    reference = next((row.name for row in rows if row.error is None), None)
+    rows = _in_step_order(rows)
+    opened = [checkpoints.open(path / row.name, key) for row in rows if movement and row.error is None]
+    return FolderSummary(
+        str(path), reference, tuple(rows), measure_movement(opened) if opened else None
+    )
+
+
+def _rows(paths: list[Path], key: str | None) -> Iterator[FolderRow]:
+    reference: Checkpoint | None = None
+    for path in paths:
+        try:
+            with checkpoints.open(path, key) as checkpoint:
+                reference = reference or checkpoint
+                yield _row(checkpoint, reference)
+        except PolyakError as error:
+            yield FolderRow(path.name, " ".join(str(error).split()))
+
+
+def _in_step_order(rows: list[FolderRow]) -> list[FolderRow]:
+    if any(row.step is None for row in rows if row.error is None):
+        return rows
+    return sorted(rows, key=lambda row: row.step or 0)
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """What looks like a checkpoint directly inside a folder, in the order people count: ``step-9``, ``step-10``."""
+    try:
+        found = [item for item in folder.iterdir() if not item.name.startswith(".") and _is_candidate(item)]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from error
+    return sorted(found, key=lambda item: _natural(item.name))
+
+
+def _is_candidate(path: Path) -> bool:
+    return is_checkpoint_folder(path) if path.is_dir() else path.suffix in _SUFFIXES
+
+
+def is_checkpoint_folder(path: Path) -> bool:
+    """Whether a folder is itself one checkpoint."""
+    try:
+        return path.is_dir() and bool(recognise(path))
+    except CheckpointError:
+        return False
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part or 0) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _row(checkpoint: Checkpoint, reference: Checkpoint) -> FolderRow:
+    summary = summarise_checkpoint(checkpoint)
+    return FolderRow(
+        name=checkpoint.path.name,
+        format=checkpoint.format,
+        note=checkpoint.note,
+        step=checkpoint.step,
+        tensors=len(summary.stored),
+        nbytes=summary.nbytes,
+        dtypes=tuple(summary.dtypes),
+        layout=compare_layouts(reference, checkpoint),
+    )

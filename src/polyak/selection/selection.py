@@ -1,0 +1,170 @@
+"""What `select` found: every candidate with its evidence, and the best of them ready for use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from io import StringIO
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from polyak.profiles import Profile
+from polyak.selection.trial import Mode, badness
+from polyak.selection.verdict import LIVE, Candidate, HoldoutCheck, verdict
+from polyak.selection.weights import apply_weights, write_weights
+from polyak.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+__all__ = ["Selection"]
+
+_ROWS_SHOWN = 10
+_COLUMNS = 100
+
+
+@dataclass(frozen=True, repr=False)
+class Selection:
+    """The candidates of a run in order of their scores, and what is to be done with the best.
+
+    Printing it shows the best ten, the live weights and the verdict. Made by :func:`polyak.select`.
+
+    Attributes:
+        table: every :class:`Candidate`, best first; the live weights are the one named ``live``.
+        mode: "min" or "max", whichever scores are better.
+        holdout: the best and the live weights on data that nothing was chosen on, if that was asked for.
+    """
+
+    table: Sequence[Candidate]
+    mode: Mode
+    holdout: HoldoutCheck | None
+    _trajectory: Trajectory
+    _model: nn.Module
+    _recalibrate: Iterable[Any] | None
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate of the best score, whether or not that is beyond noise."""
+        return self.table[0]
+
+    @property
+    def live(self) -> Candidate:
+        """The live weights."""
+        return next(candidate for candidate in self.table if candidate.profile is None)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the best beats the live weights beyond noise, and how many it was the best of."""
+        batchnorm_is_stale = self._recalibrate is None and _has_batchnorm(self._model)
+        return verdict(self.table, self.live, self.mode, self.holdout, batchnorm_is_stale)
+
+    def apply(self, model: nn.Module) -> None:
+        """Put the best weights into ``model`` for good, with BatchNorm statistics recomputed if asked for.
+
+        If the live weights are the best, the model is left as it is.
+
+        Raises:
+            StructureError: the weights do not fit the model, which is then as it was.
+        """
+        if self.best.profile is not None:
+            apply_weights(model, self._weights(self.best.profile), self._recalibrate)
+
+    def write(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the model with the best weights; the ending says the format, see :mod:`polyak.checkpoints`.
+
+        The file holds the whole model, averaged parameters in the average's own dtype. What is not averaged
+        is read from the model that was given to ``select``, as it is now; it is left as it is.
+
+        Raises:
+            OutputExistsError: ``path`` exists and ``overwrite`` is False.
+        """
+        profile = self.best.profile
+        write_weights(
+            path,
+            self._model,
+            {} if profile is None else self._weights(profile),
+            recalibrate=None if profile is None else self._recalibrate,
+            metadata={"polyak.profile": self.best.name, "polyak.score": repr(self.best.score)},
+            overwrite=overwrite,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that was found, as plain values for JSON."""
+        return {
+            "verdict": self.verdict,
+            "mode": self.mode,
+            "best": self.best.name,
+            "holdout": None if self.holdout is None else asdict(self.holdout),
+            "candidates": [candidate.to_dict() for candidate in self.table],
+        }
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of the scores, best on top, with their intervals where there are any.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        from polyak.plots import Dot, dot_chart
+
+        dots = [Dot(c.name, c.difference, c.low, c.high) for c in self.table]
+        better = "lower" if self.mode == "min" else "higher"
+        return dot_chart("Candidates", f"score minus that of the live weights ({better} is better)", dots)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=StringIO(), width=_COLUMNS, color_system=None)
+        with console.capture() as capture:
+            console.print(_as_table(self._shown()))
+            console.print(self.verdict, highlight=False, markup=False)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+    def __repr__(self) -> str:
+        return f"Selection(best={self.best.name!r}, candidates={len(self.table)})"
+
+    def _weights(self, profile: Profile) -> dict[str, Tensor]:
+        return self._trajectory.average(profile)
+
+    def _shown(self) -> list[Candidate]:
+        top = list(self.table[:_ROWS_SHOWN])
+        return top if self.live in top else [*top, self.live]
+
+
+def ranked(candidates: Sequence[Candidate], mode: Mode) -> list[Candidate]:
+    """Best first; of equal scores the one that was tried first, so that nothing beats the live weights by a tie."""
+    return sorted(candidates, key=lambda candidate: badness(candidate.score, mode))
+
+
+def _as_table(candidates: Sequence[Candidate]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("candidate", no_wrap=True)
+    for heading in ("score", "± error", f"minus {LIVE}", "95% interval", "samples"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for candidate in candidates:
+        table.add_row(candidate.name, *_cells(candidate))
+    return table
+
+
+def _cells(candidate: Candidate) -> list[str]:
+    is_live = candidate.profile is None
+    has_interval = candidate.low is not None and not is_live
+    return [
+        f"{candidate.score:.5g}",
+        "" if candidate.stderr is None else f"{candidate.stderr:.2g}",
+        "" if is_live else f"{candidate.difference:+.4g}",
+        f"{candidate.low:+.4g} to {candidate.high:+.4g}" if has_interval else "",
+        f"{candidate.effective_samples:.4g}",
+    ]
+
+
+def _has_batchnorm(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        for module in model.modules()
+    )

@@ -1,0 +1,144 @@
+"""Averaged weights in a live model: for the length of a trial, for good, or on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+from torch import Tensor, nn
+
+from polyak import checkpoints
+from polyak.batchnorm import update_bn
+from polyak.errors import OptionError, StructureError, name_list
+from polyak.swap import Swap, copy_into
+from polyak.tensors import ModelTensors, NamedTensor
+
+__all__ = ["apply_weights", "averaged", "evaluation", "matched", "refuse_one_pass", "write_weights"]
+
+
+@contextmanager
+def averaged(
+    model: nn.Module, weights: Mapping[str, Tensor], recalibrate: Iterable[Any] | None = None
+) -> Iterator[None]:
+    """``weights`` in the model, with BatchNorm statistics to match; everything is as before on leaving.
+
+    Args:
+        weights: by name; what the model has besides (frozen parameters, buffers) stays. Empty: the live ones.
+        recalibrate: batches for :func:`polyak.update_bn`.
+
+    Raises:
+        StructureError: a name or shape does not fit the model, or a trainable parameter is missing.
+        SwapError: averaged weights are in the model already.
+    """
+    pairs = matched(model, weights)
+    parameters = [(entry.tensor, value) for entry, value in pairs if entry.kind == "parameter"]
+    buffers = [(entry.tensor, value) for entry, value in pairs if entry.kind == "buffer"]
+    swap = Swap([target for target, _ in parameters], [value for _, value in parameters], keep=_buffers(model))
+    try:
+        copy_into([target for target, _ in buffers], [value for _, value in buffers])
+        if recalibrate is not None:
+            update_bn(recalibrate, model)
+        yield
+    finally:
+        swap.undo()
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's mode is as before on leaving."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        # The flags, not `eval()`: some modules merge weights there, which restoring a flag would not undo.
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def apply_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], recalibrate: Iterable[Any] | None = None
+) -> None:
+    """Copy ``weights`` into the model for good, all or nothing; raises as :func:`averaged` does."""
+    with averaged(model, weights, recalibrate):
+        buffers = [buffer.clone() for buffer in _buffers(model)]
+    pairs = matched(model, weights)
+    copy_into([entry.tensor for entry, _ in pairs], [value for _, value in pairs])
+    copy_into(_buffers(model), buffers)
+
+
+def write_weights(
+    path: str | PathLike[str],
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    recalibrate: Iterable[Any] | None = None,
+    metadata: Mapping[str, str],
+    overwrite: bool = False,
+) -> None:
+    """Write the whole model with ``weights`` in it; averaged parameters keep the average's dtype.
+
+    Raises as :func:`averaged` and :func:`polyak.checkpoints.write` do.
+    """
+    canonical = ModelTensors(model).all_names()
+    ours = {canonical.get(name, name): value for name, value in weights.items()}
+    with averaged(model, weights, recalibrate):
+        tensors: dict[str, Tensor] = {}
+        for entry in ModelTensors(model).values():
+            if entry.persistent:
+                averaged_here = entry.kind == "parameter" and entry.name in ours
+                value = ours[entry.name] if averaged_here else entry.tensor.detach()
+                tensors |= dict.fromkeys((entry.name, *entry.aliases), value)
+        checkpoints.write(path, tensors, metadata=metadata, overwrite=overwrite)
+
+
+def refuse_one_pass(recalibrate: Iterable[Any] | None) -> None:
+    """Refuse (``OptionError``) batches that are gone after the first candidate."""
+    if isinstance(recalibrate, Iterator):
+        raise OptionError(
+            f"recalibrate is a {type(recalibrate).__name__}, which can be gone through only once, and every "
+            "candidate needs a pass of its own: give a list or a DataLoader"
+        )
+
+
+def _buffers(model: nn.Module) -> list[Tensor]:
+    return [entry.tensor for entry in ModelTensors(model).values() if entry.kind == "buffer"]
+
+
+def matched(model: nn.Module, weights: Mapping[str, Tensor]) -> list[tuple[NamedTensor, Tensor]]:
+    """Each tensor of the model that ``weights`` holds, once, with its new value."""
+    if not weights:
+        return []
+    tensors = ModelTensors(model)
+    canonical = tensors.all_names()
+    _refuse_mismatch(tensors, canonical, weights)
+    values = {canonical[name]: value for name, value in weights.items()}
+    return [(entry, values[entry.name]) for entry in tensors.values() if entry.name in values]
+
+
+def _refuse_mismatch(
+    tensors: ModelTensors, canonical: Mapping[str, str], weights: Mapping[str, Tensor]
+) -> None:
+    unknown = [name for name in weights if name not in canonical]
+    here = {canonical[name] for name in weights if name in canonical}
+    missing = [
+        entry.name for entry in tensors.values() if entry.tensor.requires_grad and entry.name not in here
+    ]
+    reshaped = [n for n in weights if n in canonical and weights[n].shape != tensors[canonical[n]].tensor.shape]
+    complaints = [
+        f"{what} {name_list(names)}"
+        for what, names in (
+            ("the model has no", unknown),
+            ("there is no average of", missing),
+            ("shapes differ for", reshaped),
+        )
+        if names
+    ]
+    if complaints:
+        raise StructureError(
+            f"the averaged weights do not fit this model: {'; '.join(complaints)}. Give the model that was "
+            "trained; it was left as it is"
+        )

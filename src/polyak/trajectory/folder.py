@@ -1,0 +1,171 @@
+"""A trajectory on disk: blocks go in, neighbours merge, and a crash at any moment leaves the last whole state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polyak import checkpoints
+from polyak.errors import StateError
+from polyak.trajectory.block_file import copied_names, merge_files, refuse_damaged, write_file
+from polyak.trajectory.lock import FolderLock
+from polyak.trajectory.manifest import Block, Manifest
+from polyak.trajectory.policy import pair_to_merge
+from polyak.trajectory.snapshot import Snapshot
+
+__all__ = ["FROZEN_NAME", "TrajectoryFolder"]
+
+FROZEN_NAME = "frozen.safetensors"
+_TRANSIENT = ("block-*.safetensors", "live-*.safetensors", ".polyak-*")
+
+_log = logging.getLogger("polyak")
+
+
+class TrajectoryFolder:
+    """A folder that this process alone writes to, until :meth:`close`.
+
+    Args:
+        path: a folder, made where it does not exist; one that holds a trajectory is continued.
+        fresh: the manifest to begin with where there is none.
+        given_block_steps: the block length that the caller insists on, if any.
+
+    Raises:
+        StateError: it was recorded with other options, or somebody is recording it now.
+        CheckpointError: its manifest is damaged.
+    """
+
+    def __init__(self, path: Path, fresh: Manifest, given_block_steps: int | None):
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._lock = FolderLock(path)
+        try:
+            self.manifest = Manifest.read(path) if Manifest.exists(path) else fresh
+            if self.manifest.blocks:
+                self._refuse_other_law(fresh.law, given_block_steps)
+            else:
+                self.manifest = fresh
+            self.manifest.save(path)
+            self._remove_unlisted()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def close(self) -> None:
+        """Let other writers in; more than once is harmless."""
+        self._lock.release()
+
+    def averaged_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Name to shape of what the newest block averages; None before the first block."""
+        if not self.manifest.blocks:
+            return None
+        with checkpoints.open(self._file(self.manifest.blocks[-1])) as checkpoint:
+            copied = copied_names(checkpoint)
+            return {
+                name: info.shape
+                for name, info in checkpoint.tensors.items()
+                if name not in copied and name not in checkpoint.ties
+            }
+
+    def settle(self, block_steps: int, settled: bool) -> None:
+        """Change the length of the first blocks; it is saved with the next block."""
+        self.manifest = replace(self.manifest, block_steps=block_steps, settled=settled)
+
+    def begin_at(self, step: int) -> None:
+        """Go on after ``step``: blocks after it are dropped, and their files with them.
+
+        Raises:
+            StateError: a block lies across ``step``; nothing was changed.
+        """
+        manifest = self.manifest
+        across = next((block for block in manifest.blocks if block.start < step < block.stop), None)
+        if across is not None:
+            raise StateError(
+                f"{self.path} cannot go on from step {step}: its block {across} lies across it, as blocks merge "
+                "while the run grows. Load the recorder's own state_dict(), saved with the training state, which "
+                f"keeps a border where it was taken; or resume from step {across.start} or {across.stop}; or "
+                "record into a new folder"
+            )
+        kept = tuple(block for block in manifest.blocks if block.stop <= step)
+        if len(kept) < len(manifest.blocks):
+            _log.info("%s: dropped %d blocks after step %d", self.path, len(manifest.blocks) - len(kept), step)
+        start = manifest.start if kept else step
+        self._save(replace(manifest, blocks=kept, start=start, live_step=None))
+        self._remove_unlisted()
+
+    def commit(self, block: Block, snapshot: Snapshot, max_blocks: int, kept_edges: Collection[int]) -> None:
+        """Add a block, then merge neighbours until no more than ``max_blocks`` are left.
+
+        Args:
+            block: begins where the newest one ends.
+            snapshot: the model, with the block's means.
+            max_blocks: how many blocks may remain.
+            kept_edges: optimizer steps at which a border between blocks stays.
+        """
+        if snapshot.frozen and not self.manifest.blocks:
+            ties = snapshot.ties_of(snapshot.frozen)
+            checkpoints.write(self.path / FROZEN_NAME, snapshot.frozen, ties=ties, overwrite=True)
+        checksum = write_file(self._file(block), snapshot)
+        outdated = self._live_file()
+        manifest = replace(self.manifest, has_frozen=bool(snapshot.frozen))
+        self._save(manifest.with_block(replace(block, checksum=checksum)))
+        if outdated is not None:
+            outdated.unlink(missing_ok=True)
+        self._merge_down_to(max_blocks, kept_edges)
+
+    def write_live(self, snapshot: Snapshot, step: int) -> None:
+        """Keep the live weights of ``step``, in the place of those before."""
+        outdated = self._live_file()
+        manifest = replace(self.manifest, live_step=step)
+        path = self.path / str(manifest.live_name)
+        write_file(path, snapshot)
+        self._save(manifest)
+        if outdated is not None and outdated != path:
+            outdated.unlink(missing_ok=True)
+
+    def _merge_down_to(self, max_blocks: int, kept_edges: Collection[int]) -> None:
+        while (index := self._pair_to_merge(max_blocks, kept_edges)) is not None:
+            first, second = self.manifest.blocks[index : index + 2]
+            for block in (first, second):
+                refuse_damaged(self._file(block), block)
+            both = first + second
+            sources, counts = [self._file(first), self._file(second)], [first.count, second.count]
+            checksum = merge_files(sources, counts, self._file(both))
+            self._save(self.manifest.with_merged(index, replace(both, checksum=checksum)))
+            for block in (first, second):
+                self._file(block).unlink(missing_ok=True)
+
+    def _pair_to_merge(self, max_blocks: int, kept_edges: Collection[int]) -> int | None:
+        blocks = self.manifest.blocks
+        kept = {index for index, block in enumerate(blocks[:-1]) if block.stop in kept_edges}
+        return pair_to_merge([block.steps for block in blocks], max_blocks, kept)
+
+    def _save(self, manifest: Manifest) -> None:
+        manifest.save(self.path)
+        self.manifest = manifest
+
+    def _file(self, block: Block) -> Path:
+        return self.path / block.file_name
+
+    def _live_file(self) -> Path | None:
+        name = self.manifest.live_name
+        return None if name is None else self.path / name
+
+    def _remove_unlisted(self) -> None:
+        listed = {block.file_name for block in self.manifest.blocks} | {self.manifest.live_name}
+        for pattern in _TRANSIENT:
+            for path in self.path.glob(pattern):
+                if path.name not in listed:
+                    path.unlink(missing_ok=True)
+
+    def _refuse_other_law(self, law: Mapping[str, Any], given_block_steps: int | None) -> None:
+        recorded: dict[str, Any] = {**self.manifest.law, "block": self.manifest.block_steps}
+        asked = {**law, "block": given_block_steps or self.manifest.block_steps}
+        other = [f"{key}={recorded.get(key)!r}, not {asked[key]!r}" for key in asked if asked[key] != recorded.get(key)]
+        if other:
+            raise StateError(
+                f"{self.path} was recorded with {'; '.join(other)}: use the same options to go on, "
+                "or record into a new folder"
+            )

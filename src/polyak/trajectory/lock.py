@@ -1,0 +1,52 @@
+"""One writer for a folder: a lock that ends with its process, however that ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import weakref
+from pathlib import Path
+
+from polyak.errors import StateError
+
+__all__ = ["FolderLock"]
+
+_FILE = "lock"
+
+
+class FolderLock:
+    """An advisory lock on a folder.
+
+    Raises:
+        StateError: somebody else, in this process or another, holds it.
+    """
+
+    def __init__(self, folder: Path):
+        self._descriptor: int | None = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise StateError(
+                f"{folder} is being recorded by another recorder: close that one first, give each run a folder "
+                "of its own, and in a job of several processes record on rank 0 only"
+            ) from None
+        _held.add(self)
+
+    def release(self) -> None:
+        """Let go; more than once is harmless."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    # A forked child, such as a worker that loads data, would keep the lock beyond the death of its parent.
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
