@@ -30,7 +30,7 @@ LAYERS = [
     },
     {"average", "batchnorm", "hooks", "trajectory"},
     {"plots"},
-    {"selection", "landscape", "posterior"},
+    {"inspection", "selection", "landscape", "posterior"},
     {"integrations", "optim", "schedules"},
     {"demo", "report"},
     {"cli", "__main__"},

@@ -10,6 +10,7 @@ import typer
 
 from polyak._version import __version__
 from polyak.cli.demo import demo
+from polyak.cli.inspect import inspect
 from polyak.errors import PolyakError
 
 __all__ = ["app", "main"]
@@ -19,6 +20,7 @@ _UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(demo)
+app.command()(inspect)
 
 
 @app.callback(invoke_without_command=True)

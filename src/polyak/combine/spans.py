@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from polyak.profiles import Profile
 __all__ = ["Span", "coefficients", "spans_of_steps"]
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True)
+class Span:
     """The optimizer steps ``(start, stop]``, and how many samples were taken in them."""
 
     start: int
@@ -28,8 +29,8 @@ def spans_of_steps(steps: Sequence[int]) -> list[Span]:
 
     Raises ``OptionError`` unless the steps rise from 0 or later.
 
-    >>> [(span.start, span.stop) for span in spans_of_steps([1000, 1500, 2500])]
-    [(500, 1000), (1000, 1500), (1500, 2500)]
+    >>> spans_of_steps([1000, 1500])
+    [Span(start=500, stop=1000, count=1), Span(start=1000, stop=1500, count=1)]
     """
     if not all(before < after for before, after in zip([-1, *steps], steps, strict=False)):
         raise OptionError(f"checkpoints must be of different steps, oldest first, got {list(steps)}")

@@ -131,9 +131,7 @@ def _comparable(first: Checkpoint, second: Checkpoint) -> Iterator[str]:
             seen.add(pair)
 
 
-def _compare_tensor(
-    first: Checkpoint, second: Checkpoint, name: str
-) -> tuple[TensorDifference, Products]:
+def _compare_tensor(first: Checkpoint, second: Checkpoint, name: str) -> tuple[TensorDifference, Products]:
     info = first.tensors[name]
     is_identical = info.dtype == second.tensors[name].dtype
     total, non_finite = Products(), 0

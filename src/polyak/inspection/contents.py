@@ -23,9 +23,7 @@ class Origin:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Origin:
         """The origin of an opened checkpoint's weights."""
-        return cls(
-            str(checkpoint.path), checkpoint.format, checkpoint.key, checkpoint.note, checkpoint.step
-        )
+        return cls(str(checkpoint.path), checkpoint.format, checkpoint.key, checkpoint.note, checkpoint.step)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ class FolderRow:
 
 @dataclass(frozen=True)
 class FolderSummary:
-    """A folder of checkpoints, ordered by step where all readable ones have one, else by name.
+    """A folder of checkpoints, ordered by step where all readable ones have one (the others last), else by name.
 
     Attributes:
         path: the folder.
@@ -116,9 +115,7 @@ def summarise_folder(path: Path, key: str | None = None, *, movement: bool = Fal
     reference = next((row.name for row in rows if row.error is None), None)
     rows = _in_step_order(rows)
     opened = [checkpoints.open(path / row.name, key) for row in rows if movement and row.error is None]
-    return FolderSummary(
-        str(path), reference, tuple(rows), measure_movement(opened) if opened else None
-    )
+    return FolderSummary(str(path), reference, tuple(rows), measure_movement(opened) if opened else None)
 
 
 def _rows(paths: list[Path], key: str | None) -> Iterator[FolderRow]:
@@ -135,7 +132,7 @@ def _rows(paths: list[Path], key: str | None) -> Iterator[FolderRow]:
 def _in_step_order(rows: list[FolderRow]) -> list[FolderRow]:
     if any(row.step is None for row in rows if row.error is None):
         return rows
-    return sorted(rows, key=lambda row: row.step or 0)
+    return sorted(rows, key=lambda row: (row.step is None, row.step))
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:

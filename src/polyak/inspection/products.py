@@ -75,10 +75,8 @@ def _finite_or_none(value: float) -> float | None:
 def products(first: Tensor, second: Tensor) -> Products:
     """The inner products of two 1-D tensors of one dtype."""
     difference = first - second
-    return Products(
-        *(float(torch.dot(*pair)) for pair in ((first, first), (second, second), (first, second))),
-        float(torch.dot(difference, difference)),
-    )
+    pairs = ((first, first), (second, second), (first, second), (difference, difference))
+    return Products(*[float(torch.dot(one, other)) for one, other in pairs])
 
 
 def slices(numel: int) -> Iterator[tuple[int, int]]:

@@ -28,7 +28,7 @@ def comparison_view(comparison: Comparison, show_all: bool = False) -> Renderabl
         *origin_lines(comparison.first),
         *origin_lines(comparison.second),
         Text(),
-        *layout_lines(comparison.layout, show_all),
+        *layout_lines(comparison.second.path, comparison.first.path, comparison.layout, show_all),
         *_distance(comparison),
         *_differences(comparison, show_all),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.filesize import decimal
+from rich.table import Table
 from rich.text import Text
 
 from polyak.inspection.folder import FolderRow, FolderSummary
@@ -24,7 +24,12 @@ def folder_view(summary: FolderSummary, show_all: bool = False) -> RenderableTyp
         Text(),
         _rows(summary),
         *_movement(summary),
-        *_misfits(summary, show_all),
+        Text(),
+        *(
+            line
+            for row in summary.rows
+            for line in layout_lines(row.name, str(summary.reference), row.layout, show_all)
+        ),
         *(Text(printable(row.error or "")) for row in summary.unreadable),
     )
 
@@ -56,13 +61,6 @@ def _cells(row: FolderRow) -> list[str]:
         ", ".join(row.dtypes),
         f"{counted(differing, 'name')} differ" if differing else "same",
     ]
-
-
-def _misfits(summary: FolderSummary, show_all: bool) -> Iterator[Text]:
-    for row in summary.readable:
-        if row.layout:
-            yield Text(printable(f"{row.name}, compared with {summary.reference}:"))
-            yield from layout_lines(row.layout, show_all)
 
 
 def _movement(summary: FolderSummary) -> Iterator[RenderableType]:

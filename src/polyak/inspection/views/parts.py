@@ -46,13 +46,18 @@ def origin_lines(origin: Origin) -> Iterator[Text]:
         yield Text(printable(origin.note))
 
 
-def layout_lines(layout: LayoutDifference, show_all: bool) -> Iterator[Text]:
-    """The names that two checkpoints do not share, or share with another shape, dtype or tie."""
-    yield from name_lines("missing", layout.missing, show_all)
-    yield from name_lines("extra", layout.extra, show_all)
-    yield from name_lines("reshaped", _changes(layout.reshaped), show_all)
-    yield from name_lines("retyped", _changes(layout.retyped), show_all)
-    yield from name_lines("tied otherwise", layout.retied, show_all)
+def layout_lines(
+    name: str, reference: str, layout: LayoutDifference | None, show_all: bool
+) -> Iterator[Text]:
+    """The names that two checkpoints do not share, or share with another shape, dtype or tie; none if all agree."""
+    if layout:
+        yield Text(printable(f"{name}, compared with {reference}:"), style="bold")
+        yield from name_lines("missing", layout.missing, show_all)
+        yield from name_lines("extra", layout.extra, show_all)
+        yield from name_lines("reshaped", _changes(layout.reshaped), show_all)
+        yield from name_lines("retyped", _changes(layout.retyped), show_all)
+        yield from name_lines("tied otherwise", layout.retied, show_all)
+        yield Text()
 
 
 def _changes(changes: Sequence[Change]) -> list[str]:

@@ -1,0 +1,173 @@
+"""One training run of protocol C, the demo's byte language model, and what is read from its trajectory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+import polyak
+from polyak.demo.data import Examples, Split, batches
+from polyak.demo.tasks import TASKS
+from polyak.demo.training import learning_rate_factor
+
+__all__ = ["COSINE", "FitRead", "Job", "Read", "RunRecord", "run"]
+
+TASK = TASKS["text"]
+COSINE = "cosine"
+RECORD_EVERY, BLOCK_STEPS = 10, 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: ``decay`` is the share of it with a linearly falling learning rate, or "cosine" for all of it.
+
+    ``read_at`` are the optimizer steps at which averages are selected from what is recorded by then; with
+    ``fit_steps`` the weights of the blocks are fitted at the end as well, on that many more training batches.
+    """
+
+    seed: int
+    lr: float
+    decay: float | str
+    steps: int
+    read_at: tuple[int, ...] = ()
+    fit_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Read:
+    """The live weights and the selected average at one step: NLL in nats per byte."""
+
+    live_validation: float
+    live_test: float
+    selected: str
+    selected_validation: float
+    selected_test: float
+
+
+@dataclass(frozen=True)
+class FitRead:
+    """The fitted average, which validation data has not seen."""
+
+    validation: float
+    test: float
+    extra_steps: int
+
+
+@dataclass
+class RunRecord:
+    """What came of a job: the live weights at the end, and what was read along the way, by step."""
+
+    job: Job
+    validation: float
+    test: float
+    reads: dict[int, Read] = field(default_factory=dict)
+    fit: FitRead | None = None
+
+
+def run(job: Job) -> RunRecord:
+    """Train on one thread; equal jobs give equal numbers on the same machine."""
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        return _Run(job, Path(folder)).result()
+
+
+class _Run:
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.job = job
+        self.split: Split = TASK.load(job.seed)
+        self.generator = torch.Generator().manual_seed(job.seed)
+        torch.manual_seed(job.seed)
+        self.model = TASK.build_model()
+        options: dict[str, Any] = {**TASK.optimizer_options, "lr": job.lr}
+        self.optimizer = AdamW(self.model.parameters(), **options)
+        self.recorder = (
+            polyak.Recorder(self.model, folder, every=RECORD_EVERY, block=BLOCK_STEPS, optimizer=self.optimizer)
+            if job.read_at
+            else None
+        )
+
+    def result(self) -> RunRecord:
+        reads = self._train()
+        record = RunRecord(
+            self.job, _nll(self.model, self.split.validation), _nll(self.model, self.split.test), reads
+        )
+        if self.recorder is not None:
+            self.recorder.close()
+            if self.job.fit_steps:
+                record.fit = self._fit(self.recorder.trajectory)
+        return record
+
+    def _train(self) -> dict[int, Read]:
+        scheduler = LambdaLR(self.optimizer, lambda done: _factor(done, self.job))
+        reads: dict[int, Read] = {}
+        for step, batch in enumerate(self._batches(self.job.steps), 1):
+            self.optimizer.zero_grad()
+            cross_entropy(self.model(batch.inputs), batch.targets).backward()
+            self.optimizer.step()
+            scheduler.step()
+            if self.recorder is not None:
+                self.recorder.update()
+                if step in self.job.read_at:
+                    reads[step] = self._read(self.recorder.trajectory)
+        return reads
+
+    def _batches(self, steps: int) -> Iterator[Examples]:
+        return batches(self.split.train, TASK.batch_size, steps, self.generator)
+
+    def _read(self, trajectory: polyak.Trajectory) -> Read:
+        choice = polyak.select(trajectory, self.model, score=self._validation_losses, progress=False)
+        chosen = deepcopy(self.model)
+        choice.apply(chosen)
+        return Read(
+            live_validation=choice.live.score,
+            live_test=_nll(self.model, self.split.test),
+            selected=choice.best.name,
+            selected_validation=choice.best.score,
+            selected_test=_nll(chosen, self.split.test),
+        )
+
+    def _validation_losses(self, model: nn.Module) -> Tensor:
+        return _losses(model, self.split.validation)
+
+    def _fit(self, trajectory: polyak.Trajectory) -> FitRead:
+        steps = self.job.fit_steps
+        fitted = polyak.fit(trajectory, self.model, self._batches(steps), _batch_loss, steps=steps)
+        averaged = deepcopy(self.model)
+        averaged.load_state_dict(trajectory.average(fitted.profile))
+        return FitRead(
+            _nll(averaged, self.split.validation), _nll(averaged, self.split.test), fitted.extra_steps
+        )
+
+
+def _factor(steps_done: int, job: Job) -> float:
+    if job.decay == COSINE:
+        up = learning_rate_factor(steps_done, steps=job.steps, warmup_steps=TASK.warmup_steps, decay_steps=0)
+        return up * (1 + math.cos(math.pi * steps_done / job.steps)) / 2
+    decay_steps = round(float(job.decay) * job.steps)
+    return learning_rate_factor(
+        steps_done, steps=job.steps, warmup_steps=TASK.warmup_steps, decay_steps=decay_steps
+    )
+
+
+def _batch_loss(model: nn.Module, batch: Examples) -> Tensor:
+    return cross_entropy(model(batch.inputs), batch.targets)
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, examples: Examples) -> Tensor:
+    return cross_entropy(model(examples.inputs), examples.targets, reduction="none")
+
+
+def _nll(model: nn.Module, examples: Examples) -> float:
+    return _losses(model, examples).double().mean().item()
