@@ -396,8 +396,13 @@ def test_misuse_while_swapped_is_refused():
                 call()
         with pytest.raises(SwapError), average.applied():
             pass
-        with pytest.raises(SwapError, match="holds averaged weights already"):
-            other.swap_in()
+        for call in (
+            other.swap_in,
+            other.update,
+            polyak.optim.SWA(torch.optim.SGD(model.parameters())).update_swa,
+        ):
+            with pytest.raises(SwapError, match="holds averaged weights already"):
+                call()
         assert same(live(model), swapped)
         assert same(average.state_dict()["average"], state["average"])
     assert same(live(model), before)

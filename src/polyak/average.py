@@ -18,7 +18,7 @@ from polyak.binding import Binding
 from polyak.errors import NotStartedError, OptionError, StructureError, SwapError, name_list
 from polyak.profiles import Scheme
 from polyak.state import refuse_other_state
-from polyak.swap import Swap, copy_into
+from polyak.swap import Swap, copy_into, refuse_swapped
 from polyak.tensors import ModelTensors, local, sharded_like
 
 __all__ = ["Average"]
@@ -329,6 +329,7 @@ class Average:
             raise SwapError(
                 f"the averaged weights are in the model: {why}. Leave applied() or call swap_out()"
             )
+        refuse_swapped(self._binding.live)
 
 
 def _whole_number(option: str, value: int, least: int) -> int:

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from polyak.errors import SwapError
 
-__all__ = ["Swap", "copy_into"]
+__all__ = ["Swap", "copy_into", "refuse_swapped"]
 
 # Live tensors that hold swapped-in values now: whatever wrapper it is reached through, one model has one swap.
 _swapped_in = WeakIdKeyDictionary()
@@ -53,11 +53,7 @@ class Swap:
         keep: Sequence[Tensor] = (),
         device: torch.device | str | None = None,
     ):
-        if any(target in _swapped_in for target in targets):
-            raise SwapError(
-                "this model holds averaged weights already; leave the first applied() or call its swap_out() "
-                "before another average is swapped in"
-            )
+        refuse_swapped(targets)
         self._targets = list(targets)
         self._live = [*targets, *keep]
         self._backup = [_clone(tensor, device) for tensor in self._live]
@@ -88,6 +84,15 @@ class Swap:
         copy_into(self._live, self._backup)
         for target in self._targets:
             _swapped_in.pop(target, None)
+
+
+def refuse_swapped(tensors: Sequence[Tensor]) -> None:
+    """Raise :class:`SwapError` if live tensors hold averaged values now, whichever average swapped them in."""
+    if _swapped_in and any(tensor in _swapped_in for tensor in tensors):
+        raise SwapError(
+            "this model holds averaged weights already, perhaps another average's; leave applied() or call "
+            "swap_out() there first"
+        )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from polyak.accumulator import Accumulator
 from polyak.errors import StateError, StructureError, name_list
 from polyak.profiles import Uniform
-from polyak.swap import copy_into
+from polyak.swap import copy_into, refuse_swapped
 
 __all__ = ["GroupAverage", "all_params", "averageable", "refuse_sharded", "saved_buffers"]
 
@@ -53,13 +53,15 @@ class GroupAverage:
             StructureError: its parameters or their shapes are not those of the first sample.
         """
         self._follow(averageable(group))
+        refuse_swapped(self.params)
         if not group["n_avg"]:
             self._accumulator.restart(n_skipped=group["n_skipped"])
         self._accumulator.add(self.params)
         group["n_avg"], group["n_skipped"] = self._accumulator.n_averaged, self._accumulator.n_skipped
 
     def swap_in(self) -> None:
-        """Put the averages into the parameters."""
+        """Put the averages into the parameters; raises :class:`SwapError` inside another average's swap."""
+        refuse_swapped(self.params)
         # All copies are made before the first parameter changes: an interrupt loses nothing.
         self.live = [parameter.detach().clone() for parameter in self.params]
         copy_into(self.params, self._accumulator.means)

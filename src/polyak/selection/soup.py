@@ -136,7 +136,9 @@ def soup(
 
 def _checked(checkpoints: Iterable[str | PathLike[str]]) -> list[Path]:
     if isinstance(checkpoints, str | PathLike):
-        raise OptionError(f"checkpoints must be a list of paths, got {str(checkpoints)!r}: write [{str(checkpoints)!r}]")
+        raise OptionError(
+            f"checkpoints must be a list of paths, got {str(checkpoints)!r}: write [{str(checkpoints)!r}]"
+        )
     paths = [Path(path) for path in checkpoints]
     if len(paths) < 2 or len(set(paths)) < len(paths):
         raise OptionError(

@@ -35,7 +35,9 @@ def averaged(
     pairs = matched(model, weights)
     parameters = [(entry.tensor, value) for entry, value in pairs if entry.kind == "parameter"]
     buffers = [(entry.tensor, value) for entry, value in pairs if entry.kind == "buffer"]
-    swap = Swap([target for target, _ in parameters], [value for _, value in parameters], keep=_buffers(model))
+    swap = Swap(
+        [target for target, _ in parameters], [value for _, value in parameters], keep=_buffers(model)
+    )
     try:
         copy_into([target for target, _ in buffers], [value for _, value in buffers])
         if recalibrate is not None:
@@ -127,7 +129,9 @@ def _refuse_mismatch(
     missing = [
         entry.name for entry in tensors.values() if entry.tensor.requires_grad and entry.name not in here
     ]
-    reshaped = [n for n in weights if n in canonical and weights[n].shape != tensors[canonical[n]].tensor.shape]
+    reshaped = [
+        n for n in weights if n in canonical and weights[n].shape != tensors[canonical[n]].tensor.shape
+    ]
     complaints = [
         f"{what} {name_list(names)}"
         for what, names in (

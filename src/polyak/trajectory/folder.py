@@ -90,7 +90,9 @@ class TrajectoryFolder:
             )
         kept = tuple(block for block in manifest.blocks if block.stop <= step)
         if len(kept) < len(manifest.blocks):
-            _log.info("%s: dropped %d blocks after step %d", self.path, len(manifest.blocks) - len(kept), step)
+            _log.info(
+                "%s: dropped %d blocks after step %d", self.path, len(manifest.blocks) - len(kept), step
+            )
         start = manifest.start if kept else step
         self._save(replace(manifest, blocks=kept, start=start, live_step=None))
         self._remove_unlisted()
@@ -163,7 +165,11 @@ class TrajectoryFolder:
     def _refuse_other_law(self, law: Mapping[str, Any], given_block_steps: int | None) -> None:
         recorded: dict[str, Any] = {**self.manifest.law, "block": self.manifest.block_steps}
         asked = {**law, "block": given_block_steps or self.manifest.block_steps}
-        other = [f"{key}={recorded.get(key)!r}, not {asked[key]!r}" for key in asked if asked[key] != recorded.get(key)]
+        other = [
+            f"{key}={recorded.get(key)!r}, not {asked[key]!r}"
+            for key in asked
+            if asked[key] != recorded.get(key)
+        ]
         if other:
             raise StateError(
                 f"{self.path} was recorded with {'; '.join(other)}: use the same options to go on, "

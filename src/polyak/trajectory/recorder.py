@@ -126,7 +126,9 @@ class Recorder:
         self._writer = BackgroundWriter()
         self._write_seconds: float | None = None
         block_steps = _block_steps(block, self.every)
-        fresh = Manifest(self._law, block_steps or _FIRST_SAMPLES * self.every, settled=block_steps is not None)
+        fresh = Manifest(
+            self._law, block_steps or _FIRST_SAMPLES * self.every, settled=block_steps is not None
+        )
         self._folder = TrajectoryFolder(self.directory, fresh, block_steps)
         self._is_open = True
         try:
@@ -382,5 +384,7 @@ def _block_steps(block: int | None, every: int) -> int | None:
         return None
     block = whole_within("[1, inf)", "block", block)
     if block % every:
-        raise OptionError(f"block must be a multiple of every={every}, the steps between samples, got {block}")
+        raise OptionError(
+            f"block must be a multiple of every={every}, the steps between samples, got {block}"
+        )
     return block

@@ -35,6 +35,7 @@ def comparison_view(comparison: Comparison, show_all: bool = False) -> Renderabl
 
 
 def _distance(comparison: Comparison) -> Iterator[Text]:
+    yield Text()
     if comparison.is_identical:
         yield Text("identical: the same names, shapes, dtypes and bits")
         return

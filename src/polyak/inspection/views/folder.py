@@ -24,13 +24,7 @@ def folder_view(summary: FolderSummary, show_all: bool = False) -> RenderableTyp
         Text(),
         _rows(summary),
         *_movement(summary),
-        Text(),
-        *(
-            line
-            for row in summary.rows
-            for line in layout_lines(row.name, str(summary.reference), row.layout, show_all)
-        ),
-        *(Text(printable(row.error or "")) for row in summary.unreadable),
+        *_problems(summary, show_all),
     )
 
 
@@ -70,6 +64,15 @@ def _movement(summary: FolderSummary) -> Iterator[RenderableType]:
         for row, neighbour in zip(summary.readable, cells, strict=True):
             rows.add_row(printable(row.name), *neighbour)
         yield from (Text(), rows, *movement_lines(summary.movement))
+
+
+def _problems(summary: FolderSummary, show_all: bool) -> Iterator[Text]:
+    for row in summary.rows:
+        if row.layout:
+            yield Text()
+            yield from layout_lines(row.name, str(summary.reference), row.layout, show_all)
+    for row in summary.unreadable:
+        yield from (Text(), Text(printable(str(row.error))))
 
 
 def movement_cells(movement: Movement) -> list[tuple[str, str, str]]:

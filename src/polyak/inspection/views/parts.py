@@ -57,7 +57,6 @@ def layout_lines(
         yield from name_lines("reshaped", _changes(layout.reshaped), show_all)
         yield from name_lines("retyped", _changes(layout.retyped), show_all)
         yield from name_lines("tied otherwise", layout.retied, show_all)
-        yield Text()
 
 
 def _changes(changes: Sequence[Change]) -> list[str]:
