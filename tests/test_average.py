@@ -164,6 +164,19 @@ def test_buffers_are_copied_from_the_live_model_and_floating_ones_averaged_on_re
     torch.testing.assert_close(fresh.cache, torch.full((3,), 3.0 if buffers == "average" else 6.0))
 
 
+def test_sparse_buffers_are_left_to_the_live_model_and_sparse_parameters_refused():
+    model = nn.Linear(2, 2)
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    average = polyak.Average(model, polyak.Uniform())
+    average.update()
+    with average.applied():
+        model.adjacency.mul_(5)
+    assert torch.equal(model.adjacency.to_dense(), torch.eye(3))
+    model.weight = nn.Parameter(torch.eye(2).to_sparse())
+    with pytest.raises(StructureError, match="'weight' are sparse"):
+        polyak.Average(model, polyak.Uniform())
+
+
 def test_frozen_parameters_are_the_live_models_and_cost_nothing():
     model = mlp()
     model[0].requires_grad_(False)

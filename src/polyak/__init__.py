@@ -13,6 +13,7 @@ from polyak._version import __version__
 if TYPE_CHECKING:
     from polyak.average import Average
     from polyak.batchnorm import update_bn
+    from polyak.combine import average_checkpoints
     from polyak.errors import PolyakError
     from polyak.hooks import attach
     from polyak.profiles import (
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
         Window,
         parse,
     )
+    from polyak.trajectory import Recorder, Trajectory
 
 # Where each public name lives; `dir(polyak)` and `__all__` follow from it.
 _HOMES = {
     "Average": "average",
+    "average_checkpoints": "combine",
     "update_bn": "batchnorm",
     "PolyakError": "errors",
     "attach": "hooks",
@@ -46,6 +49,8 @@ _HOMES = {
     "Weights": "profiles",
     "Window": "profiles",
     "parse": "profiles",
+    "Recorder": "trajectory",
+    "Trajectory": "trajectory",
 }
 _MODULES = ("errors", "optim", "schedules")
 
@@ -57,13 +62,16 @@ __all__ = [
     "Polynomial",
     "Power",
     "Profile",
+    "Recorder",
     "Scheme",
     "Tail",
+    "Trajectory",
     "Uniform",
     "Weights",
     "Window",
     "__version__",
     "attach",
+    "average_checkpoints",
     "parse",
     "update_bn",
 ]

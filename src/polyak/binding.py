@@ -128,6 +128,9 @@ class Binding:
                 "nothing to average: the model has no trainable floating-point parameter"
                 + ("" if include is None and exclude is None else " that include and exclude leave")
             )
+        sparse = [name for name in chosen if self.tensors[name].tensor.layout != torch.strided]
+        if sparse:
+            raise StructureError(f"{name_list(sparse)} are sparse; make them dense, or name them in exclude=")
         return chosen
 
     def _can_be_averaged(self, entry: NamedTensor) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from polyak.errors import OptionError, StructureError, name_list
+from polyak.errors import OptionError, name_list
 
 __all__ = ["ModelTensors", "NamedTensor", "bare_model", "local", "meshes", "sharded_like"]
 
@@ -72,12 +72,6 @@ class ModelTensors:
 
     def __getitem__(self, name: str) -> NamedTensor:
         return self._entries[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
 
     def values(self) -> Iterable[NamedTensor]:
         """Every tensor once, in the model's own order."""
@@ -200,8 +194,6 @@ def _entries(modules: list[tuple[str, nn.Module]]) -> dict[str, NamedTensor]:
 
 def _add(by_id: dict[int, NamedTensor], entry: NamedTensor) -> None:
     tensor = entry.tensor
-    if _has_shape(tensor) and tensor.layout != torch.strided:
-        raise StructureError(f"{entry.name!r} has layout {tensor.layout}; only dense tensors can be averaged")
     if id(tensor) in by_id:
         by_id[id(tensor)].aliases.append(entry.name)
     else:

@@ -2,15 +2,25 @@
 
 from polyak.combine.engine import Progress, combine
 from polyak.combine.headers import common_layout
+from polyak.combine.inputs import in_step_order, known_steps, open_inputs
 from polyak.combine.memory import MemoryWriter
+from polyak.combine.offline import average_checkpoints
+from polyak.combine.plan import AverageReport, Plan, plan_average
 from polyak.combine.spans import Span, coefficients, spans_of_steps
 
 __all__ = [
+    "AverageReport",
     "MemoryWriter",
+    "Plan",
     "Progress",
     "Span",
+    "average_checkpoints",
     "coefficients",
     "combine",
     "common_layout",
+    "in_step_order",
+    "known_steps",
+    "open_inputs",
+    "plan_average",
     "spans_of_steps",
 ]

@@ -7,13 +7,14 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from torch import Tensor
+
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint, Layout, Location, Writer
 from polyak.combine import combine
 from polyak.errors import CheckpointError
 from polyak.trajectory.manifest import Block
 from polyak.trajectory.snapshot import Snapshot
-from torch import Tensor
 
 __all__ = ["Part", "copied_names", "file_checksum", "merge_files", "refuse_damaged", "write_file"]
 

@@ -1,0 +1,88 @@
+"""Which checkpoints are averaged, and at which training steps they were saved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+
+from polyak import checkpoints
+from polyak.checkpoints import Checkpoint
+from polyak.checkpoints.folders import checkpoint_paths, is_checkpoint_folder
+from polyak.checkpoints.formats import recognise
+from polyak.errors import OptionError
+
+__all__ = ["in_step_order", "known_steps", "open_inputs"]
+
+_AFTER_STEP = re.compile(r"step\D?(\d{1,18})(?!\d)", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<!\d)\d{1,18}(?!\d)")
+
+
+def open_inputs(
+    paths: Iterable[str | PathLike[str]] | str | PathLike[str], key: str | None = None
+) -> list[Checkpoint]:
+    """Open checkpoints, and all those in folders of checkpoints.
+
+    Raises ``OptionError`` if there is none, and what ``polyak.checkpoints.open`` raises.
+    """
+    if isinstance(paths, str | PathLike):
+        paths = [paths]
+    files = [file for path in paths for file in _expanded(Path(path))]
+    if not files:
+        raise OptionError("there is nothing to average: name one or more checkpoints, or a folder of them")
+    return [checkpoints.open(file, key) for file in files]
+
+
+def _expanded(path: Path) -> list[Path]:
+    if not path.is_dir() or is_checkpoint_folder(path):
+        return [path]
+    files = checkpoint_paths(path)
+    if not files:
+        recognise(path)  # says what the folder holds instead
+    return files
+
+
+def known_steps(inputs: Sequence[Checkpoint]) -> list[int] | None:
+    """The training step of each checkpoint, or None where they are not known for all, or not all different.
+
+    They are taken from the checkpoints themselves, else from their names.
+    """
+    saved = [checkpoint.step for checkpoint in inputs]
+    known = [step for step in saved if step is not None]
+    if len(known) == len(saved) == len(set(known)):
+        return known
+    return steps_in_names([checkpoint.path for checkpoint in inputs])
+
+
+def steps_in_names(paths: Sequence[Path]) -> list[int] | None:
+    """The number that tells the names apart: the one after ``step``, else the last one that is always different.
+
+    A name without numbers, such as ``model.safetensors``, is taken with that of its folder.
+
+    >>> steps_in_names([Path("epoch=1-step=500.ckpt"), Path("epoch=2-step=1000.ckpt")])
+    [500, 1000]
+    >>> steps_in_names([Path("run/9/model_bf16.pt"), Path("run/10/model_bf16.pt")])
+    [9, 10]
+    >>> steps_in_names([Path("best.pt"), Path("last.pt")])
+    """
+    for names in ([path.stem for path in paths], [path.absolute().parent.name for path in paths]):
+        matches = [match for name in names if (match := _AFTER_STEP.search(name))]
+        columns = [tuple(match[1] for match in matches)] if len(matches) == len(names) else []
+        numbers = [_NUMBER.findall(name) for name in names]
+        if len({len(found) for found in numbers}) == 1:
+            columns += reversed(list(zip(*numbers, strict=True)))
+        for column in columns:
+            steps = [int(number) for number in column]
+            if len(set(steps)) == len(steps):
+                return steps
+    return None
+
+
+def in_step_order(inputs: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[int] | None]:
+    """Checkpoints by rising step, with the steps; in the order given, with None, where they are not known."""
+    steps = known_steps(inputs)
+    if steps is None:
+        return list(inputs), None
+    order = sorted(range(len(steps)), key=steps.__getitem__)
+    return [inputs[index] for index in order], [steps[index] for index in order]

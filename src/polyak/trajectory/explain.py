@@ -1,0 +1,186 @@
+"""What a profile comes to on blocks: where its weight lies, and how much of it the blocks cannot place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyak.combine import Span, coefficients
+from polyak.errors import OptionError
+from polyak.profiles import Decay, Profile, Scheme
+from polyak.trajectory.manifest import Block
+
+__all__ = ["Explanation", "block_coefficients", "explain"]
+
+Floats = NDArray[np.float64]
+
+# Positions looked at within a block, at most.
+_POSITIONS = 256
+_ROUNDING = 1e-9
+# The part of a scheme's weight that may lie on the wrong samples of their blocks.
+_MOST_MISPLACED = 0.1
+_LONGEST = 1e12
+_LARGEST_SIGMA = 0.2887
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a profile is rebuilt from blocks.
+
+    Within a block all samples weigh the same, whatever the profile asks for. So some of its weight lies on other
+    samples than asked, never outside their block.
+
+    Attributes:
+        profile: what was asked for.
+        blocks: oldest first.
+        coefficients: float64, one per block; they sum to 1.
+        exact: whether no weight is misplaced.
+        misplaced_weight: the part of the weight that lies on other samples than the profile asks for. An
+            averaged number is off by at most this part of the widest range that the number runs through within
+            one block.
+        partly_covered_weight: the part of the weight that lies in blocks which the profile covers in part.
+        effective_samples: 1/Σ a², over the weights a of all samples: how many equal ones would say as much.
+        warnings: what speaks against this profile here, in sentences.
+    """
+
+    profile: Profile
+    blocks: Sequence[Block]
+    coefficients: Floats
+    misplaced_weight: float
+    partly_covered_weight: float
+    effective_samples: float
+    warnings: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether no weight is misplaced."""
+        return self.misplaced_weight <= _ROUNDING
+
+    def __str__(self) -> str:
+        head = f"{self.profile}: " + (
+            "exact"
+            if self.exact
+            else f"{self.misplaced_weight:.2%} of the weight lies on other samples of its block than asked for"
+        )
+        facts = (
+            f"{self.partly_covered_weight:.2%} of it in partly covered blocks, "
+            f"{self.effective_samples:.1f} effective samples"
+        )
+        rows = [
+            f"  {block!s:>24}  {block.count:>9} samples  {coefficient:10.6f}"
+            for block, coefficient in zip(self.blocks, self.coefficients, strict=True)
+            if coefficient
+        ]
+        return "\n".join([head, facts, *rows, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def explain(profile: Profile, blocks: Sequence[Block]) -> Explanation:
+    """The coefficients of ``profile`` on ``blocks``, and what is lost by them.
+
+    Raises:
+        OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
+
+    >>> import polyak
+    >>> found = explain(polyak.Tail(0.5), [Block(0, 60, count=60), Block(60, 100, count=40)])
+    >>> found.coefficients.round(3).tolist(), found.exact, round(found.misplaced_weight, 3)
+    ([0.2, 0.8], False, 0.167)
+    """
+    found = block_coefficients(profile, blocks)
+    counts = np.array([block.count for block in blocks])
+    inside = _within_blocks(profile, blocks, np.full(len(blocks), _POSITIONS))
+    partly = [bool((w > _ROUNDING * w.sum()).any() and (w <= 0).any()) for w in inside]
+    return Explanation(
+        profile,
+        blocks,
+        found,
+        float(_misplaced(profile, blocks)),
+        float(np.abs(found[partly]).sum()),
+        float(1 / (found**2 / counts).sum()),
+        _warnings(profile, blocks, found),
+    )
+
+
+def block_coefficients(profile: Profile, blocks: Sequence[Block]) -> Floats:
+    """One coefficient per block, which sum to 1.
+
+    Raises:
+        OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
+    """
+    found = np.array(coefficients(profile, [Span(b.start, b.stop, b.count) for b in blocks]))
+    if isinstance(profile, Scheme) and (misplaced := _misplaced(profile, blocks)) > _MOST_MISPLACED:
+        raise OptionError(
+            f"{profile} looks back less far than the blocks resolve: {misplaced:.0%} of its weight would lie on "
+            f"other samples than it asks for. The shortest possible here is {_shortest(profile, blocks)}; for a "
+            "shorter one record shorter blocks, or follow it with polyak.Average"
+        )
+    return found
+
+
+def _within_blocks(profile: Profile, blocks: Sequence[Block], parts: NDArray[np.int64]) -> list[Floats]:
+    """The weights that ``profile`` gives to each block's parts, all of the same length within a block."""
+    starts, stops = _edges(profile, blocks)
+    fractions = [np.arange(n + 1) / n for n in parts]
+    positions = [a + (b - a) * f for a, b, f in zip(starts, stops, fractions, strict=True)]
+    shares = profile.cumulative(np.concatenate(positions).clip(0, stops[-1]), stops[-1])
+    return [np.diff(share) for share in np.split(shares, np.cumsum(parts + 1)[:-1])]
+
+
+def _edges(profile: Profile, blocks: Sequence[Block]) -> tuple[Floats, Floats]:
+    """Where each block begins and ends, in the unit of ``profile``."""
+    if profile.unit == "steps":
+        return np.array([float(b.start) for b in blocks]), np.array([float(b.stop) for b in blocks])
+    stops = np.cumsum([b.count if profile.unit == "samples" else 1 for b in blocks], dtype=np.float64)
+    return np.array([0, *stops[:-1]]), stops
+
+
+def _misplaced(profile: Profile, blocks: Sequence[Block]) -> float:
+    """Half of Σ |a - b| over all samples, a being the weight asked for and b what the block gives it."""
+    if profile.unit == "blocks":
+        return 0.0
+    counts = np.array([min(block.count, _POSITIONS) for block in blocks])
+    inside = _within_blocks(profile, blocks, counts)
+    distances = [np.abs(weights - weights.mean()).sum() / 2 for weights in inside]
+    return float(np.sum(distances) / np.sum([weights.sum() for weights in inside]))
+
+
+def _shortest(scheme: Scheme, blocks: Sequence[Block]) -> Scheme:
+    """The scheme of this kind that looks back least far of those that the blocks resolve."""
+    lengthened = _lengthening(scheme)
+    low, high = 0.0, np.log(_LONGEST)
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        if _misplaced(lengthened(np.exp(middle)), blocks) > _MOST_MISPLACED:
+            low = middle
+        else:
+            high = middle
+    return lengthened(np.exp(high))
+
+
+def _lengthening(scheme: Scheme) -> Callable[[float], Scheme]:
+    """From a factor to the scheme that looks back about so many times farther."""
+    laws: dict[str, Callable[[float, float], float]] = {
+        "half_life": lambda value, factor: value * factor,
+        "decay": lambda value, factor: 1 - (1 - value) / factor,
+        "sigma_rel": lambda value, factor: min(value * factor, _LARGEST_SIGMA),
+        "gamma": lambda value, factor: value / factor,
+        "eta": lambda value, factor: value / factor,
+    }
+    name = next(name for name in laws if getattr(scheme, name, None) is not None)
+    value = getattr(scheme, name)
+    return lambda factor: replace(scheme, **{name: float(f"{laws[name](value, factor):.6g}")})
+
+
+def _warnings(profile: Profile, blocks: Sequence[Block], found: Floats) -> tuple[str, ...]:
+    if not isinstance(profile, Decay):
+        return ()
+    rates = [block.lr for block, a in zip(blocks, found, strict=True) if a and block.lr]
+    least, greatest = min((r.min for r in rates), default=0), max((r.max for r in rates), default=0)
+    if greatest - least <= _ROUNDING * greatest:
+        return ()
+    return (
+        f"the learning rate was not constant over the steps that {profile} covers ({least:.3g} to {greatest:.3g}); "
+        "it stands in for a decay of the learning rate, and decaying twice does harm",
+    )

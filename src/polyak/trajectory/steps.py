@@ -1,0 +1,65 @@
+"""In which order checkpoints of other tools were saved, and at which optimizer steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from polyak.checkpoints import Checkpoint
+from polyak.errors import OptionError, name_list
+
+__all__ = ["checkpoint_steps"]
+
+_NAMED_STEP = re.compile(r"step[=_-]?(\d+)", re.IGNORECASE)
+_NUMBER = re.compile(r"\d+")
+
+
+def checkpoint_steps(
+    inputs: Sequence[Checkpoint], steps: Sequence[int] | None, ordered: bool
+) -> list[tuple[int, Checkpoint]]:
+    """Checkpoints with the optimizer step of each, by step.
+
+    Steps are those given; or those that all checkpoints say in their metadata; or those in the names, if all
+    have one; or 1, 2, … in the order given.
+
+    Raises:
+        OptionError: steps of another number than the checkpoints, or the same one twice; or no steps, and
+            paths whose order means nothing.
+    """
+    chosen = list(steps) if steps is not None else _own_steps(inputs)
+    if chosen is None and not ordered:
+        raise OptionError(
+            f"no step is known for {name_list([c.path.name for c in inputs])}, and the paths come in no order: give "
+            "steps, or a list from the oldest to the newest"
+        )
+    chosen = chosen or list(range(1, len(inputs) + 1))
+    if len(chosen) != len(inputs):
+        raise OptionError(f"{len(chosen)} steps were given for {len(inputs)} checkpoints: give one for each")
+    found = sorted(zip(chosen, inputs, strict=True), key=lambda pair: pair[0])
+    for (step, first), (other, second) in zip(found, found[1:], strict=False):
+        if step == other:
+            raise OptionError(
+                f"{first.path} and {second.path} are both of step {step}: give steps, or one of them"
+            )
+    return found
+
+
+def _own_steps(inputs: Sequence[Checkpoint]) -> list[int] | None:
+    for candidates in ([c.step for c in inputs], [step_in_name(c.path) for c in inputs]):
+        steps = [step for step in candidates if step is not None]
+        if len(set(steps)) == len(inputs):
+            return steps
+    return None
+
+
+def step_in_name(path: Path) -> int | None:
+    """The step in a file's name: the number after "step", or the last one.
+
+    >>> step_in_name(Path("epoch=3-step=1200-v1.ckpt")), step_in_name(Path("checkpoint-500")), step_in_name(Path("a"))
+    (1200, 500, None)
+    """
+    named = _NAMED_STEP.findall(path.name)
+    # The suffix of a file may hold a digit, as in `.h5`; that of a folder is a part of its name.
+    numbers = named or _NUMBER.findall(path.stem if path.is_file() else path.name)
+    return int(numbers[-1]) if numbers else None

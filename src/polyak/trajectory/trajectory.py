@@ -1,0 +1,279 @@
+"""A run as block means, from which any average is made afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from polyak import checkpoints
+from polyak.checkpoints import Checkpoint, Layout, Writer
+from polyak.combine import MemoryWriter, combine, common_layout, spans_of_steps
+from polyak.errors import CheckpointError, NotStartedError, OptionError
+from polyak.profiles import Profile
+from polyak.trajectory.block_file import Part, copied_names, refuse_damaged
+from polyak.trajectory.explain import Explanation, block_coefficients, explain
+from polyak.trajectory.folder import FROZEN_NAME
+from polyak.trajectory.manifest import Block, Manifest
+from polyak.trajectory.steps import checkpoint_steps
+
+__all__ = ["Trajectory"]
+
+_MAX_MEMORY = "1GB"
+_COPY_NUMEL = 1 << 20
+
+
+class Trajectory:
+    """The block means of a run, oldest first.
+
+    The average under a profile F is Σ a_k · block_k with a_k = F(stop_k) - F(start_k), over optimizer steps or
+    samples, as the profile's unit says. It is exact where F is straight within each block, as for any window
+    between borders of blocks; :meth:`explain` says how far it is from exact elsewhere.
+
+    Args:
+        directory: what a :class:`polyak.Recorder` wrote, or is still writing: blocks that come later are not
+            seen.
+
+    Attributes:
+        blocks: with ``start``, ``stop``, ``count``, ``skipped``, ``lr`` and ``metrics``.
+        damaged: position in ``blocks`` to what is wrong with it; see :attr:`usable`.
+
+    Raises:
+        CheckpointError: there is no trajectory, or its manifest is damaged.
+
+    >>> import tempfile, torch, polyak
+    >>> from polyak import checkpoints
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for step in (100, 200, 300):
+    ...         checkpoints.write(f"{folder}/step-{step}.pt", {"w": torch.full((2,), float(step))})
+    ...     run = polyak.Trajectory.from_checkpoints(Path(folder).glob("*.pt"))
+    ...     run.average(polyak.Tail(steps=200))
+    {'w': tensor([250., 250.])}
+    """
+
+    blocks: tuple[Block, ...]
+    damaged: dict[int, str]
+
+    def __init__(self, directory: str | PathLike[str]):
+        folder = Path(directory)
+        manifest = Manifest.read(folder)
+        self._place = str(folder)
+        self.blocks = manifest.blocks
+        self.damaged = {}
+        self._inputs = [self._opened(index, folder / b.file_name) for index, b in enumerate(self.blocks)]
+        self._unchecked = {index for index in range(len(self.blocks)) if index not in self.damaged}
+        self._frozen = checkpoints.open(folder / FROZEN_NAME) if manifest.has_frozen else None
+        self._live = None if manifest.live_name is None else folder / manifest.live_name
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        paths: Iterable[str | PathLike[str]],
+        steps: Sequence[int] | None = None,
+        *,
+        key: str | None = None,
+    ) -> Trajectory:
+        """Checkpoints of any tool as a trajectory: each is a block with one sample.
+
+        One saved at step s stands for the steps since the one before; the first takes the length of the next
+        gap. Tensors that are not averaged, such as counters, are those of the newest that counts.
+
+        Args:
+            paths: files or folders of the formats that :mod:`polyak.checkpoints` reads.
+            steps: the optimizer step of each; None: as the checkpoints say, or else the number in each name
+                (the one after "step", or the last), or else 1, 2, … in the order of ``paths``.
+            key: the nested key that holds the weights; None: the best known.
+
+        Raises:
+            OptionError: no paths; steps that do not fit; or none known, and paths in no order, as from a glob.
+            CheckpointError: one is corrupt.
+            StructureError: they do not hold the same tensors.
+        """
+        ordered = isinstance(paths, Sequence)
+        inputs = [checkpoints.open(path, key) for path in paths]
+        if not inputs:
+            raise OptionError("there are no checkpoints: paths is empty")
+        found = checkpoint_steps(inputs, steps, ordered)
+        trajectory = cls.__new__(cls)
+        trajectory._place = str(inputs[0].path.parent)
+        trajectory._inputs = [checkpoint for _, checkpoint in found]
+        spans = spans_of_steps([step for step, _ in found])
+        trajectory.blocks = tuple(Block(span.start, span.stop, span.count) for span in spans)
+        trajectory.damaged, trajectory._unchecked = {}, set()
+        trajectory._frozen = trajectory._live = None
+        common_layout(trajectory._whole)  # refuses checkpoints of different models
+        return trajectory
+
+    @property
+    def usable(self) -> Self:
+        """The trajectory without its damaged blocks, whose weight goes to the others in proportion."""
+        self._check(range(len(self.blocks)))
+        rest = object.__new__(type(self))
+        rest.__dict__.update(self.__dict__)
+        kept = [index for index in range(len(self.blocks)) if index not in self.damaged]
+        rest.blocks = tuple(self.blocks[index] for index in kept)
+        rest._inputs = [self._inputs[index] for index in kept]
+        rest.damaged, rest._unchecked = {}, set()
+        return rest
+
+    def average(self, profile: Profile, *, max_memory: int | str = _MAX_MEMORY) -> dict[str, Tensor]:
+        """The averaged model under ``profile``: name to tensor on the host, tied names sharing one.
+
+        Averaged tensors have the dtype of the blocks; the rest is as in the newest block that counts.
+
+        Args:
+            profile: any profile.
+            max_memory: bytes, or text such as ``"512MB"``: the most memory used beside the result.
+
+        Raises:
+            OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
+            CheckpointError: a block that counts is damaged; the message names it.
+            NotStartedError: there are no blocks yet.
+        """
+        return self.average_many([profile], max_memory=max_memory)[0]
+
+    def average_many(
+        self, profiles: Sequence[Profile], *, max_memory: int | str = _MAX_MEMORY
+    ) -> list[dict[str, Tensor]]:
+        """As :meth:`average` for each profile, in one pass over the blocks."""
+        writers = [MemoryWriter(self._layout(profile)) for profile in profiles]
+        self._combine(profiles, writers, max_memory)
+        return [writer.tensors for writer in writers]
+
+    def write(
+        self,
+        profile: Profile,
+        path: str | PathLike[str],
+        *,
+        overwrite: bool = False,
+        max_memory: int | str = _MAX_MEMORY,
+    ) -> None:
+        """Write the averaged model as a checkpoint, whole or not at all, without holding it in memory.
+
+        Args:
+            profile: any profile.
+            path: the ending chooses the format, as for :func:`polyak.checkpoints.write`.
+            overwrite: replace an output that is there.
+            max_memory: as for :meth:`average`.
+
+        Raises as :meth:`average`; ``OutputExistsError``.
+        """
+        self._coefficients(profile)
+        with checkpoints.create(path, self._layout(profile), overwrite=overwrite) as writer:
+            self._combine([profile], [writer], max_memory)
+
+    def explain(self, profile: Profile) -> Explanation:
+        """Where the weight of ``profile`` lies, and how far the blocks are from what it asks for.
+
+        Raises:
+            OptionError: as for :meth:`average`.
+            NotStartedError: there are no blocks yet.
+        """
+        self._refuse_empty()
+        return explain(profile, self.blocks)
+
+    def live(self) -> dict[str, Tensor]:
+        """The weights of the last step as they were, kept when the recorder was closed.
+
+        Raises:
+            NotStartedError: they were not kept, as the recording was not closed, or goes on, or the trajectory
+                is made of checkpoints.
+        """
+        if self._live is None:
+            raise NotStartedError(
+                f"{self._place} holds no live weights, which close() writes at the end of a recording; take them "
+                "from the model, or from the training's own last checkpoint"
+            )
+        sources = [checkpoints.open(self._live), *([self._frozen] if self._frozen else [])]
+        return {name: source.read(name) for source in sources for name in source.tensors}
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __repr__(self) -> str:
+        reach = f", steps {self.blocks[0].start} to {self.blocks[-1].stop}" if self.blocks else ""
+        return f"Trajectory({self._place!r}, {len(self.blocks)} blocks{reach})"
+
+    # How it works inside.
+
+    def _opened(self, index: int, path: Path) -> Checkpoint | None:
+        try:
+            return checkpoints.open(path)
+        except CheckpointError as error:
+            self.damaged[index] = str(error)
+            return None
+
+    @property
+    def _whole(self) -> list[Checkpoint]:
+        return [checkpoint for checkpoint in self._inputs if checkpoint is not None]
+
+    def _coefficients(self, profile: Profile) -> list[float]:
+        self._refuse_empty()
+        found = block_coefficients(profile, self.blocks).tolist()
+        used = [index for index, a in enumerate(found) if a]
+        self._check(used)
+        broken = [index for index in used if index in self.damaged]
+        if broken:
+            others = len(self.blocks) - len(self.damaged)
+            raise CheckpointError(
+                f"{self.damaged[broken[0]]}. {profile} needs this block, {self.blocks[broken[0]]}; the other "
+                f"{others} blocks can be used: trajectory.usable leaves the damaged ones out"
+            )
+        return found
+
+    def _check(self, indices: Iterable[int]) -> None:
+        """Compare files with their checksums, each once: what lies on a disk for long may change."""
+        for index in self._unchecked.intersection(indices):
+            checkpoint = self._inputs[index]
+            assert checkpoint is not None, "what could not be opened is not checked"
+            try:
+                refuse_damaged(checkpoint.path, self.blocks[index])
+            except CheckpointError as error:
+                self.damaged[index] = str(error)
+            self._unchecked.remove(index)
+
+    def _newest(self, profile: Profile) -> Checkpoint:
+        """The newest block that counts, whose copied tensors go with the average."""
+        last = max(index for index, a in enumerate(self._coefficients(profile)) if a)
+        newest = self._inputs[last]
+        assert newest is not None, "blocks that count are not damaged"
+        return newest
+
+    def _layout(self, profile: Profile) -> Layout:
+        newest = self._newest(profile)
+        sources = [newest, *([self._frozen] if self._frozen else [])]
+        ties = {tied: name for source in sources for tied, name in source.ties.items()}
+        tensors = {n: i for source in sources for n, i in source.tensors.items() if n not in ties}
+        return Layout(tensors, ties, {"polyak.profile": str(profile)})
+
+    def _combine(self, profiles: Sequence[Profile], writers: Sequence[Writer], max_memory: int | str) -> None:
+        rows = [self._coefficients(profile) for profile in profiles]
+        used = [index for index in range(len(self.blocks)) if any(row[index] for row in rows)]
+        inputs = [checkpoint for index in used if (checkpoint := self._inputs[index]) is not None]
+        parts = []
+        for profile, writer in zip(profiles, writers, strict=True):
+            newest = self._newest(profile)
+            copied = [name for name in copied_names(newest) if name in writer.layout.tensors]
+            parts.append(
+                Part(writer, [n for n in newest.tensors if n in writer.layout.tensors and n not in copied])
+            )
+            _copy(newest, copied, writer)
+            if self._frozen is not None:
+                _copy(self._frozen, [n for n in self._frozen.tensors if n in writer.layout.tensors], writer)
+        combine(inputs, [[row[index] for index in used] for row in rows], parts, max_memory=max_memory)
+
+    def _refuse_empty(self) -> None:
+        if not self.blocks:
+            raise NotStartedError(f"{self._place} holds no block yet: the first one is not full")
+
+
+def _copy(source: Checkpoint, names: Iterable[str], writer: Writer) -> None:
+    """Copy tensors as they are, slice by slice."""
+    for name in names:
+        numel = source.tensors[name].numel
+        for start in range(0, numel, _COPY_NUMEL):
+            stop = min(start + _COPY_NUMEL, numel)
+            writer.write(name, start, source.read_slice(name, start, stop))
