@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from polyak._version import __version__
+from polyak.cli.average import average
 from polyak.cli.demo import demo
 from polyak.cli.inspect import inspect
 from polyak.errors import PolyakError
@@ -20,6 +21,7 @@ _UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(demo)
+app.command()(average)
 app.command()(inspect)
 
 

@@ -53,14 +53,16 @@ def restore_infinities(mean: Tensor, sources: Iterable[tuple[Path, Tensor]], nam
 
 
 def refuse_overflow(values: Tensor, infinite: Tensor, mean: Tensor, name: str) -> None:
-    """Raise ``NonFiniteError`` if ``values``, which is ``mean`` as it will be written, has lost finite numbers.
+    """Raise ``NonFiniteError`` if ``values``, which is ``mean`` as it will be written, has lost large numbers.
 
     ``infinite`` masks the infinities that belong there.
     """
-    if (values.to(mean.dtype).isfinite() | infinite).all():
-        return
-    finite = mean[mean.isfinite()]
-    reach = f"reaches {finite.abs().max():.3g}" if len(finite) else f"overflows {mean.dtype}"
-    raise NonFiniteError(
-        f"the average of tensor {name!r} {reach}, too large for {values.dtype}: choose a wider dtype"
-    )
+    written, finfo = values.to(mean.dtype), torch.finfo(values.dtype)
+    # Some conversions give infinity or NaN for what is too large, others the largest number there is.
+    is_near = (written - mean).abs() <= finfo.eps * mean.abs()
+    kept = torch.where(infinite, written.isinf(), (mean.abs() <= finfo.max) | is_near)
+    if not kept.all():
+        raise NonFiniteError(
+            f"the average of tensor {name!r} is too large for {values.dtype}, it comes out as "
+            f"{mean[~kept][0].item():.3g}: choose a wider dtype"
+        )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from polyak import checkpoints
-from polyak.checkpoints import Checkpoint, Layout
+from polyak.checkpoints import Checkpoint, Layout, Writer
 from polyak.checkpoints.atomic import AtomicOutput
 from polyak.checkpoints.formats import format_for
 from polyak.combine.budget import Budget
@@ -76,6 +76,7 @@ class Plan:
     steps: list[int] | None
     profile: str | None
     layout: Layout
+    dtype: torch.dtype | None
     output: Path
     overwrite: bool
     max_memory: int | str
@@ -107,16 +108,23 @@ class Plan:
 
     def run(self, progress: Progress | None = None) -> AverageReport:
         """Read, average and write."""
-        layout = self.with_provenance()
-        with checkpoints.create(self.output, layout, overwrite=self.overwrite) as writer:
-            differing = combine(
-                self.inputs,
-                [self.coefficients],
-                [writer],
-                max_memory=self.max_memory,
-                progress=progress,
-            )
+        with checkpoints.create(self.output, self.with_provenance(), overwrite=self.overwrite) as writer:
+            differing = self.fill(writer, progress)
         return self.report(differing)
+
+    def fill(
+        self, writer: Writer, progress: Progress | None = None, share: tuple[int, int] = (0, 1)
+    ) -> list[str]:
+        """Read, average and hand to ``writer``: ``combine`` with what was planned."""
+        return combine(
+            self.inputs,
+            [self.coefficients],
+            [writer],
+            max_memory=self.max_memory,
+            accumulate=torch.float64 if self.dtype == torch.float64 else None,
+            progress=progress,
+            share=share,
+        )
 
 
 def plan_average(
@@ -145,12 +153,14 @@ def plan_average(
     else:
         opened, steps = in_step_order(opened)
         chosen = parse(profile) if isinstance(profile, str) else profile
+    target = None if dtype is None else parse_dtype(dtype)
     plan = Plan(
         inputs=opened,
         coefficients=coefficients(chosen, _spans(opened, steps if profile is not None else None)),
         steps=steps,
         profile=None if profile is None else str(chosen),
-        layout=common_layout(opened, None if dtype is None else parse_dtype(dtype)),
+        layout=common_layout(opened, target),
+        dtype=target,
         output=output,
         overwrite=overwrite,
         max_memory=max_memory,

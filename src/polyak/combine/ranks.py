@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from polyak import checkpoints
 from polyak.checkpoints import Layout, Location, Writer
 from polyak.checkpoints.atomic import write_all, writing
 from polyak.checkpoints.base import byte_view
-from polyak.combine.engine import Progress, combine
+from polyak.combine.engine import Progress
 from polyak.combine.plan import AverageReport, Plan
 from polyak.distributed import all_or_none, gather, is_main_rank
 from polyak.errors import CheckpointError, OptionError, PolyakError
@@ -51,14 +51,16 @@ def run_on_ranks(plan: Plan, progress: Progress | None = None) -> AverageReport:
     ``PolyakError`` on the ranks that did not fail, or if one was lost.
     """
     writer: Writer | None = None
+    locations: dict[str, Location] = {}
     try:
         with _lost_ranks_noticed():
             with all_or_none("laying out the average"):
                 if is_main_rank():
                     writer = checkpoints.create(plan.output, plan.with_provenance(), overwrite=plan.overwrite)
                     locations = _locations(writer, plan.output)
-            places = gather(locations if writer else None)[0]
-            differing = _fill(plan, writer or _PartWriter(plan.layout, places, plan.output), progress)
+            locations = gather(locations)[0]
+            with all_or_none("averaging"):
+                differing = _fill_share(plan, writer, locations, progress)
             with all_or_none("committing the average"):
                 if writer:
                     writer.commit()
@@ -81,19 +83,11 @@ def _locations(writer: Writer, output: Path) -> dict[str, Location]:
     return known
 
 
-def _fill(plan: Plan, writer: Writer, progress: Progress | None) -> list[str]:
-    with all_or_none("averaging"):
-        differing = combine(
-            plan.inputs,
-            [plan.coefficients],
-            [writer],
-            max_memory=plan.max_memory,
-            progress=progress,
-            share=(dist.get_rank(), dist.get_world_size()),
-        )
-        if isinstance(writer, _PartWriter):
-            writer.commit()
-    return differing
+def _fill_share(
+    plan: Plan, writer: Writer | None, locations: dict[str, Location], progress: Progress | None
+) -> list[str]:
+    with nullcontext(writer) if writer else _PartWriter(plan.layout, locations, plan.output) as target:
+        return plan.fill(target, progress, share=(dist.get_rank(), dist.get_world_size()))
 
 
 @contextmanager

@@ -68,8 +68,8 @@ def folds(coefficients: Sequence[Sequence[float]], n_inputs: int) -> list[Fold]:
 def _check(row: Sequence[float], n_inputs: int) -> None:
     if len(row) != n_inputs:
         raise OptionError(f"{len(row)} coefficients for {n_inputs} inputs: give one for each")
-    if not math.isclose(math.fsum(row), 1, abs_tol=_SUM_TOLERANCE * max(1, *map(abs, row))):
-        raise OptionError(f"coefficients must be finite and sum to 1, got {math.fsum(row)}")
+    if not math.isclose(sum(row), 1, abs_tol=_SUM_TOLERANCE * max(1, *map(abs, row))):
+        raise OptionError(f"coefficients must be finite and sum to 1, got {sum(row)}")
 
 
 def fold(mean: Tensor, values: Tensor, ratio: float, difference: Tensor) -> None:

@@ -18,7 +18,7 @@ __all__ = ["Explanation", "block_coefficients", "explain"]
 Floats = NDArray[np.float64]
 
 # Positions looked at within a block, at most.
-_POSITIONS = 256
+_POSITIONS = 1024
 _ROUNDING = 1e-9
 # The part of a scheme's weight that may lie on the wrong samples of their blocks.
 _MOST_MISPLACED = 0.1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from polyak import checkpoints
-from polyak.errors import StateError
+from polyak.checkpoints.atomic import writing
+from polyak.errors import CheckpointError, StateError, name_list
 from polyak.trajectory.block_file import copied_names, merge_files, refuse_damaged, write_file
 from polyak.trajectory.lock import FolderLock
 from polyak.trajectory.manifest import Block, Manifest
@@ -38,9 +40,10 @@ class TrajectoryFolder:
     """
 
     def __init__(self, path: Path, fresh: Manifest, given_block_steps: int | None):
-        path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._lock = FolderLock(path)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(path)
         try:
             self.manifest = Manifest.read(path) if Manifest.exists(path) else fresh
             if self.manifest.blocks:
@@ -57,17 +60,28 @@ class TrajectoryFolder:
         """Let other writers in; more than once is harmless."""
         self._lock.release()
 
-    def averaged_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        """Name to shape of what the newest block averages; None before the first block."""
-        if not self.manifest.blocks:
-            return None
-        with checkpoints.open(self._file(self.manifest.blocks[-1])) as checkpoint:
-            copied = copied_names(checkpoint)
-            return {
-                name: info.shape
-                for name, info in checkpoint.tensors.items()
-                if name not in copied and name not in checkpoint.ties
-            }
+    def refuse_other_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare what a model averages, name to shape, with the newest block that can be read.
+
+        Raises:
+            StateError: the folder holds the trajectory of another model.
+        """
+        recorded = self._averaged_shapes()
+        if recorded is None or recorded == shapes:
+            return
+        other = [name for name in {**recorded, **shapes} if recorded.get(name) != shapes.get(name)]
+        raise StateError(
+            f"{self.path} holds the trajectory of another model: {name_list(other)} are missing in one of them or "
+            "have other shapes. Give each model a directory of its own"
+        )
+
+    def refuse_gap_before(self, start: int) -> None:
+        """Raise StateError unless the recorded blocks reach to ``start``, or there are none."""
+        if self.manifest.blocks and self.manifest.stop < start:
+            raise StateError(
+                f"the state goes on from step {start}, but the last block of {self.path} ends at step "
+                f"{self.manifest.stop}: give the directory of the same run, or a new one; nothing was loaded"
+            )
 
     def settle(self, block_steps: int, settled: bool) -> None:
         """Change the length of the first blocks; it is saved with the next block."""
@@ -126,6 +140,13 @@ class TrajectoryFolder:
         self._save(manifest)
         if outdated is not None and outdated != path:
             outdated.unlink(missing_ok=True)
+
+    def _averaged_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        for block in reversed(self.manifest.blocks):
+            with suppress(CheckpointError), checkpoints.open(self._file(block)) as checkpoint:
+                others = {*copied_names(checkpoint), *checkpoint.ties}
+                return {name: info.shape for name, info in checkpoint.tensors.items() if name not in others}
+        return None
 
     def _merge_down_to(self, max_blocks: int, kept_edges: Collection[int]) -> None:
         while (index := self._pair_to_merge(max_blocks, kept_edges)) is not None:

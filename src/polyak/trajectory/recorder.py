@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from collections import deque
 from functools import partial
 from os import PathLike
@@ -16,18 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from polyak.accumulator import Accumulator
 from polyak.binding import Binding
-from polyak.errors import OptionError, StateError, StructureError, name_list
-from polyak.profiles import Uniform
+from polyak.errors import OptionError, StateError, StructureError
 from polyak.profiles.base import whole_within
 from polyak.state import refuse_other_state
-from polyak.swap import copy_into
 from polyak.trajectory.folder import TrajectoryFolder
-from polyak.trajectory.manifest import Block, Manifest
-from polyak.trajectory.policy import block_steps_after, steps_worth_writing
+from polyak.trajectory.manifest import Manifest
+from polyak.trajectory.open_block import OpenBlock
+from polyak.trajectory.pace import Pace
+from polyak.trajectory.policy import block_steps_after
 from polyak.trajectory.snapshot import Snapshot
-from polyak.trajectory.summaries import Meter, Summary
 from polyak.trajectory.writer import BackgroundWriter
 
 if TYPE_CHECKING:
@@ -119,17 +115,15 @@ class Recorder:
             step = whole_within("[0, inf)", "step", step)
         self._law = {"every": self.every, "dtype": str(dtype), "buffers": buffers}
         self._optimizer = optimizer
-        self._binding = _bound(model, buffers)
-        self._make_accumulator = partial(Accumulator, scheme=Uniform(), dtype=dtype, device=device)
-        self._filling: Accumulator | None = None
-        self._spare: Accumulator | None = None
+        self._binding = Binding(model, buffers=buffers)
+        _refuse_sharded(self._binding)
+        self._accumulation = {"dtype": dtype, "device": device}
+        self._open_block: OpenBlock | None = None
         self._writer = BackgroundWriter()
-        self._write_seconds: float | None = None
-        block_steps = _block_steps(block, self.every)
-        fresh = Manifest(
-            self._law, block_steps or _FIRST_SAMPLES * self.every, settled=block_steps is not None
-        )
-        self._folder = TrajectoryFolder(self.directory, fresh, block_steps)
+        self._pace = Pace(_FIRST_SAMPLES * self.every)
+        given = _given_steps(block, self.every)
+        fresh = Manifest(self._law, given or self._pace.block_steps(), settled=given is not None)
+        self._folder = TrajectoryFolder(self.directory, fresh, given)
         self._is_open = True
         try:
             self._begin(step)
@@ -154,20 +148,26 @@ class Recorder:
         """
         self._refuse_closed("update()")
         self._writer.raise_if_failed()
-        self._metrics.add(metrics)
-        if self._optimizer is not None:
-            self._lr.add({"lr": max(group["lr"] for group in self._optimizer.param_groups)})
-        if self._timed_from is None:
-            self._timed_from = time.perf_counter(), self._step
+        block = self._follow_model()
+        block.note(metrics, self._learning_rate())
+        self._pace.tick()
         self._step += 1
         if self._step % self.every == 0:
-            self._sample()
+            block.sample(self._step)
+            # A block without an accepted sample goes on until it has one.
+            if self._step >= self._stop and block.count:
+                self._hand_over(block)
 
     @property
     def block_steps(self) -> int:
         """The length of the block that is being filled, in optimizer steps."""
         manifest = self._folder.manifest
         return block_steps_after(self._start - manifest.start, manifest.block_steps)
+
+    @property
+    def _start(self) -> int:
+        """Where the open block begins; the manifest may be behind by the block under way."""
+        return self._folder.manifest.stop if self._open_block is None else self._open_block.start
 
     @property
     def trajectory(self) -> Trajectory:
@@ -186,8 +186,8 @@ class Recorder:
         if not self._is_open:
             return
         try:
-            if self._filling is not None and self._filling.n_averaged:
-                self._hand_over()
+            if self._open_block is not None and self._open_block.count:
+                self._hand_over(self._open_block)
             self._writer.wait()
             if self._step > self._began_at and self._folder.manifest.blocks:
                 self._folder.write_live(Snapshot.of(self._binding, self._binding.live), self._step)
@@ -216,17 +216,10 @@ class Recorder:
         """
         self._refuse_closed("state_dict()")
         self._writer.wait()
-        filling = self._follow_model()
-        self._kept_edges.append(self._start)
-        return {
-            **self._law,
-            "step": self._step,
-            "start": self._start,
-            "n_averaged": filling.n_averaged,
-            "n_skipped": filling.n_skipped,
-            "summaries": json.dumps({"lr": self._lr.to_json(), "metrics": self._metrics.to_json()}),
-            "open_block": dict(zip(self._binding.names, filling.means, strict=True)),
-        }
+        block = self._follow_model()
+        if block.start not in self._kept_edges:
+            self._kept_edges.append(block.start)
+        return {**self._law, "step": self._step, **block.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state: the clock is that of the state, and blocks recorded after it are dropped.
@@ -237,18 +230,13 @@ class Recorder:
         """
         self._refuse_closed("load_state_dict()")
         self._writer.wait()
-        filling = self._follow_model()
-        current = self.state_dict()
+        block = self._follow_model()
+        current = {**self._law, "step": self._step, **block.state_dict()}
         refuse_other_state(current, state, law=list(self._law))
-        self._refuse_gap(state["start"])
+        self._folder.refuse_gap_before(state["start"])
         self._folder.begin_at(state["start"])
-        copy_into(filling.means, [state["open_block"][name] for name in self._binding.names])
-        filling.restart(state["n_averaged"], state["n_skipped"])
-        self._open(state["start"], state["step"])
-        self._take_up_summaries(json.loads(state["summaries"]))
-        self._kept_edges.clear()
-        self._kept_edges.append(self._start)
-        self._began_at = self._step
+        block.load_state_dict(state)
+        self._go_on_from(state["step"])
 
     # How it works inside.
 
@@ -257,86 +245,64 @@ class Recorder:
             self._allocate()
         if step is not None:
             self._folder.begin_at(step)
-        start = self._folder.manifest.stop
-        self._open(start, start if step is None else step)
-        self._began_at = self._step
-        self._kept_edges = deque([start], maxlen=_KEPT_STATES)
+        if self._open_block is not None:
+            self._open_block.begin(self._folder.manifest.stop)
+        self._go_on_from(self._folder.manifest.stop if step is None else step)
+
+    def _go_on_from(self, step: int) -> None:
+        self._step = self._began_at = step
+        self._kept_edges = deque([self._start], maxlen=_KEPT_STATES)
+        self._pace.restart()
+        self._plan_stop()
         if self._folder.manifest.blocks:
-            _log.info("%s: goes on after optimizer step %d", self.directory, self._step)
+            _log.info("%s: goes on after optimizer step %d", self.directory, step)
 
-    def _open(self, start: int, step: int) -> None:
-        """Begin a block after ``start``, the clock being at ``step``."""
-        self._start, self._step, self._sampled_at = start, step, start
-        self._metrics, self._lr = Meter(), Meter()
-        self._stop = (step // self.block_steps + 1) * self.block_steps
-        self._timed_from: tuple[float, int] | None = None
+    def _plan_stop(self) -> None:
+        """Blocks end at multiples of their length, so that a run that was resumed has the same borders."""
+        self._stop = (self._step // self.block_steps + 1) * self.block_steps
 
-    def _sample(self) -> None:
-        filling = self._follow_model()
-        filling.add(self._binding.live)
-        self._sampled_at = self._step
-        # A block without an accepted sample goes on until it has one.
-        if self._step >= self._stop and filling.n_averaged:
-            self._hand_over()
-
-    def _hand_over(self) -> None:
-        """Give the filled block to the writer, and go on with the other accumulator."""
-        assert self._filling is not None and self._spare is not None
-        filled, stop, step = self._filling, self._sampled_at, self._step
-        seconds_per_step = self._seconds_per_step()
-        write_seconds = self._writer.wait()
-        if not self._folder.manifest.settled and write_seconds and seconds_per_step:
-            self._follow_pace(write_seconds, seconds_per_step)
-        lr = self._lr.summaries().get("lr")
-        metrics = self._metrics.summaries()
-        block = Block(self._start, stop, filled.n_averaged, filled.n_skipped, lr, metrics)
-        snapshot = Snapshot.of(self._binding, filled.means)
+    def _hand_over(self, block: OpenBlock) -> None:
+        """Give what was filled to the writer, once it has written the block before."""
+        self._pace.stop()
+        self._pace.wrote(self._writer.wait())
+        self._follow_pace()
+        filled, means = block.take()
+        snapshot = Snapshot.of(self._binding, means)
         edges = frozenset(self._kept_edges)
-        self._writer.submit(partial(self._folder.commit, block, snapshot, self.max_blocks, edges))
-        self._filling, self._spare = self._spare, filled
-        self._filling.restart()
-        self._open(stop, step)
-        self._timed_from = time.perf_counter(), step
+        self._writer.submit(partial(self._folder.commit, filled, snapshot, self.max_blocks, edges))
+        self._plan_stop()
 
-    def _seconds_per_step(self) -> float | None:
-        if self._timed_from is None or self._timed_from[1] == self._step:
-            return None
-        seconds, step = self._timed_from
-        return (time.perf_counter() - seconds) / (self._step - step)
-
-    def _follow_pace(self, write_seconds: float, seconds_per_step: float) -> None:
-        # The fastest write counts: one that the disk kept waiting must not make all blocks long.
-        self._write_seconds = min(write_seconds, self._write_seconds or write_seconds)
-        steps = steps_worth_writing(_FIRST_SAMPLES * self.every, seconds_per_step, self._write_seconds)
-        settled = len(self._folder.manifest.blocks) >= _PACED_BLOCKS
-        self._folder.settle(steps, settled)
+    def _follow_pace(self) -> None:
+        manifest = self._folder.manifest
+        if manifest.settled:
+            return
+        settled = len(manifest.blocks) >= _PACED_BLOCKS
+        self._folder.settle(self._pace.block_steps(), settled)
         if settled:
-            message = "%s: blocks of %d optimizer steps, which take %.3g s to train and %.3g s to write"
-            _log.info(message, self.directory, steps, steps * seconds_per_step, self._write_seconds)
+            steps = self._folder.manifest.block_steps
+            _log.info("%s: blocks of %d optimizer steps, which take %s", self.directory, steps, self._pace)
 
-    def _follow_model(self) -> Accumulator:
+    def _learning_rate(self) -> float | Tensor | None:
+        if self._optimizer is None:
+            return None
+        return max(group["lr"] for group in self._optimizer.param_groups)
+
+    def _follow_model(self) -> OpenBlock:
         replaced = self._binding.follow()
-        if self._filling is None or self._spare is None:
+        if self._open_block is None:
             return self._allocate()
         if replaced:
-            self._writer.wait()  # it reads the other accumulator
-            for accumulator in (self._filling, self._spare):
-                accumulator.bind(self._binding.live)
-        return self._filling
+            self._writer.wait()  # it reads the means of the block before
+            self._open_block.rebind()
+        return self._open_block
 
-    def _allocate(self) -> Accumulator:
-        self._refuse_other_model()
-        live, names = self._binding.live, self._binding.names
-        self._filling = self._make_accumulator(live, names)
-        self._spare = self._make_accumulator(live, names)
-        return self._filling
-
-    def _take_up_summaries(self, summaries: dict[str, dict[str, dict[str, float]]]) -> None:
-        loaded = {
-            kind: {name: Summary(**numbers) for name, numbers in entries.items()}
-            for kind, entries in summaries.items()
-        }
-        self._lr, self._metrics = Meter(loaded["lr"]), Meter(loaded["metrics"])
+    def _allocate(self) -> OpenBlock:
+        _refuse_sharded(self._binding)
+        shapes = [tuple(tensor.shape) for tensor in self._binding.live]
+        self._folder.refuse_other_model(dict(zip(self._binding.names, shapes, strict=True)))
+        self._open_block = OpenBlock(self._binding, **self._accumulation)
+        self._open_block.begin(self._folder.manifest.stop)
+        return self._open_block
 
     def _release(self) -> None:
         self._is_open = False
@@ -349,42 +315,21 @@ class Recorder:
                 f"{call} after close(): remove its hook, or make a new Recorder on {self.directory} to go on"
             )
 
-    def _refuse_gap(self, start: int) -> None:
-        manifest = self._folder.manifest
-        if manifest.blocks and manifest.stop < start:
-            raise StateError(
-                f"the state goes on from step {start}, but the last block of {self.directory} ends at step "
-                f"{manifest.stop}: give the directory of the same run, or a new one; nothing was loaded"
-            )
 
-    def _refuse_other_model(self) -> None:
-        recorded = self._folder.averaged_shapes()
-        ours = {n: tuple(t.shape) for n, t in zip(self._binding.names, self._binding.live, strict=True)}
-        if recorded is None or recorded == ours:
-            return
-        other = [name for name in {**recorded, **ours} if recorded.get(name) != ours.get(name)]
-        raise StateError(
-            f"{self.directory} holds the trajectory of another model: {name_list(other)} are missing in one of "
-            "them or have other shapes. Give each model a directory of its own"
-        )
-
-
-def _bound(model: nn.Module, buffers: Literal["copy", "average"]) -> Binding:
-    binding = Binding(model, buffers=buffers)
+def _refuse_sharded(binding: Binding) -> None:
     if binding.sharded:
         raise StructureError(
             "a Recorder cannot record a model that is sharded over ranks: use polyak.Average, or save checkpoints "
             "while training and read them with Trajectory.from_checkpoints"
         )
-    return binding
 
 
-def _block_steps(block: int | None, every: int) -> int | None:
+def _given_steps(block: int | None, every: int) -> int | None:
     if block is None:
         return None
-    block = whole_within("[1, inf)", "block", block)
-    if block % every:
+    steps = whole_within("[1, inf)", "block", block)
+    if steps % every:
         raise OptionError(
             f"block must be a multiple of every={every}, the steps between samples, got {block}"
         )
-    return block
+    return steps

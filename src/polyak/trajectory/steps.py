@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from polyak.checkpoints import Checkpoint
@@ -37,7 +38,7 @@ def checkpoint_steps(
     if len(chosen) != len(inputs):
         raise OptionError(f"{len(chosen)} steps were given for {len(inputs)} checkpoints: give one for each")
     found = sorted(zip(chosen, inputs, strict=True), key=lambda pair: pair[0])
-    for (step, first), (other, second) in zip(found, found[1:], strict=False):
+    for (step, first), (other, second) in pairwise(found):
         if step == other:
             raise OptionError(
                 f"{first.path} and {second.path} are both of step {step}: give steps, or one of them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Self
@@ -59,11 +60,9 @@ class Trajectory:
 
     def __init__(self, directory: str | PathLike[str]):
         folder = Path(directory)
-        manifest = Manifest.read(folder)
+        manifest, self._inputs, self.damaged = _read(folder)
         self._place = str(folder)
         self.blocks = manifest.blocks
-        self.damaged = {}
-        self._inputs = [self._opened(index, folder / b.file_name) for index, b in enumerate(self.blocks)]
         self._unchecked = {index for index in range(len(self.blocks)) if index not in self.damaged}
         self._frozen = checkpoints.open(folder / FROZEN_NAME) if manifest.has_frozen else None
         self._live = None if manifest.live_name is None else folder / manifest.live_name
@@ -104,7 +103,7 @@ class Trajectory:
         trajectory.blocks = tuple(Block(span.start, span.stop, span.count) for span in spans)
         trajectory.damaged, trajectory._unchecked = {}, set()
         trajectory._frozen = trajectory._live = None
-        common_layout(trajectory._whole)  # refuses checkpoints of different models
+        common_layout(inputs)  # refuses checkpoints of different models
         return trajectory
 
     @property
@@ -139,8 +138,9 @@ class Trajectory:
         self, profiles: Sequence[Profile], *, max_memory: int | str = _MAX_MEMORY
     ) -> list[dict[str, Tensor]]:
         """As :meth:`average` for each profile, in one pass over the blocks."""
-        writers = [MemoryWriter(self._layout(profile)) for profile in profiles]
-        self._combine(profiles, writers, max_memory)
+        rows = [self._coefficients(profile) for profile in profiles]
+        writers = [MemoryWriter(self._layout(row)) for row in rows]
+        self._combine(rows, writers, max_memory)
         return [writer.tensors for writer in writers]
 
     def write(
@@ -161,9 +161,10 @@ class Trajectory:
 
         Raises as :meth:`average`; ``OutputExistsError``.
         """
-        self._coefficients(profile)
-        with checkpoints.create(path, self._layout(profile), overwrite=overwrite) as writer:
-            self._combine([profile], [writer], max_memory)
+        row = self._coefficients(profile)
+        layout = replace(self._layout(row), metadata={"polyak.profile": str(profile)})
+        with checkpoints.create(path, layout, overwrite=overwrite) as writer:
+            self._combine([row], [writer], max_memory)
 
     def explain(self, profile: Profile) -> Explanation:
         """Where the weight of ``profile`` lies, and how far the blocks are from what it asks for.
@@ -199,17 +200,6 @@ class Trajectory:
 
     # How it works inside.
 
-    def _opened(self, index: int, path: Path) -> Checkpoint | None:
-        try:
-            return checkpoints.open(path)
-        except CheckpointError as error:
-            self.damaged[index] = str(error)
-            return None
-
-    @property
-    def _whole(self) -> list[Checkpoint]:
-        return [checkpoint for checkpoint in self._inputs if checkpoint is not None]
-
     def _coefficients(self, profile: Profile) -> list[float]:
         self._refuse_empty()
         found = block_coefficients(profile, self.blocks).tolist()
@@ -235,39 +225,64 @@ class Trajectory:
                 self.damaged[index] = str(error)
             self._unchecked.remove(index)
 
-    def _newest(self, profile: Profile) -> Checkpoint:
+    def _counted(self, rows: Sequence[Sequence[float]]) -> dict[int, Checkpoint]:
+        """The blocks with a coefficient in any of ``rows``, by position."""
+        return {
+            index: checkpoint
+            for index, checkpoint in enumerate(self._inputs)
+            if checkpoint is not None and any(row[index] for row in rows)
+        }
+
+    def _newest(self, row: Sequence[float]) -> Checkpoint:
         """The newest block that counts, whose copied tensors go with the average."""
-        last = max(index for index, a in enumerate(self._coefficients(profile)) if a)
-        newest = self._inputs[last]
-        assert newest is not None, "blocks that count are not damaged"
-        return newest
+        return list(self._counted([row]).values())[-1]
 
-    def _layout(self, profile: Profile) -> Layout:
-        newest = self._newest(profile)
-        sources = [newest, *([self._frozen] if self._frozen else [])]
-        ties = {tied: name for source in sources for tied, name in source.ties.items()}
-        tensors = {n: i for source in sources for n, i in source.tensors.items() if n not in ties}
-        return Layout(tensors, ties, {"polyak.profile": str(profile)})
+    def _layout(self, row: Sequence[float]) -> Layout:
+        newest = self._newest(row)
+        inputs = self._counted([row]).values()
+        ties = {t: n for t, n in newest.ties.items() if all(c.ties.get(t) == n for c in inputs)}
+        tensors = {name: info for name, info in newest.tensors.items() if name not in ties}
+        if self._frozen is not None:
+            ties |= self._frozen.ties
+            tensors |= {n: info for n, info in self._frozen.tensors.items() if n not in ties}
+        return Layout(tensors, ties)
 
-    def _combine(self, profiles: Sequence[Profile], writers: Sequence[Writer], max_memory: int | str) -> None:
-        rows = [self._coefficients(profile) for profile in profiles]
-        used = [index for index in range(len(self.blocks)) if any(row[index] for row in rows)]
-        inputs = [checkpoint for index in used if (checkpoint := self._inputs[index]) is not None]
-        parts = []
-        for profile, writer in zip(profiles, writers, strict=True):
-            newest = self._newest(profile)
-            copied = [name for name in copied_names(newest) if name in writer.layout.tensors]
-            parts.append(
-                Part(writer, [n for n in newest.tensors if n in writer.layout.tensors and n not in copied])
-            )
+    def _combine(
+        self, rows: Sequence[Sequence[float]], writers: Sequence[Writer], max_memory: int | str
+    ) -> None:
+        averaged = []
+        for row, writer in zip(rows, writers, strict=True):
+            newest, stored = self._newest(row), writer.layout.tensors
+            copied = copied_names(newest).intersection(stored)
             _copy(newest, copied, writer)
             if self._frozen is not None:
-                _copy(self._frozen, [n for n in self._frozen.tensors if n in writer.layout.tensors], writer)
-        combine(inputs, [[row[index] for index in used] for row in rows], parts, max_memory=max_memory)
+                _copy(self._frozen, stored.keys() & self._frozen.tensors.keys(), writer)
+            averaged.append(Part(writer, [n for n in stored if n in newest.tensors and n not in copied]))
+        inputs = self._counted(rows)
+        combine(
+            list(inputs.values()), [[row[k] for k in inputs] for row in rows], averaged, max_memory=max_memory
+        )
 
     def _refuse_empty(self) -> None:
         if not self.blocks:
             raise NotStartedError(f"{self._place} holds no block yet: the first one is not full")
+
+
+def _read(folder: Path) -> tuple[Manifest, list[Checkpoint | None], dict[int, str]]:
+    """The manifest, its blocks opened, and what is wrong with those that could not be."""
+    while True:
+        manifest = Manifest.read(folder)
+        inputs: list[Checkpoint | None] = []
+        damaged: dict[int, str] = {}
+        for index, block in enumerate(manifest.blocks):
+            try:
+                inputs.append(checkpoints.open(folder / block.file_name))
+            except CheckpointError as error:
+                inputs.append(None)
+                damaged[index] = str(error)
+        # A recorder at work may have merged blocks away before they were opened.
+        if not damaged or Manifest.read(folder) == manifest:
+            return manifest, inputs, damaged
 
 
 def _copy(source: Checkpoint, names: Iterable[str], writer: Writer) -> None:

@@ -16,9 +16,11 @@ class BackgroundWriter:
     and nothing later may be written as if it were not. A job that runs when the interpreter ends is finished.
 
     >>> writer = BackgroundWriter()
-    >>> writer.submit(lambda: print("written"))
-    >>> writer.wait()
-    written
+    >>> written = []
+    >>> writer.submit(lambda: written.append("block"))
+    >>> seconds = writer.wait()
+    >>> written
+    ['block']
     >>> writer.stop()
     """
 

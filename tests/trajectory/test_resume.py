@@ -1,0 +1,209 @@
+"""Resuming: the recorder goes on where the training does."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import polyak
+from polyak.errors import CheckpointError, StateError
+from recorded_runs import RecordedWalk, small_model
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("block-*")}
+
+
+def through_a_file(state: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def resumed(run: RecordedWalk, directory: Path, **options) -> RecordedWalk:
+    """A new recorder beside the same walk."""
+    again = object.__new__(RecordedWalk)
+    again.__dict__.update(run.__dict__)
+    again.recorder = polyak.Recorder(run.model, directory, **options)
+    return again
+
+
+@pytest.mark.parametrize("at", [1, 10, 37, 40, 93])
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, at: int) -> None:
+    options = {"block": 4, "max_blocks": 8}
+    whole = RecordedWalk(tmp_path / "whole", {30, 39}, **options)
+    whole.run(at)
+    whole.recorder.state_dict()  # a state keeps its border, in both runs
+    whole.run(120 - at)
+    whole.recorder.close()
+
+    run = RecordedWalk(tmp_path / "cut", {30, 39}, **options)
+    run.run(at)
+    state, model = through_a_file(run.recorder.state_dict()), run.model.state_dict()
+    model = {name: tensor.clone() for name, tensor in model.items()}
+    generator = run.walk.generator.get_state()
+    run.run(25)
+    run.recorder.close()
+
+    run.model.load_state_dict(model)
+    run.walk.generator.set_state(generator)
+    del run.walk.visited[at:]
+    again = resumed(run, tmp_path / "cut", **options)
+    again.recorder.load_state_dict(state)
+    again.run(120 - at)
+    again.recorder.close()
+    assert again.recorder.trajectory.blocks == whole.recorder.trajectory.blocks
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_state_keeps_its_border(tmp_path: Path) -> None:
+    """However long the run goes on, the last two states that were asked for can be loaded."""
+    run = RecordedWalk(tmp_path, block=2, max_blocks=8)
+    states = []
+    for _ in range(4):
+        run.run(21)
+        states.append(through_a_file(run.recorder.state_dict()))
+    run.run(300)
+    run.recorder.close()
+    for state in (states[3], states[2]):
+        again = resumed(run, tmp_path, block=2)
+        again.recorder.load_state_dict(state)
+        assert again.recorder.trajectory.blocks[-1].stop == state["start"]
+        again.recorder.close()
+
+
+def test_without_a_state_it_continues_after_the_last_block(tmp_path: Path) -> None:
+    run = RecordedWalk(tmp_path, block=4)
+    run.run(10)
+    run.recorder.close()
+    assert run.recorder.trajectory.blocks[-1].stop == 10
+    again = resumed(run, tmp_path)
+    again.run(3)
+    assert [block.stop for block in again.recorder.trajectory.blocks] == [4, 8, 10, 12]
+    with pytest.raises(polyak.errors.NotStartedError, match="live"):
+        again.recorder.trajectory.live()
+    again.recorder.close()
+    assert again.recorder.trajectory.blocks[-1].stop == 13
+    assert len(list(tmp_path.glob("live-*"))) == 1
+
+
+def test_step_drops_later_blocks(tmp_path: Path) -> None:
+    run = RecordedWalk(tmp_path, block=4)
+    run.run(20)
+    run.recorder.close()
+    again = resumed(run, tmp_path, step=9)
+    assert [block.stop for block in again.recorder.trajectory.blocks] == [4, 8]
+    assert len(contents(tmp_path)) == 2
+    again.run(4)
+    block = again.recorder.trajectory.blocks[-1]
+    assert (block.start, block.stop, block.count) == (8, 12, 3)
+    again.recorder.close()
+
+
+def test_a_block_across_the_step_is_refused(tmp_path: Path) -> None:
+    run = RecordedWalk(tmp_path, block=4)
+    run.run(20)
+    run.recorder.close()
+    before = contents(tmp_path)
+    with pytest.raises(StateError, match=r"block \(8, 12\] lies across it.*state_dict.*step 8 or 12"):
+        resumed(run, tmp_path, step=10)
+    assert contents(tmp_path) == before
+    resumed(run, tmp_path, step=12).recorder.close()
+
+
+def test_a_new_folder_can_begin_late(tmp_path: Path) -> None:
+    with polyak.Recorder(small_model(), tmp_path, block=4, step=1001) as run:
+        for _ in range(10):
+            run.update()
+    assert [(b.start, b.stop, b.count) for b in run.trajectory.blocks] == [
+        (1001, 1004, 3),
+        (1004, 1008, 4),
+        (1008, 1011, 3),
+    ]
+    assert run.trajectory.explain(polyak.Uniform()).coefficients.tolist() == [0.3, 0.4, 0.3]
+
+
+def test_other_models_and_options_are_refused(tmp_path: Path) -> None:
+    run = RecordedWalk(tmp_path, block=4)
+    run.run(8)
+    state = through_a_file(run.recorder.state_dict())
+    run.recorder.close()
+    before = contents(tmp_path)
+    with pytest.raises(StateError, match="another model: .*'weight'"):
+        polyak.Recorder(nn.Linear(2, 2), tmp_path)
+    with pytest.raises(StateError, match="every=1, not 2"):
+        resumed(run, tmp_path, every=2)
+    with pytest.raises(StateError, match="block=4, not 8"):
+        resumed(run, tmp_path, block=8)
+    again = resumed(run, tmp_path)
+    with pytest.raises(StateError, match="every"):
+        again.recorder.load_state_dict(state | {"every": 3})
+    with pytest.raises(StateError, match="lacks 'weight'|'0.weight'"):
+        again.recorder.load_state_dict(state | {"open_block": {}})
+    with pytest.raises(StateError, match="ends at step 8"):
+        again.recorder.load_state_dict(state | {"start": 12})
+    again.recorder.close()
+    assert contents(tmp_path) == before
+
+
+def test_two_writers_are_refused(tmp_path: Path) -> None:
+    first = polyak.Recorder(small_model(), tmp_path)
+    with pytest.raises(StateError, match="rank 0 only"):
+        polyak.Recorder(small_model(), tmp_path)
+    first.close()
+    polyak.Recorder(small_model(), tmp_path).close()
+
+
+def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
+    run = polyak.Recorder(small_model(), tmp_path)
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    child = context.Process(target=lambda: (ready.set(), done.wait(20)), daemon=True)
+    child.start()
+    assert ready.wait(20)
+    run.close()
+    polyak.Recorder(small_model(), tmp_path).close()
+    done.set()
+    child.join()
+
+
+def test_only_a_writer_cleans_up(tmp_path: Path) -> None:
+    run = RecordedWalk(tmp_path, block=4)
+    run.run(8)
+    run.recorder.close()
+    strays = [tmp_path / name for name in ("block-7-9.safetensors", ".polyak-0123.tmp", "live-9.safetensors")]
+    mine = tmp_path / "notes.txt"
+    for path in (*strays, mine):
+        path.touch()
+    polyak.Trajectory(tmp_path)
+    assert all(path.exists() for path in strays)
+    resumed(run, tmp_path).recorder.close()
+    assert not any(path.exists() for path in strays) and mine.exists()
+    assert polyak.Trajectory(tmp_path).live()
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    run = RecordedWalk(tmp_path, block=4)
+    run.run(8)
+    run.recorder.close()
+    manifest = tmp_path / "manifest.json"
+    good = json.loads(manifest.read_text())
+    overlapping = json.loads(manifest.read_text())
+    overlapping["blocks"][1]["start"] = 2
+    for text in ("", "{", "[]", json.dumps(overlapping), json.dumps(good | {"format": "x"}), json.dumps(good | {"z": 1})):
+        manifest.write_text(text)
+        with pytest.raises(CheckpointError, match=r"manifest.json is damaged.*from_checkpoints"):
+            polyak.Trajectory(tmp_path)
+        with pytest.raises(CheckpointError, match="manifest.json is damaged"):
+            resumed(run, tmp_path)
+    rescued = polyak.Trajectory.from_checkpoints(sorted(tmp_path.glob("block-*")))
+    assert [block.stop for block in rescued.blocks] == [4, 8]
+    with pytest.raises(CheckpointError, match="no trajectory"):
+        polyak.Trajectory(tmp_path / "elsewhere")
