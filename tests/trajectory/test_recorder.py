@@ -35,7 +35,7 @@ def test_blocks_are_the_means_of_their_samples(
     run.recorder.close()
     trajectory = polyak.Trajectory(directory)
     assert len(trajectory) <= 8
-    taken = [step for step in range(every, steps + 1, every)]
+    taken = list(range(every, steps + 1, every))
     accepted = [step for step in taken if step not in poisoned]
     assert sum(block.count for block in trajectory.blocks) == len(accepted)
     for block in trajectory.blocks:
@@ -43,7 +43,9 @@ def test_blocks_are_the_means_of_their_samples(
         assert block.count == len(samples)
         file = checkpoints.open(directory / block.file_name)
         assert largest_error({n: file.read(n) for n in run.walk.visited[0]}, run.mean(samples)) < 1e-6
-    skipped_before_the_end = [s for s in taken if s in poisoned and accepted and s <= trajectory.blocks[-1].stop]
+    skipped_before_the_end = [
+        s for s in taken if s in poisoned and accepted and s <= trajectory.blocks[-1].stop
+    ]
     assert sum(block.skipped for block in trajectory.blocks) == len(skipped_before_the_end)
 
 
@@ -67,7 +69,7 @@ def test_blocks_are_whole_checkpoints(tmp_path: Path) -> None:
             model[1].running_mean.fill_(step)
             model[1].num_batches_tracked.fill_(step)
             run.update()
-    expected = {name: tensor for name, tensor in model.state_dict().items()}
+    expected = dict(model.state_dict())
     average = run.trajectory.average(polyak.Uniform())
     assert set(average) == set(expected)
     assert average["2.weight"] is average["tied.weight"]

@@ -98,12 +98,23 @@ def test_step_drops_later_blocks(tmp_path: Path) -> None:
     run = RecordedWalk(tmp_path, block=4)
     run.run(20)
     run.recorder.close()
-    again = resumed(run, tmp_path, step=9)
+    again = resumed(run, tmp_path, step=8)
     assert [block.stop for block in again.recorder.trajectory.blocks] == [4, 8]
     assert len(contents(tmp_path)) == 2
     again.run(4)
+    again.recorder.close()
+    assert [block.stop for block in again.recorder.trajectory.blocks] == [4, 8, 12]
+
+
+def test_step_may_lie_after_the_last_block(tmp_path: Path) -> None:
+    """The samples of the open block were lost; its border stays where it would have been."""
+    run = RecordedWalk(tmp_path, block=4)
+    run.run(8)
+    run.recorder.close()
+    again = resumed(run, tmp_path, step=10)
+    again.run(2)
     block = again.recorder.trajectory.blocks[-1]
-    assert (block.start, block.stop, block.count) == (8, 12, 3)
+    assert (block.start, block.stop, block.count) == (8, 12, 2)
     again.recorder.close()
 
 
@@ -127,7 +138,7 @@ def test_a_new_folder_can_begin_late(tmp_path: Path) -> None:
         (1004, 1008, 4),
         (1008, 1011, 3),
     ]
-    assert run.trajectory.explain(polyak.Uniform()).coefficients.tolist() == [0.3, 0.4, 0.3]
+    assert run.trajectory.explain(polyak.Uniform()).coefficients.round(9).tolist() == [0.3, 0.4, 0.3]
 
 
 def test_other_models_and_options_are_refused(tmp_path: Path) -> None:
@@ -136,7 +147,7 @@ def test_other_models_and_options_are_refused(tmp_path: Path) -> None:
     state = through_a_file(run.recorder.state_dict())
     run.recorder.close()
     before = contents(tmp_path)
-    with pytest.raises(StateError, match="another model: .*'weight'"):
+    with pytest.raises(StateError, match="another model: .*'0.weight'"):
         polyak.Recorder(nn.Linear(2, 2), tmp_path)
     with pytest.raises(StateError, match="every=1, not 2"):
         resumed(run, tmp_path, every=2)
@@ -197,7 +208,14 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     good = json.loads(manifest.read_text())
     overlapping = json.loads(manifest.read_text())
     overlapping["blocks"][1]["start"] = 2
-    for text in ("", "{", "[]", json.dumps(overlapping), json.dumps(good | {"format": "x"}), json.dumps(good | {"z": 1})):
+    for text in (
+        "",
+        "{",
+        "[]",
+        json.dumps(overlapping),
+        json.dumps(good | {"format": "x"}),
+        json.dumps(good | {"z": 1}),
+    ):
         manifest.write_text(text)
         with pytest.raises(CheckpointError, match=r"manifest.json is damaged.*from_checkpoints"):
             polyak.Trajectory(tmp_path)

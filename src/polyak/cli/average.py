@@ -171,10 +171,8 @@ def _show(report: AverageReport, seconds: float | None) -> None:
 
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(_inputs(report))
-    for note in report.notes:
-        console.print(printable(note))
-    console.print(_tensors(report))
-    console.print(_bytes(report, seconds))
+    for line in (*report.notes, *_tensors(report), _bytes(report, seconds)):
+        console.print(printable(line), soft_wrap=True)
 
 
 def _inputs(report: AverageReport) -> Table:
@@ -187,29 +185,24 @@ def _inputs(report: AverageReport) -> Table:
     return rows
 
 
-def _tensors(report: AverageReport) -> str:
+def _tensors(report: AverageReport) -> Iterator[str]:
     from polyak.errors import name_list
-    from polyak.inspection.views.parts import counted, printable
+    from polyak.inspection.views.parts import counted
 
-    parts = [f"{counted(len(report.averaged), 'tensor')} averaged"]
+    yield f"{counted(len(report.averaged), 'tensor')} averaged"
     if report.copied:
-        parts.append(f"{len(report.copied)} copied from the last input ({name_list([*report.copied])})")
+        yield f"{len(report.copied)} copied from the last input: {name_list([*report.copied])}"
     if report.differing:
-        parts.append(f"of these the inputs differ in {name_list([*report.differing])}")
+        yield f"of these the inputs differ in {name_list([*report.differing])}"
     if report.ignored:
-        parts.append(f"ignored, as no weights: {name_list([*report.ignored])}")
-    return printable("; ".join(parts))
+        yield f"ignored, as no weights: {name_list([*report.ignored])}"
 
 
 def _bytes(report: AverageReport, seconds: float | None) -> str:
     from rich.filesize import decimal
 
-    from polyak.inspection.views.parts import printable
-
     read, written, memory = map(decimal, (report.bytes_read, report.bytes_written, report.memory_bytes))
     if seconds is None:
-        return (
-            f"would read {read} and write {written} in at most {memory} of memory: {printable(report.output)}"
-        )
+        return f"would read {read} and write {written} in at most {memory} of memory: {report.output}"
     speed = decimal(int((report.bytes_read + report.bytes_written) / max(seconds, 1e-3)))
-    return f"{printable(report.output)}: {read} read and {written} written in {seconds:.1f} s ({speed}/s)"
+    return f"{report.output}: {read} read and {written} written in {seconds:.1f} s ({speed}/s)"

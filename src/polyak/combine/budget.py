@@ -22,9 +22,9 @@ _LEAST_SLICE_BYTES = 1 << 16
 # More threads than this wait for memory, not for each other's turn.
 _BEST_WORKERS = 2
 # Modules loaded on first use, thread stacks, the allocator's slack.
-_RESERVE_BYTES = 24_000_000
+_RESERVE_BYTES = 16_000_000
 # What the description of one tensor takes in an opened checkpoint and while headers are compared.
-_BYTES_PER_DESCRIPTION = 2_000
+_BYTES_PER_DESCRIPTION = 1_000
 # Per worker and beside one sum per output: values as read, as summed, their difference, as written.
 _BUFFERS_BESIDE_SUMS = 4
 

@@ -23,7 +23,7 @@ from polyak.combine.inputs import in_step_order, known_steps, open_inputs
 from polyak.combine.provenance import input_names, provenance
 from polyak.combine.running import is_averaged
 from polyak.combine.spans import Span, coefficients, spans_of_steps
-from polyak.errors import OptionError
+from polyak.errors import OptionError, name_list
 from polyak.profiles import Profile, Uniform, Weights, parse
 
 __all__ = ["AverageReport", "Paths", "Plan", "plan_average"]
@@ -44,7 +44,7 @@ class AverageReport:
         copied: names of the integer and bool tensors, copied from the last input that counts.
         differing: those of ``copied`` that differ between inputs; empty before anything was read.
         ignored: entries of the inputs that are not among the weights.
-        notes: which weights were chosen where an input holds several, one sentence each.
+        notes: which weights were chosen where inputs hold several, one sentence for all that are alike.
         bytes_read, bytes_written: of tensors.
         memory_bytes: the most that it takes, beyond the interpreter with torch.
     """
@@ -95,7 +95,7 @@ class Plan:
             copied=tuple(name for name, info in tensors.items() if not is_averaged(info.dtype)),
             differing=tuple(differing),
             ignored=tuple(dict.fromkeys(entry for opened in self.inputs for entry in opened.ignored)),
-            notes=tuple(f"{opened.path}: {opened.note}" for opened in self.inputs if opened.note),
+            notes=tuple(_notes(self.inputs)),
             bytes_read=counted * sum(info.nbytes for info in tensors.values()),
             bytes_written=sum(info.nbytes for info in self.layout.tensors.values()),
             memory_bytes=Budget.within(self.max_memory, self.inputs, 1).total_bytes,
@@ -168,6 +168,16 @@ def plan_average(
     )
     Budget.within(max_memory, opened, n_outputs=1)
     return plan
+
+
+def _notes(inputs: Sequence[Checkpoint]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for name, checkpoint in zip(input_names(inputs), inputs, strict=True):
+        if checkpoint.note:
+            names.setdefault(checkpoint.note, []).append(name)
+    return [
+        note if len(those) == len(inputs) else f"{name_list(those)}: {note}" for note, those in names.items()
+    ]
 
 
 def _spans(inputs: Sequence[Checkpoint], steps: Sequence[int] | None) -> list[Span]:

@@ -22,8 +22,9 @@ _POSITIONS = 1024
 _ROUNDING = 1e-9
 # The part of a scheme's weight that may lie on the wrong samples of their blocks.
 _MOST_MISPLACED = 0.1
-_LONGEST = 1e12
 _LARGEST_SIGMA = 0.2887
+_MOST_DOUBLINGS = 40
+_EXPONENT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,27 @@ def block_coefficients(profile: Profile, blocks: Sequence[Block]) -> Floats:
     Raises:
         OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
     """
-    found = np.array(coefficients(profile, [Span(b.start, b.stop, b.count) for b in blocks]))
-    if isinstance(profile, Scheme) and (misplaced := _misplaced(profile, blocks)) > _MOST_MISPLACED:
-        raise OptionError(
-            f"{profile} looks back less far than the blocks resolve: {misplaced:.0%} of its weight would lie on "
-            f"other samples than it asks for. The shortest possible here is {_shortest(profile, blocks)}; for a "
-            "shorter one record shorter blocks, or follow it with polyak.Average"
+    if isinstance(profile, Scheme):
+        _refuse_unresolved(profile, blocks)
+    return np.array(coefficients(profile, [Span(b.start, b.stop, b.count) for b in blocks]))
+
+
+def _refuse_unresolved(scheme: Scheme, blocks: Sequence[Block]) -> None:
+    misplaced = _misplaced(scheme, blocks)
+    if misplaced <= _MOST_MISPLACED:
+        return
+    shortest = _shortest(scheme, blocks)
+    if shortest is None:
+        cure = "its first sample alone counts that much, which no block holds alone; use debias=True"
+    else:
+        cure = (
+            "it looks back less far than they resolve. The shortest possible here is "
+            f"{shortest}; for a shorter one record shorter blocks, or follow it with polyak.Average"
         )
-    return found
+    raise OptionError(
+        f"the blocks cannot give {scheme}: {misplaced:.0%} of its weight would lie on other samples than it asks "
+        f"for, as {cure}"
+    )
 
 
 def _within_blocks(profile: Profile, blocks: Sequence[Block], parts: NDArray[np.int64]) -> list[Floats]:
@@ -146,31 +160,39 @@ def _misplaced(profile: Profile, blocks: Sequence[Block]) -> float:
     return float(np.sum(distances) / np.sum([weights.sum() for weights in inside]))
 
 
-def _shortest(scheme: Scheme, blocks: Sequence[Block]) -> Scheme:
-    """The scheme of this kind that looks back least far of those that the blocks resolve."""
+def _shortest(scheme: Scheme, blocks: Sequence[Block]) -> Scheme | None:
+    """The scheme of this kind that looks back least far of those that the blocks resolve, if there is one."""
     lengthened = _lengthening(scheme)
-    low, high = 0.0, np.log(_LONGEST)
-    while high - low > 1e-3:
+
+    def resolves(exponent: float) -> bool:
+        return _misplaced(lengthened(2**exponent), blocks) <= _MOST_MISPLACED
+
+    high = next((float(exponent) for exponent in range(1, _MOST_DOUBLINGS) if resolves(exponent)), None)
+    if high is None:
+        return None
+    low = high - 1
+    while high - low > _EXPONENT_TOLERANCE:
         middle = (low + high) / 2
-        if _misplaced(lengthened(np.exp(middle)), blocks) > _MOST_MISPLACED:
-            low = middle
-        else:
-            high = middle
-    return lengthened(np.exp(high))
+        low, high = (low, middle) if resolves(middle) else (middle, high)
+    return lengthened(2**high)
 
 
 def _lengthening(scheme: Scheme) -> Callable[[float], Scheme]:
-    """From a factor to the scheme that looks back about so many times farther."""
+    """From a factor to the scheme that looks back about so many times farther, in round numbers."""
     laws: dict[str, Callable[[float, float], float]] = {
-        "half_life": lambda value, factor: value * factor,
-        "decay": lambda value, factor: 1 - (1 - value) / factor,
-        "sigma_rel": lambda value, factor: min(value * factor, _LARGEST_SIGMA),
-        "gamma": lambda value, factor: value / factor,
-        "eta": lambda value, factor: value / factor,
+        "half_life": lambda value, factor: _rounded(value * factor),
+        "decay": lambda value, factor: 1 - _rounded((1 - value) / factor),
+        "sigma_rel": lambda value, factor: min(_rounded(value * factor), _LARGEST_SIGMA),
+        "gamma": lambda value, factor: _rounded(value / factor),
+        "eta": lambda value, factor: _rounded(value / factor),
     }
     name = next(name for name in laws if getattr(scheme, name, None) is not None)
     value = getattr(scheme, name)
-    return lambda factor: replace(scheme, **{name: float(f"{laws[name](value, factor):.6g}")})
+    return lambda factor: replace(scheme, **{name: laws[name](value, factor)})
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _warnings(profile: Profile, blocks: Sequence[Block], found: Floats) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ class Recorder:
         buffers: "copy" stores them as they are at the end of each block; "average" averages the floating ones.
         optimizer: whose learning rate is kept with each block, the largest where parameter groups differ.
         step: the optimizer steps already taken, where training is resumed and :meth:`load_state_dict` is not
-            used: later blocks are dropped. None: continue after the last block.
+            used: later blocks are dropped, all of them where it is 0. None: continue after the last block.
 
     Attributes:
         directory: where the blocks are.

@@ -1,0 +1,187 @@
+"""``polyak average``: what it does, prints and refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from polyak import checkpoints
+from polyak.cli import main
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Three checkpoints in a folder, which is where the command runs."""
+    (tmp_path / "ckpts").mkdir()
+    for step in (10, 9, 11):
+        model = {"w": torch.full((4,), float(step)), "n": torch.tensor(step)}
+        torch.save({"model": model, "lr": 0.1}, tmp_path / "ckpts" / f"step{step}.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def weight(path):
+    return checkpoints.open(path).read("w")[0].item()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["ckpts"], 10),
+        (["ckpts/*.pt"], 10),
+        (["ckpts/step1?.pt", "ckpts/step9.pt", "ckpts/step9.pt"], 9.75),
+        (["ckpts", "--profile", "tail:steps=1"], 11),
+        (["ckpts", "--weights", "0,0,1"], 11),
+        (["ckpts/step11.pt", "ckpts/step9.pt", "--weights", "3,1"], 10.5),
+        (["ckpts", "--key", "model", "--max-memory", "1GB", "--dtype", "bf16", "--hash"], 10),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("output", ["out.pt", "out.safetensors", "out"])
+def test_averages(run, capsys, arguments, expected, output):
+    assert main(["average", *arguments, "-o", output]) == 0
+    assert weight(output) == expected
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    differ = [] if expected == 11 else ["of these the inputs differ in 'n'"]  # 11: only the last one counts
+    tensors = [
+        "1 tensor averaged",
+        "1 copied from the last input: 'n'",
+        *differ,
+        "ignored, as no weights: 'lr'",
+    ]
+    assert lines[-1 - len(tensors) : -1] == tensors
+    assert lines[-1].startswith(f"{output}: ") and lines[-1].endswith("/s)")
+
+
+def test_dry_run_reads_headers_only(run, capsys):
+    names = sorted(path.name for path in run.rglob("*"))
+    assert main(["average", "ckpts", "-o", "out.pt", "--profile", "tail:0.5", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert sorted(path.name for path in run.rglob("*")) == names
+    rows = [line.split() for line in out.splitlines() if line.startswith("step")]
+    assert rows == [["step9.pt", "9", "0"], ["step10.pt", "10", "0.333333"], ["step11.pt", "11", "0.666667"]]
+    assert out.count("weights found under 'model'") == 1 and "ignored, as no weights: 'lr'" in out
+    assert "would read 48 bytes and write 24 bytes in at most" in out and "MB of memory: out.pt" in out
+
+
+def test_json(run, capsys):
+    assert main(["average", "ckpts", "-o", "out.pt", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["inputs"] == ["step9.pt", "step10.pt", "step11.pt"] and report["steps"] == [9, 10, 11]
+    assert report["coefficients"] == pytest.approx([1 / 3] * 3)
+    assert (report["averaged"], report["copied"], report["differing"]) == (["w"], ["n"], ["n"])
+    assert report["dry_run"] is False and report["bytes_read"] == 72
+
+
+def write_bad(name):
+    path = f"ckpts/{name}.pt"
+    model = {"w": torch.ones(4), "n": torch.tensor(1)}
+    if name == "nan":
+        model["w"][2] = torch.nan
+    elif name == "reshaped":
+        model["w"] = torch.ones(5)
+    elif name == "missing":
+        del model["n"]
+    torch.save(model, path)
+    if name == "truncated":
+        os.truncate(path, 500)
+    elif name == "empty":
+        os.truncate(path, 0)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nan", "ckpts/nan.pt: tensor 'w' holds NaN"),
+        ("reshaped", "'w' has shape [5] and not [4]"),
+        ("missing", "ckpts/missing.pt lacks 'n'"),
+        ("truncated", "ckpts/truncated.pt"),
+        ("empty", "ckpts/empty.pt is empty"),
+    ],
+)
+def test_bad_inputs_are_one_line_and_code_2(run, capsys, name, message):
+    bad = write_bad(name)
+    assert_refused(run, capsys, ["average", "ckpts/step9.pt", bad, "-o", "out.safetensors"], message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing argument"),
+        (["ckpts"], "'--output'"),
+        (["nowhere.pt", "-o", "out.pt"], "cannot read nowhere.pt"),
+        (["ckpts/*.bin", "-o", "out.pt"], "nothing matches the pattern ckpts/*.bin"),
+        (["ckpts", "-o", "out.xyz"], "a suffix of no known format"),
+        (["ckpts", "-o", "ckpts/step9.pt", "--force"], "name another output"),
+        (["ckpts", "-o", "ckpts/step9.pt"], "name another output"),
+        (["ckpts", "-o", "out.pt", "--weights", "1,2"], "2 weights were given for 3"),
+        (["ckpts", "-o", "out.pt", "--weights", "1,x,2"], "--weights takes numbers between commas"),
+        (["ckpts", "-o", "out.pt", "--weights", "1,nan,2"], "a weight must be a number"),
+        (
+            ["ckpts", "-o", "out.pt", "--weights", "1,1,1", "--profile", "uniform"],
+            "two ways to say one thing",
+        ),
+        (["ckpts", "-o", "out.pt", "--profile", "tali:0.4"], "did you mean 'tail'?"),
+        (["ckpts", "-o", "out.pt", "--dtype", "int8"], "no floating-point dtype"),
+        (["ckpts", "-o", "out.pt", "--max-memory", "1MB"], "allow "),
+        (["ckpts", "-o", "out.pt", "--max-memory", "lots"], "as a size in bytes"),
+        (["ckpts", "-o", "out.pt", "--key", "ema"], "choose from 'model'"),
+        (["ckpts", "-o", "no/where/out.pt"], "there is no folder no/where"),
+    ],
+    ids=str,
+)
+def test_wrong_use_is_one_line_and_code_2(run, capsys, arguments, message):
+    assert_refused(run, capsys, ["average", *arguments], message)
+
+
+def assert_refused(folder, capsys, arguments, message):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("polyak: error: ") and message in captured.err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_nothing_is_overwritten_unasked(run, capsys):
+    (run / "out.pt").write_bytes(b"mine")
+    assert_refused(run, capsys, ["average", "ckpts", "-o", "out.pt"], "out.pt exists already")
+    assert main(["average", "ckpts", "-o", "out.pt", "--force"]) == 0
+    assert weight("out.pt") == 10
+
+
+def test_names_in_files_cannot_move_the_terminal(run, capsys):
+    name = "evil\x1b[2J"
+    checkpoints.write("evil.safetensors", {name: torch.tensor(1), "w": torch.ones(1)})
+    assert main(["average", "evil.safetensors", "-o", "out.safetensors"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_sigterm_leaves_nothing_behind(run):
+    for step in range(2):
+        checkpoints.write(run / f"{step}.safetensors", {"w": torch.ones(30_000_000)})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "polyak", "average", "[01].safetensors", "-o", "out.safetensors"]
+    )
+    while process.poll() is None and not list(run.glob(".polyak-*")):
+        time.sleep(1e-3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 130
+    assert not list(run.glob(".polyak-*")) and not (run / "out.safetensors").exists()
+
+
+def test_help_teaches_by_example_and_waits_for_no_torch():
+    code = (
+        "import sys; from polyak.cli import main; assert main(['average', '--help']) == 0;"
+        "assert not {'torch', 'numpy', 'rich.progress'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "polyak average 'run/step-*.pt' -o average.pt --profile tail:0.4" in result.stdout

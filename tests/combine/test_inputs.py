@@ -1,0 +1,147 @@
+"""Which inputs, in which order, at which coefficients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import polyak
+from polyak import checkpoints
+from polyak.combine import Span, coefficients, in_step_order, open_inputs, spans_of_steps
+from polyak.combine.budget import Budget, parse_bytes
+from polyak.combine.dtypes import parse_dtype
+from polyak.combine.inputs import steps_in_names
+from polyak.errors import CheckpointError, OptionError
+
+
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["10.pt", "9.pt"], [10, 9]),
+        (["model-00010.safetensors", "model-00009.safetensors"], [10, 9]),
+        (["checkpoint-500", "checkpoint-1500"], [500, 1500]),
+        (["checkpoint-500/model.safetensors", "checkpoint-1500/model.safetensors"], [500, 1500]),
+        (["epoch=3-step=300.ckpt", "epoch=10-step=400-v1.ckpt"], [300, 400]),
+        (["step_100_bf16.pt", "step_200_bf16.pt"], [100, 200]),
+        (["gpt2-100.pt", "gpt2-200.pt"], [100, 200]),
+        (["gpt2-a.pt", "gpt2-b.pt"], None),
+        (["best.pt", "last.pt"], None),
+        (["1.pt", "last.pt"], None),
+        (["7/1.pt", "8/1.pt"], [7, 8]),
+        (["1" * 30 + ".pt", "2" * 30 + ".pt"], None),
+    ],
+)
+def test_steps_in_names(names, steps):
+    assert steps_in_names([Path("run") / name for name in names]) == steps
+
+
+def save(path, step=None):
+    torch.save({"w": torch.ones(1)} | ({} if step is None else {"global_step": step}), path)
+
+
+def test_saved_steps_come_before_names(tmp_path):
+    for name, step in (("epoch1", 30), ("epoch2", 20), ("epoch3", 100)):
+        save(tmp_path / f"{name}.pt", step)
+    inputs, steps = in_step_order(open_inputs(tmp_path))
+    assert steps == [20, 30, 100] and [opened.path.stem for opened in inputs] == [
+        "epoch2",
+        "epoch1",
+        "epoch3",
+    ]
+
+
+def test_names_serve_where_saved_steps_are_missing_or_equal(tmp_path):
+    for name, step in (("10", 5), ("9", 5)):
+        save(tmp_path / f"{name}.pt", step)
+    assert in_step_order(open_inputs(tmp_path))[1] == [9, 10]
+
+
+def test_the_given_order_stays_where_no_steps_are_known(tmp_path):
+    for name in ("b", "a"):
+        save(tmp_path / f"{name}.pt")
+    inputs, steps = in_step_order(open_inputs([tmp_path / "b.pt", tmp_path / "a.pt"]))
+    assert steps is None and [opened.path.stem for opened in inputs] == ["b", "a"]
+
+
+def test_folders_of_checkpoints_and_folders_that_are_checkpoints(tmp_path):
+    save(tmp_path / "10.pt")
+    save(tmp_path / "9.pt")
+    (tmp_path / "notes.txt").write_text("none")
+    checkpoints.write(tmp_path / "11", {"w": torch.ones(1)})
+    names = [opened.path.name for opened in open_inputs([tmp_path, tmp_path / "11"])]
+    assert names == ["9.pt", "10.pt", "11", "11"]
+
+
+def test_nothing_to_average(tmp_path):
+    with pytest.raises(OptionError, match="nothing to average"):
+        open_inputs([])
+    with pytest.raises(CheckpointError, match="it is empty"):
+        open_inputs(tmp_path)
+
+
+def test_a_checkpoint_stands_for_the_steps_since_the_one_before():
+    assert spans_of_steps([100, 150, 300]) == [Span(50, 100), Span(100, 150), Span(150, 300)]
+    assert spans_of_steps([0, 50]) == [Span(0, 0), Span(0, 50)]
+    assert spans_of_steps([7]) == [Span(0, 7)]
+    with pytest.raises(OptionError, match="different steps"):
+        spans_of_steps([3, 3])
+
+
+@pytest.mark.parametrize(
+    ("profile", "steps", "expected"),
+    [
+        ("uniform", [100, 150, 300], [1 / 3] * 3),
+        ("tail:0.5", [100, 150, 300, 301], [0, 0, 0.5, 0.5]),
+        ("tail:steps=150", [100, 200, 300], [0, 1 / 3, 2 / 3]),
+        ("window:100,200", [100, 200, 300], [0, 1, 0]),
+        ("weights:1,2,1", [5, 6, 9], [0.25, 0.5, 0.25]),
+        ("power:gamma=1", [100, 200], [0.25, 0.75]),
+        # The checkpoints cover steps 500 to 1000 only; each keeps its share of the whole run's law.
+        ("power:gamma=1", [750, 1000], [5 / 12, 7 / 12]),
+        ("ema:half_life=100", [100, 200, 300], [1 / 7, 2 / 7, 4 / 7]),
+    ],
+)
+def test_coefficients(profile, steps, expected):
+    assert coefficients(polyak.parse(profile), spans_of_steps(steps)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_counts_weigh_samples_and_not_steps():
+    blocks = [Span(0, 100, 1), Span(100, 200, 3)]
+    assert coefficients(polyak.Uniform(), blocks) == [0.25, 0.75]
+
+
+def test_a_profile_with_no_weight_on_what_there_is():
+    with pytest.raises(
+        OptionError, match="window:10,20 has no weight on any of the steps there are, 900 to 1100"
+    ):
+        coefficients(polyak.Window(10, 20), spans_of_steps([1000, 1100]))
+
+
+@pytest.mark.parametrize("size", ["much", "5XB", "-1MB", "", 1.5, True, None])
+def test_sizes_that_are_none(size):
+    with pytest.raises(OptionError, match="as a size in bytes"):
+        parse_bytes(size)
+
+
+@pytest.mark.parametrize("max_memory", [0, -5, "1kB", "10MB"])
+def test_too_little_memory_says_how_much_is_needed(tmp_path, max_memory):
+    save(tmp_path / "1.pt")
+    inputs = open_inputs(tmp_path)
+    with pytest.raises(OptionError, match=r"allow (\d+)MB or more") as caught:
+        Budget.within(max_memory, inputs, 1)
+    least = str(caught.value).partition("allow ")[2].partition(" ")[0]
+    assert Budget.within(least, inputs, 1).total_bytes <= parse_bytes(least)
+
+
+def test_a_file_that_must_be_loaded_whole_counts(tmp_path):
+    model = {"w": torch.ones(10_000_000)}
+    torch.save(model, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(OptionError, match=r"old\.pt is in an old torch format"):
+        polyak.average_checkpoints(tmp_path, tmp_path / "average.pt", max_memory="50MB")
+    assert not (tmp_path / "average.pt").exists()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float31", torch.int64, "nn", "complex64"])
+def test_dtypes_that_cannot_be_asked_for(dtype):
+    with pytest.raises(OptionError, match="no floating-point dtype"):
+        parse_dtype(dtype)

@@ -1,0 +1,277 @@
+"""Averages made from blocks, against direct float64 means of the samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import polyak
+from polyak import checkpoints
+from polyak.errors import (
+    CheckpointError,
+    NotStartedError,
+    OptionError,
+    OutputExistsError,
+    StructureError,
+)
+from recorded_runs import RecordedWalk, largest_error
+
+POISONED = frozenset({7, 8, 100, 101, 102, 155})
+STEPS, EVERY = 300, 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> RecordedWalk:
+    """300 steps in 10 blocks, most of them merged."""
+    recorded = RecordedWalk(tmp_path_factory.mktemp("run"), POISONED, every=EVERY, block=6, max_blocks=10)
+    recorded.run(STEPS)
+    recorded.recorder.close()
+    return recorded
+
+
+@pytest.fixture
+def trajectory(run: RecordedWalk) -> polyak.Trajectory:
+    return polyak.Trajectory(run.recorder.directory)
+
+
+def all_samples(run: RecordedWalk) -> list[int]:
+    return [step for block in run.recorder.trajectory.blocks for step in run.samples(block)]
+
+
+def test_any_window_on_borders_is_the_mean_of_its_samples(run, trajectory) -> None:
+    edges = [0, *(block.stop for block in trajectory.blocks)]
+    assert len(edges) == 11
+    samples = all_samples(run)
+    for first, start in enumerate(edges[:-1]):
+        for stop in edges[first + 1 :]:
+            inside = [step for step in samples if start < step <= stop]
+            # A window in steps weighs each step alike; one in samples, each sample.
+            tail = polyak.Tail(fraction=sum(step > start for step in samples) / len(samples))
+            if stop == edges[-1]:
+                assert largest_error(trajectory.average(tail), run.mean(inside)) < 1e-6
+            found = trajectory.explain(polyak.Window(start, stop))
+            blocks = [b for b in trajectory.blocks if start <= b.start and b.stop <= stop]
+            shares = [b.steps / (stop - start) / b.count for b in blocks for _ in range(b.count)]
+            assert (
+                largest_error(trajectory.average(polyak.Window(start, stop)), run.mean(inside, shares)) < 1e-6
+            )
+            assert found.misplaced_weight == pytest.approx(0, abs=1e-12) and found.exact
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    profile=st.one_of(
+        st.floats(0.05, 1).map(polyak.Tail),
+        st.floats(30, 500).map(lambda h: polyak.EMA(half_life=h)),
+        st.floats(0.93, 0.975).map(lambda d: polyak.EMA(decay=d, debias=False)),
+        st.floats(0, 6).map(lambda g: polyak.Power(gamma=g)),
+        st.floats(0, 6).map(lambda e: polyak.Polynomial(eta=e)),
+        st.sampled_from(["linear", "sqrt", "1-sqrt", "cosine"]).map(lambda s: polyak.Decay(s, 0.4)),
+    )
+)
+def test_other_profiles_are_within_the_stated_error(run, profile) -> None:
+    trajectory = run.recorder.trajectory
+    samples = all_samples(run)
+    if profile.unit == "samples":
+        shares = profile.weights(np.arange(len(samples) + 1))
+    else:
+        # Each sample stands for the steps of its block in equal parts.
+        lengths = [b.steps / b.count for b in trajectory.blocks for _ in range(b.count)]
+        shares = profile.weights(np.cumsum([0, *lengths]))
+    reference = run.mean(samples, shares.tolist())
+    found = trajectory.explain(profile)
+    for name, tensor in trajectory.average(profile).items():
+        if name not in reference:
+            continue
+        ranges = []
+        for block in trajectory.blocks:
+            seen = torch.stack([run.walk.visited[step - 1][name] for step in run.samples(block)])
+            ranges.append(seen.amax(0) - seen.amin(0))
+        allowed = found.misplaced_weight * torch.stack(ranges).amax(0) + 1e-6
+        assert ((tensor.double() - reference[name]).abs() <= allowed).all()
+    assert found.exact == (found.misplaced_weight < 1e-9)
+
+
+def test_several_profiles_in_one_pass(trajectory) -> None:
+    profiles = [polyak.Uniform(), polyak.Tail(0.2), polyak.Weights([0.5, *[0] * 8, 0.5])]
+    together = trajectory.average_many(profiles)
+    for profile, average in zip(profiles, together, strict=True):
+        alone = trajectory.average(profile)
+        assert alone.keys() == average.keys()
+        assert all(torch.equal(alone[name], average[name]) for name in alone)
+
+
+def test_write(trajectory, tmp_path: Path) -> None:
+    profile = polyak.Tail(0.3)
+    average = trajectory.average(profile)
+    for name in ("a.safetensors", "a.pt"):
+        trajectory.write(profile, tmp_path / name)
+        with checkpoints.open(tmp_path / name) as written:
+            assert all(torch.equal(written.read(n), tensor) for n, tensor in average.items())
+            assert written.tensors.keys() == average.keys()
+    with pytest.raises(OutputExistsError):
+        trajectory.write(profile, tmp_path / "a.pt")
+    trajectory.write(profile, tmp_path / "a.pt", overwrite=True)
+    with pytest.raises(OptionError, match="shortest possible"):
+        trajectory.write(polyak.EMA(half_life=1), tmp_path / "b.pt")
+    assert not (tmp_path / "b.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        polyak.EMA(half_life=0.5),
+        polyak.EMA(decay=0.1),
+        polyak.EMA(decay=0.1, debias=False),
+        polyak.Power(gamma=2000),
+        polyak.Power(sigma_rel=0.0005),
+        polyak.Polynomial(eta=1000),
+    ],
+)
+def test_horizons_that_blocks_cannot_resolve(trajectory, profile) -> None:
+    """The shortest that the message names is possible, and half of it is not."""
+    with pytest.raises(OptionError, match="shortest possible here is") as raised:
+        trajectory.average(profile)
+    text = str(raised.value).partition("shortest possible here is ")[2].partition(";")[0]
+    shortest = polyak.parse(text)
+    assert trajectory.explain(shortest).misplaced_weight == pytest.approx(0.1, abs=0.01)
+    with pytest.raises(OptionError, match="shortest possible"):
+        trajectory.explain(profile)
+
+
+def test_a_first_sample_that_no_block_holds_alone(trajectory) -> None:
+    with pytest.raises(OptionError, match="use debias=True"):
+        trajectory.average(polyak.EMA(decay=0.999, debias=False))
+    trajectory.average(polyak.EMA(decay=0.999))
+
+
+def test_a_decay_after_a_decay_is_warned_about(tmp_path: Path) -> None:
+    run = RecordedWalk(tmp_path, block=10)
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    run.recorder._optimizer = optimizer
+    run.run(100)
+    optimizer.param_groups[0]["lr"] = 0.01
+    run.run(20)
+    run.recorder.close()
+    trajectory = run.recorder.trajectory
+    assert "learning rate was not constant" in trajectory.explain(polyak.Decay("sqrt", 0.4)).warnings[0]
+    assert trajectory.explain(polyak.Decay("sqrt", 0.1)).warnings == ()
+    assert trajectory.explain(polyak.Tail(0.4)).warnings == ()
+
+
+def test_explanation_in_words(trajectory) -> None:
+    found = trajectory.explain(polyak.Tail(0.15))
+    assert found.coefficients.sum() == pytest.approx(1)
+    assert 0 < found.partly_covered_weight < 1 and 0 < found.misplaced_weight < 0.5
+    text = str(found)
+    assert text.startswith("tail:0.15: ") and "samples" in text and str(trajectory.blocks[-1]) in text
+    uniform = trajectory.explain(polyak.Uniform())
+    assert uniform.effective_samples == pytest.approx(sum(block.count for block in trajectory.blocks))
+    assert "exact" in str(uniform) and uniform.partly_covered_weight == 0
+
+
+def flipped(path: Path, position: int) -> bytes:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    return bytes(data)
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_a_corrupt_block_is_named_and_the_rest_usable(tmp_path: Path, harm: str) -> None:
+    run = RecordedWalk(tmp_path, block=10)
+    run.run(40)
+    run.recorder.close()
+    victim = tmp_path / polyak.Trajectory(tmp_path).blocks[1].file_name
+    if harm == "remove":
+        victim.unlink()
+    else:
+        victim.write_bytes(flipped(victim, -3) if harm == "flip" else victim.read_bytes()[:-40])
+    trajectory = polyak.Trajectory(tmp_path)
+    assert len(trajectory) == 4
+    with pytest.raises(CheckpointError, match=rf"{victim.name}.*\(10, 20\].*other 3 blocks.*usable"):
+        trajectory.average(polyak.Uniform())
+    assert list(trajectory.damaged) == [1]
+    assert largest_error(trajectory.average(polyak.Tail(0.5)), run.mean(range(21, 41))) < 1e-6
+    rest = polyak.Trajectory(tmp_path).usable
+    assert [block.stop for block in rest.blocks] == [10, 30, 40] and not rest.damaged
+    samples = [*range(1, 11), *range(21, 41)]
+    assert largest_error(rest.average(polyak.Uniform()), run.mean(samples)) < 1e-6
+    # Recording can go on beside it.
+    polyak.Recorder(run.model, tmp_path).close()
+
+
+def test_read_while_it_is_recorded(tmp_path: Path) -> None:
+    run = RecordedWalk(tmp_path, block=2, max_blocks=8)
+    for _ in range(20):
+        run.run(7)
+        trajectory = run.recorder.trajectory
+        samples = [step for block in trajectory.blocks for step in run.samples(block)]
+        assert largest_error(trajectory.average(polyak.Uniform()), run.mean(samples)) < 1e-6
+    run.recorder.close()
+
+
+# Checkpoints of other tools.
+
+
+def saved(folder: Path, names: list[str], **more: object) -> list[Path]:
+    for index, name in enumerate(names):
+        state = {"w": torch.full((2,), float(index)), "n": torch.tensor(index)}
+        torch.save({"model": state, **{k: v[index] for k, v in more.items()}}, folder / name)
+    return [folder / name for name in names]
+
+
+def test_steps_from_names(tmp_path: Path) -> None:
+    saved(tmp_path, ["epoch=1-step=900.ckpt", "epoch=2-step=1000.ckpt", "epoch=3-step=1100.ckpt"])
+    run = polyak.Trajectory.from_checkpoints(tmp_path.glob("*.ckpt"))
+    assert [(b.start, b.stop, b.count) for b in run.blocks] == [
+        (800, 900, 1),
+        (900, 1000, 1),
+        (1000, 1100, 1),
+    ]
+    average = run.average(polyak.Tail(steps=200))
+    assert average["w"].tolist() == [1.5, 1.5] and average["n"] == 2
+    assert run.explain(polyak.EMA(half_life=1)).exact  # single samples have nothing to misplace
+    with pytest.raises(NotStartedError, match="live"):
+        run.live()
+
+
+def test_steps_from_metadata_come_first(tmp_path: Path) -> None:
+    paths = saved(tmp_path, ["a-3.pt", "b-2.pt", "c-1.pt"], step=[10, 20, 40])
+    run = polyak.Trajectory.from_checkpoints(reversed(paths))
+    assert [block.stop for block in run.blocks] == [10, 20, 40]
+    assert run.average(polyak.Tail(steps=20))["w"].tolist() == [2, 2]
+
+
+def test_steps_that_nobody_knows(tmp_path: Path) -> None:
+    paths = saved(tmp_path, ["early.pt", "late.pt"])
+    run = polyak.Trajectory.from_checkpoints(paths)
+    assert [block.stop for block in run.blocks] == [1, 2]
+    with pytest.raises(OptionError, match="in no order"):
+        polyak.Trajectory.from_checkpoints(tmp_path.glob("*.pt"))
+    given = polyak.Trajectory.from_checkpoints(paths, steps=[50, 20])
+    assert [block.stop for block in given.blocks] == [20, 50]
+    assert given.average(polyak.Tail(steps=30))["w"].tolist() == [0, 0]
+
+
+def test_bad_checkpoints(tmp_path: Path) -> None:
+    paths = saved(tmp_path, ["1.pt", "2.pt"])
+    for call, error, words in (
+        (lambda: polyak.Trajectory.from_checkpoints([]), OptionError, "empty"),
+        (
+            lambda: polyak.Trajectory.from_checkpoints(paths, steps=[1]),
+            OptionError,
+            "1 steps were given for 2",
+        ),
+        (lambda: polyak.Trajectory.from_checkpoints(paths, steps=[1, 1]), OptionError, "both of step 1"),
+        (lambda: polyak.Trajectory.from_checkpoints([*paths, tmp_path / "none"]), CheckpointError, "none"),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+    torch.save({"w": torch.zeros(3)}, tmp_path / "3.pt")
+    with pytest.raises(StructureError, match="3.pt"):
+        polyak.Trajectory.from_checkpoints([*paths, tmp_path / "3.pt"])
