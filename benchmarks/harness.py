@@ -27,6 +27,7 @@ __all__ = [
     "environment",
     "in_fresh_process",
     "memory_is_measurable",
+    "peak_anonymous_bytes",
     "peak_resident_bytes",
     "ratios",
     "resident_bytes",
@@ -123,18 +124,24 @@ def peak_resident_bytes(call: Callable[[], object]) -> int:
     try:
         _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
     except OSError:  # containers may forbid it
-        return _sampled_peak_bytes(call)
+        return _sampled_peak_bytes(call, "VmRSS")
     call()
     return _status_bytes("VmHWM")
 
 
-def _sampled_peak_bytes(call: Callable[[], object]) -> int:
-    samples = [_status_bytes("VmRSS")]
+def peak_anonymous_bytes(call: Callable[[], object]) -> int:
+    """The most memory that is no file's, at any moment of one call, beyond what there was before it."""
+    before = _status_bytes("RssAnon")
+    return _sampled_peak_bytes(call, "RssAnon") - before
+
+
+def _sampled_peak_bytes(call: Callable[[], object], field: str) -> int:
+    samples = [_status_bytes(field)]
     finished = threading.Event()
 
     def sample() -> None:
         while not finished.wait(_SAMPLING_SECONDS):
-            samples.append(_status_bytes("VmRSS"))
+            samples.append(_status_bytes(field))
 
     sampler = threading.Thread(target=sample)
     sampler.start()

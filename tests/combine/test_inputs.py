@@ -133,6 +133,13 @@ def test_too_little_memory_says_how_much_is_needed(tmp_path, max_memory):
     assert Budget.within(least, inputs, 1).total_bytes <= parse_bytes(least)
 
 
+def test_many_outputs_make_the_slices_smaller(tmp_path):
+    save(tmp_path / "1.pt")
+    inputs = open_inputs(tmp_path)
+    roomy, tight = Budget.within("1GB", inputs, 40), Budget.within("20MB", inputs, 40)
+    assert tight.slice_bytes < roomy.slice_bytes and tight.total_bytes <= 20_000_000 < roomy.total_bytes
+
+
 def test_a_file_that_must_be_loaded_whole_counts(tmp_path):
     model = {"w": torch.ones(10_000_000)}
     torch.save(model, tmp_path / "old.pt", _use_new_zipfile_serialization=False)

@@ -1,0 +1,185 @@
+"""What averaging checkpoint files costs, beside reading them all and writing one.
+
+    python benchmarks/offline.py [--rounds 7] [--folder DIR] [--output FILE]
+
+Eight GPT-2-sized fp32 checkpoints are made on the spot, in both formats (9 GB of disk), and are in the page cache
+when they are read. All contenders take turns; ratios are taken round by round. Memory is the most anonymous memory
+beyond an interpreter that has imported torch, each case in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import harness
+import shapes
+from offline_peers import CONTENDERS, LIMIT, LOAD_AND_ADD, POLYAK, POLYAK_PT
+from polyak import checkpoints
+
+N_INPUTS = 8
+MODEL = shapes.gpt2_small
+MAX_MEMORY_BYTES = 256_000_000
+LARGE_TENSOR = (400, 1_000_000)  # 1.6 GB, several times max_memory
+PROMISES = {
+    f"{POLYAK} over {LIMIT}": "at most 1.6, aim 1.4",
+    f"{LOAD_AND_ADD} over {POLYAK}": "at least 5",
+    f"{POLYAK_PT} over {POLYAK}": "at most 1.25",
+    "memory": f"at most {MAX_MEMORY_BYTES:,} bytes",
+}
+DEFAULT_OUTPUT = Path(__file__).parent / "results" / "offline.json"
+
+
+def make_inputs(folder: Path) -> None:
+    """``0.safetensors``, ``0.pt``, …: a random model and seven that lie near it."""
+    generator = torch.Generator().manual_seed(0)
+    model = {
+        f"layer_{index}.weight": torch.randn(shape, generator=generator)
+        for index, shape in enumerate(MODEL())
+    }
+    for number in range(N_INPUTS):
+        near = {name: tensor + 0.01 * number for name, tensor in model.items()}
+        for suffix in (".safetensors", ".pt"):
+            checkpoints.write(folder / f"{number}{suffix}", near)
+
+
+def inputs_of(folder: Path, suffix: str) -> list[Path]:
+    return [folder / f"{number}{suffix}" for number in range(N_INPUTS)]
+
+
+def calls(folder: Path) -> dict[str, Callable[[], object]]:
+    """Each averages all inputs once."""
+
+    def call(name: str) -> Callable[[], object]:
+        average, suffix, output_suffix = CONTENDERS[name]
+        return lambda: average(inputs_of(folder, suffix), folder / f"average{output_suffix}")
+
+    return {name: call(name) for name in CONTENDERS}
+
+
+def check(folder: Path) -> None:
+    """Refuse to time contenders that do not average: the last tensor must have moved by the mean offset."""
+    expected = 0.01 * (N_INPUTS - 1) / 2
+    for name, call in calls(folder).items():
+        if name == LIMIT:
+            continue
+        call()
+        average = checkpoints.open(folder / f"average{CONTENDERS[name][2]}")
+        first = checkpoints.open(folder / "0.safetensors")
+        last = list(first.tensors)[-1]
+        moved = (average.read(last) - first.read(last)).mean()
+        if abs(moved - expected) > 1e-4:
+            raise RuntimeError(f"{name!r} did not average")
+
+
+def memory_cases(folder: Path) -> dict[str, tuple[list[Path], str]]:
+    """The inputs and the contender of each case."""
+    inputs = inputs_of(folder, ".safetensors")
+    large = [folder / f"large_{number}.safetensors" for number in range(2)]
+    return {
+        "8 inputs": (inputs, POLYAK),
+        "64 inputs": (8 * inputs, POLYAK),
+        "2 inputs of one 1.6 GB tensor": (large, POLYAK),
+        "8 inputs, .pt": (inputs_of(folder, ".pt"), POLYAK_PT),
+        **{f"8 inputs, {name}": (inputs_of(folder, ".pt"), name) for name in CONTENDERS if "way" in name},
+    }
+
+
+def make_large_inputs(folder: Path) -> None:
+    """Two checkpoints of one tensor, written row by row."""
+    layout = checkpoints.Layout({"weight": checkpoints.TensorInfo(LARGE_TENSOR, torch.float32)})
+    rows, columns = LARGE_TENSOR
+    for number in range(2):
+        with checkpoints.create(folder / f"large_{number}.safetensors", layout) as writer:
+            for row in range(rows):
+                writer.write("weight", row * columns, torch.full((columns,), float(number)))
+
+
+def peak_memory_bytes(inputs: Sequence[Path], contender: str, output: Path) -> int:
+    """The most anonymous memory of one average beyond what the process held before. Runs in a fresh process."""
+    average = CONTENDERS[contender][0]
+    return harness.peak_anonymous_bytes(lambda: average(inputs, output))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=7, help="measurements a contender (default 7)")
+    parser.add_argument("--folder", type=Path, help="where to put the checkpoints; on a disk, not in memory")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="file for the figures, as JSON")
+    options = parser.parse_args(arguments)
+    environment = harness.environment(
+        ("polyak", "safetensors")
+    )  # before the work, whose own load it would show
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        make_inputs(folder)
+        check(folder)
+        seconds = harness.time_rounds(calls(folder), options.rounds, 0.0, description="timing")
+        memory = _measured_memory(folder) if harness.memory_is_measurable() else {}
+    cases = {name: _record(values, seconds) for name, values in seconds.items()}
+    Console().print(_times(cases), _memories(memory))
+    harness.write_json(
+        options.output,
+        {
+            "benchmark": "offline",
+            "environment": environment,
+            "settings": {
+                "rounds": options.rounds,
+                "inputs": N_INPUTS,
+                "elements": shapes.number_of_elements(MODEL()),
+                "dtype": "float32",
+                "promises": PROMISES,
+            },
+            "cases": cases,
+            "peak_anonymous_bytes": memory,
+        },
+    )
+
+
+def _measured_memory(folder: Path) -> dict[str, int]:
+    make_large_inputs(folder)
+    return {
+        name: harness.in_fresh_process(
+            peak_memory_bytes, inputs, contender, folder / f"average{CONTENDERS[contender][2]}"
+        )
+        for name, (inputs, contender) in memory_cases(folder).items()
+    }
+
+
+def _record(values: list[float], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    return {
+        "seconds_by_round": values,
+        "seconds": asdict(harness.Spread.of(values)),
+        "over_limit": asdict(harness.ratios(values, seconds[LIMIT])),
+        "over_polyak": asdict(harness.ratios(values, seconds[POLYAK])),
+    }
+
+
+def _times(cases: dict[str, Any]) -> Table:
+    table = Table(
+        "contender", "seconds", "over limit", "over polyak", title="8 checkpoints of 498 MB into one"
+    )
+    for name, record in cases.items():
+        spreads = (harness.Spread(**record[key]) for key in ("seconds", "over_limit", "over_polyak"))
+        table.add_row(name, *map(str, spreads))
+    return table
+
+
+def _memories(memory: dict[str, int]) -> Table:
+    table = Table("case", "peak MB", title="anonymous memory beyond the interpreter with torch")
+    for name, peak_bytes in memory.items():
+        table.add_row(name, f"{peak_bytes / 1e6:,.0f}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""A short run of the offline benchmark, with a small model."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks come with a checkout only")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = import_module("offline")
+    monkeypatch.setattr(module, "MODEL", lambda: [(300, 400), (7,)])
+    monkeypatch.setattr(module, "LARGE_TENSOR", (2, 1_000_000))
+    return module
+
+
+def test_a_short_run_writes_its_figures(offline, tmp_path, monkeypatch):
+    monkeypatch.setattr(offline.harness, "memory_is_measurable", lambda: False)
+    offline.main(["--rounds", "2", "--folder", str(tmp_path), "--output", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures["cases"]) == set(offline.CONTENDERS)
+    assert len(figures["cases"][offline.POLYAK]["seconds_by_round"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_a_contender_that_does_not_average_is_refused(offline, tmp_path, monkeypatch):
+    offline.make_inputs(tmp_path)
+    read_and_write = offline.CONTENDERS[offline.LIMIT][0]
+    copy = lambda inputs, output: output.write_bytes(inputs[0].read_bytes())  # noqa: E731
+    contenders = {offline.LIMIT: (read_and_write, ".pt", ".pt"), "copy": (copy, ".pt", ".pt")}
+    monkeypatch.setattr(offline, "CONTENDERS", contenders)
+    with pytest.raises(RuntimeError, match="'copy' did not average"):
+        offline.check(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_peak_memory_is_that_of_the_call(offline):
+    import torch
+
+    assert 40e6 <= offline.harness.peak_anonymous_bytes(lambda: torch.ones(10_000_000).sum()) <= 60e6
