@@ -26,7 +26,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/update_cost.py
+	$(BIN)/python benchmarks/update_cost.py --output benchmarks/results/update_cost.json
+	$(BIN)/python benchmarks/batchnorm_cost.py
+	$(BIN)/python benchmarks/offline.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage

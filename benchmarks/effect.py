@@ -50,7 +50,13 @@ class Plan:
         return self.horizons[-1]
 
 
-QUICK = {"tuning_seeds": (1000,), "lrs": (6e-3,), "decays": (0.0, 0.5), "horizons": (200, 400), "fit_steps": 20}
+QUICK = {
+    "tuning_seeds": (1000,),
+    "lrs": (6e-3,),
+    "decays": (0.0, 0.5),
+    "horizons": (200, 400),
+    "fit_steps": 20,
+}
 
 
 def study(plan: Plan, run_all: RunAll) -> dict[str, object]:

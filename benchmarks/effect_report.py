@@ -45,7 +45,8 @@ def regret(grid: Sequence[RunRecord]) -> dict[str, Any]:
         "share_removed": removed,
         "significantly_worse_cells": worse,
         "cells": {
-            name: {**losses, "selected_minus_last": asdict(differences[name])} for name, losses in cells.items()
+            name: {**losses, "selected_minus_last": asdict(differences[name])}
+            for name, losses in cells.items()
         },
         "aim": f"at least {LEAST_REGRET_REMOVED:.0%} removed and no cell significantly worse",
         "aim_met": removed >= LEAST_REGRET_REMOVED and not worse,

@@ -92,7 +92,9 @@ class _Run:
         options: dict[str, Any] = {**TASK.optimizer_options, "lr": job.lr}
         self.optimizer = AdamW(self.model.parameters(), **options)
         self.recorder = (
-            polyak.Recorder(self.model, folder, every=RECORD_EVERY, block=BLOCK_STEPS, optimizer=self.optimizer)
+            polyak.Recorder(
+                self.model, folder, every=RECORD_EVERY, block=BLOCK_STEPS, optimizer=self.optimizer
+            )
             if job.read_at
             else None
         )

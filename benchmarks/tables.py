@@ -97,6 +97,16 @@ def batchnorm_cost(data: dict[str, Any]) -> str:
     return f"{data['settings']['model']}\n\n{table(('time / forward passes alone', *data['cases']), rows)}"
 
 
+def offline(data: dict[str, Any]) -> str:
+    rows = [
+        (name, spread(case["over_limit"]), spread(case["over_polyak"]))
+        for name, case in data["cases"].items()
+    ]
+    times = table(("time", "over the limit", "over polyak"), rows)
+    peaks = [(name, f"{peak / 1e6:,.0f}") for name, peak in data["peak_anonymous_bytes"].items()]
+    return f"{times}\n\n{table(('anonymous memory beyond the interpreter with torch', 'peak, MB'), peaks)}"
+
+
 def spread(entry: dict[str, float]) -> str:
     width = entry["upper_quartile"] - entry["lower_quartile"]
     return f"{entry['median']:.2f} ({width:.2f})"
@@ -107,6 +117,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Does it help? Digits, BatchNorm", "demo_digits.json", "polyak demo", demo),
     ("Does it help? Text", "demo_text.json", "polyak demo --task text", demo),
     ("What an update costs", "update_cost.json", "python benchmarks/update_cost.py", update_cost),
+    ("What averaging checkpoint files costs", "offline.json", "python benchmarks/offline.py", offline),
     ("What update_bn costs", "batchnorm_cost.json", "python benchmarks/batchnorm_cost.py", batchnorm_cost),
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -123,23 +123,23 @@ class TrajectoryFolder:
         if snapshot.frozen and not self.manifest.blocks:
             ties = snapshot.ties_of(snapshot.frozen)
             checkpoints.write(self.path / FROZEN_NAME, snapshot.frozen, ties=ties, overwrite=True)
-        checksum = write_file(self._file(block), snapshot)
-        outdated = self._live_file()
-        manifest = replace(self.manifest, has_frozen=bool(snapshot.frozen))
-        self._save(manifest.with_block(replace(block, checksum=checksum)))
-        if outdated is not None:
-            outdated.unlink(missing_ok=True)
-        self._merge_down_to(max_blocks, kept_edges)
+        block = replace(block, checksum=write_file(self._file(block), snapshot))
+        before = self.manifest
+        manifest = replace(before, has_frozen=bool(snapshot.frozen)).with_block(block)
+        try:
+            manifest = self._merged(manifest, max_blocks, kept_edges)
+        finally:
+            # Also where an old block turns out to be damaged: the new one is not lost with it.
+            self._save(manifest)
+        self._remove(before)
 
     def write_live(self, snapshot: Snapshot, step: int) -> None:
         """Keep the live weights of ``step``, in the place of those before."""
-        outdated = self._live_file()
-        manifest = replace(self.manifest, live_step=step)
-        path = self.path / str(manifest.live_name)
-        write_file(path, snapshot)
+        before = self.manifest
+        manifest = replace(before, live_step=step)
+        write_file(self.path / str(manifest.live_name), snapshot)
         self._save(manifest)
-        if outdated is not None and outdated != path:
-            outdated.unlink(missing_ok=True)
+        self._remove(before)
 
     def _averaged_shapes(self) -> dict[str, tuple[int, ...]] | None:
         for block in reversed(self.manifest.blocks):
@@ -148,22 +148,17 @@ class TrajectoryFolder:
                 return {name: info.shape for name, info in checkpoint.tensors.items() if name not in others}
         return None
 
-    def _merge_down_to(self, max_blocks: int, kept_edges: Collection[int]) -> None:
-        while (index := self._pair_to_merge(max_blocks, kept_edges)) is not None:
-            first, second = self.manifest.blocks[index : index + 2]
+    def _merged(self, manifest: Manifest, max_blocks: int, kept_edges: Collection[int]) -> Manifest:
+        """``manifest`` after merges, whose files are written; those that were merged are left in place."""
+        while (index := _pair_to_merge(manifest.blocks, max_blocks, kept_edges)) is not None:
+            first, second = manifest.blocks[index : index + 2]
             for block in (first, second):
                 refuse_damaged(self._file(block), block)
             both = first + second
             sources, counts = [self._file(first), self._file(second)], [first.count, second.count]
             checksum = merge_files(sources, counts, self._file(both))
-            self._save(self.manifest.with_merged(index, replace(both, checksum=checksum)))
-            for block in (first, second):
-                self._file(block).unlink(missing_ok=True)
-
-    def _pair_to_merge(self, max_blocks: int, kept_edges: Collection[int]) -> int | None:
-        blocks = self.manifest.blocks
-        kept = {index for index, block in enumerate(blocks[:-1]) if block.stop in kept_edges}
-        return pair_to_merge([block.steps for block in blocks], max_blocks, kept)
+            manifest = manifest.with_merged(index, replace(both, checksum=checksum))
+        return manifest
 
     def _save(self, manifest: Manifest) -> None:
         manifest.save(self.path)
@@ -172,15 +167,15 @@ class TrajectoryFolder:
     def _file(self, block: Block) -> Path:
         return self.path / block.file_name
 
-    def _live_file(self) -> Path | None:
-        name = self.manifest.live_name
-        return None if name is None else self.path / name
+    def _remove(self, before: Manifest) -> None:
+        """Remove the files of ``before`` that the manifest no longer lists."""
+        for name in before.file_names - self.manifest.file_names:
+            (self.path / name).unlink(missing_ok=True)
 
     def _remove_unlisted(self) -> None:
-        listed = {block.file_name for block in self.manifest.blocks} | {self.manifest.live_name}
         for pattern in _TRANSIENT:
             for path in self.path.glob(pattern):
-                if path.name not in listed:
+                if path.name not in self.manifest.file_names:
                     path.unlink(missing_ok=True)
 
     def _refuse_other_law(self, law: Mapping[str, Any], given_block_steps: int | None) -> None:
@@ -196,3 +191,8 @@ class TrajectoryFolder:
                 f"{self.path} was recorded with {'; '.join(other)}: use the same options to go on, "
                 "or record into a new folder"
             )
+
+
+def _pair_to_merge(blocks: Sequence[Block], max_blocks: int, kept_edges: Collection[int]) -> int | None:
+    kept = {index for index, block in enumerate(blocks[:-1]) if block.stop in kept_edges}
+    return pair_to_merge([block.steps for block in blocks], max_blocks, kept)

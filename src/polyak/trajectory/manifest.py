@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,12 @@ class Manifest:
         """The file name of the live weights."""
         return None if self.live_step is None else f"live-{self.live_step:012d}.safetensors"
 
+    @property
+    def file_names(self) -> frozenset[str]:
+        """Of the blocks and the live weights."""
+        names = [block.file_name for block in self.blocks]
+        return frozenset([*names, self.live_name] if self.live_name else names)
+
     def with_block(self, block: Block) -> Manifest:
         """With one more block at the end; live weights from before it are no longer the last ones."""
         return replace(self, blocks=(*self.blocks, block), live_step=None)
@@ -115,7 +121,9 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write it, whole or not at all."""
         path = folder / _FILE
-        data = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, allow_nan=False).encode()
+        # Compact and without asdict's deep copies: a small model may write hundreds of blocks a minute.
+        entries = {**vars(self), "law": dict(self.law), "blocks": [_entry(block) for block in self.blocks]}
+        data = json.dumps({"format": _FORMAT, **entries}, allow_nan=False).encode()
         output = AtomicOutput(path, overwrite=True)
         try:
             file = output.create_file(len(data))
@@ -153,6 +161,11 @@ class Manifest:
                 f"Trajectory.from_checkpoints(sorted(Path({str(folder)!r}).glob('block-*'))) reads them, "
                 "one sample each"
             ) from error
+
+
+def _entry(block: Block) -> dict[str, Any]:
+    metrics = {name: vars(summary) for name, summary in block.metrics.items()}
+    return {**vars(block), "lr": vars(block.lr) if block.lr else None, "metrics": metrics}
 
 
 def _parsed(data: bytes) -> Manifest:
