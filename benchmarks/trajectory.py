@@ -4,8 +4,8 @@
 
 ``updates``: back-to-back updates with a block every 100, beside those of one ``Average``; there is no training
 in between behind which a write could hide. ``training``: the byte language model of the demo, 2,000 steps with a
-sample every 10 and a block every 20, beside the same training alone. Writes go to the folder of temporary files:
-point TMPDIR at the disk that counts. Run it on an idle machine.
+sample every 10, beside the same training alone; the recorder chooses the length of its blocks. Writes go to the
+folder of temporary files: point TMPDIR at the disk that counts. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ UPDATES, BLOCK_UPDATES = 400, 100
 # Few blocks, so that neighbours merge after every block, as they do for most of a long run.
 MAX_BLOCKS = 8
 TASK = TASKS["text"]
-SAMPLE_STEPS, BLOCK_STEPS = 10, 20
+SAMPLE_STEPS = 10
 TARGETS = {"updates": 1.10, "training": 1.05}
 
 
@@ -81,9 +81,7 @@ def train(seed: int, record: bool) -> float:
         started = time.perf_counter()
         recording: AbstractContextManager[polyak.Recorder | None] = nullcontext()
         if record:
-            recording = polyak.Recorder(
-                model, folder, every=SAMPLE_STEPS, block=BLOCK_STEPS, optimizer=optimizer
-            )
+            recording = polyak.Recorder(model, folder, every=SAMPLE_STEPS, optimizer=optimizer)
         with recording as recorder:
             for batch in batches(split.train, TASK.batch_size, TASK.steps, generator):
                 optimizer.zero_grad()

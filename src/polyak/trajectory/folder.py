@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +23,7 @@ from polyak.trajectory.snapshot import Snapshot
 __all__ = ["FROZEN_NAME", "TrajectoryFolder"]
 
 FROZEN_NAME = "frozen.safetensors"
-_TRANSIENT = ("block-*.safetensors", "live-*.safetensors", ".polyak-*")
+_TRANSIENT = re.compile(r"(block|live)-.*\.safetensors|\.polyak-.*")
 
 _log = logging.getLogger("polyak")
 
@@ -124,22 +126,20 @@ class TrajectoryFolder:
             ties = snapshot.ties_of(snapshot.frozen)
             checkpoints.write(self.path / FROZEN_NAME, snapshot.frozen, ties=ties, overwrite=True)
         block = replace(block, checksum=write_file(self._file(block), snapshot))
-        before = self.manifest
-        manifest = replace(before, has_frozen=bool(snapshot.frozen)).with_block(block)
+        manifest = replace(self.manifest, has_frozen=bool(snapshot.frozen)).with_block(block)
         try:
             manifest = self._merged(manifest, max_blocks, kept_edges)
         finally:
             # Also where an old block turns out to be damaged: the new one is not lost with it.
             self._save(manifest)
-        self._remove(before)
+        self._remove_unlisted()
 
     def write_live(self, snapshot: Snapshot, step: int) -> None:
         """Keep the live weights of ``step``, in the place of those before."""
-        before = self.manifest
-        manifest = replace(before, live_step=step)
+        manifest = replace(self.manifest, live_step=step)
         write_file(self.path / str(manifest.live_name), snapshot)
         self._save(manifest)
-        self._remove(before)
+        self._remove_unlisted()
 
     def _averaged_shapes(self) -> dict[str, tuple[int, ...]] | None:
         for block in reversed(self.manifest.blocks):
@@ -167,16 +167,11 @@ class TrajectoryFolder:
     def _file(self, block: Block) -> Path:
         return self.path / block.file_name
 
-    def _remove(self, before: Manifest) -> None:
-        """Remove the files of ``before`` that the manifest no longer lists."""
-        for name in before.file_names - self.manifest.file_names:
-            (self.path / name).unlink(missing_ok=True)
-
     def _remove_unlisted(self) -> None:
-        for pattern in _TRANSIENT:
-            for path in self.path.glob(pattern):
-                if path.name not in self.manifest.file_names:
-                    path.unlink(missing_ok=True)
+        listed = self.manifest.file_names
+        for name in os.listdir(self.path):
+            if _TRANSIENT.fullmatch(name) and name not in listed:
+                (self.path / name).unlink(missing_ok=True)
 
     def _refuse_other_law(self, law: Mapping[str, Any], given_block_steps: int | None) -> None:
         recorded: dict[str, Any] = {**self.manifest.law, "block": self.manifest.block_steps}

@@ -58,7 +58,7 @@ class Recorder:
         every: optimizer steps between samples.
         block: length of the first blocks in optimizer steps, a multiple of ``every``; it doubles whenever the
             run exceeds 1,024 of them. None: lengthened over the first blocks until writing one takes at most a
-            quarter of the time of training it. Then the borders depend on the machine's speed.
+            twentieth of the time of training it. Then the borders depend on the machine's speed.
         max_blocks: blocks kept, at least 8.
         dtype: of the blocks: float32, float64, or None for that of each parameter but at least float32.
         device: where both copies are kept; None: beside each parameter.
@@ -148,15 +148,12 @@ class Recorder:
         """
         self._refuse_closed("update()")
         self._writer.raise_if_failed()
-        block = self._follow_model()
+        block = self._open_block or self._follow_model()
         block.note(metrics, self._learning_rate())
         self._pace.tick()
         self._step += 1
         if self._step % self.every == 0:
-            block.sample(self._step)
-            # A block without an accepted sample goes on until it has one.
-            if self._step >= self._stop and block.count:
-                self._hand_over(block)
+            self._sample()
 
     @property
     def block_steps(self) -> int:
@@ -260,6 +257,13 @@ class Recorder:
     def _plan_stop(self) -> None:
         """Blocks end at multiples of their length, so that a run that was resumed has the same borders."""
         self._stop = (self._step // self.block_steps + 1) * self.block_steps
+
+    def _sample(self) -> None:
+        block = self._follow_model()
+        block.sample(self._step)
+        # A block without an accepted sample goes on until it has one.
+        if self._step >= self._stop and block.count:
+            self._hand_over(block)
 
     def _hand_over(self, block: OpenBlock) -> None:
         """Give what was filled to the writer, once it has written the block before."""

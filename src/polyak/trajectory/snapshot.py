@@ -32,12 +32,13 @@ class Snapshot:
     def of(cls, binding: Binding, averaged: list[Tensor]) -> Snapshot:
         """The model behind ``binding``, with ``averaged`` in the place of the tensors it averages."""
         means = dict(zip(binding.names, averaged, strict=True))
-        others = [e for e in ModelTensors(binding.model).values() if e.persistent and e.name not in means]
+        tensors = ModelTensors(binding.model)
+        others = [e for e in tensors.values() if e.persistent and e.name not in means]
         return cls(
             means,
             {e.name: e.tensor.detach().clone() for e in others if e.kind == "buffer"},
             {e.name: e.tensor.detach() for e in others if e.kind == "parameter"},
-            {tied: name for tied, name in ModelTensors(binding.model).all_names().items() if tied != name},
+            {tied: name for tied, name in tensors.all_names().items() if tied != name},
         )
 
     def ties_of(self, tensors: dict[str, Tensor]) -> dict[str, str]:
