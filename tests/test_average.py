@@ -454,7 +454,7 @@ def test_copy_to_refuses_a_model_that_does_not_fit():
     other = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 3), nn.Linear(3, 1))
     before = live(other)
     with pytest.raises(
-        StructureError, match=r"lacks '3\.weight', '3\.bias'.*shapes for '2\.weight', '2\.bias'"
+        StructureError, match=r"lacks '3\.weight', '3\.bias'.*shapes or sharding for '2\.weight', '2\.bias'"
     ):
         average.copy_to(other)
     assert same(live(other), before)

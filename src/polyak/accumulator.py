@@ -6,7 +6,7 @@ tensors, walked in the batches of :mod:`polyak.batches`.
 
 from __future__ import annotations
 
-import cmath
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -23,9 +23,12 @@ __all__ = ["Accumulator", "mean_dtype"]
 
 CheckFinite = Literal[True, False, "raise"]
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # With m around 10 to 100 times its own changes, a step of m += c (w - m) falls under half an ulp of m, and is
 # lost, from about c = 64 eps on: 1.3e5 samples for a uniform fp32 mean.
 _STALL_EPS = 64
+# Weights grow slowly from sample to sample, unless something is going wrong.
+_USUAL_GROWTH = 16
 
 
 def mean_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,8 +84,10 @@ class Accumulator:
     ):
         if check_finite not in (True, False, "raise"):
             raise OptionError(f"check_finite must be True, False or 'raise', got {check_finite!r}")
-        if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
-            raise OptionError(f"dtype must be a floating dtype, as means are not whole numbers, got {dtype}")
+        if dtype is not None and dtype not in _DTYPES:
+            raise OptionError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+        if device is not None and torch.device(device).type == "meta":
+            raise OptionError("device='meta' holds no numbers; name one that does, or None")
         self.names = list(names)
         self.scheme = scheme
         self.compensated = compensated
@@ -218,20 +223,27 @@ class Accumulator:
         """Check and fold batch by batch while each is in the cache: one trip to memory instead of two.
 
         A batch that is not finite ends it, and the batches before are taken back by the inverse update
-        m -= c/(1-c) (w - m): exact where m = w, and within two roundings elsewhere, in this rare case only.
+        m -= c/(1-c) (w - m): to the rounding of the largest weight in a batch, and exactly where m = w. Where
+        a batch suddenly holds far larger weights, as in a divergence, that rounding would be large too, so the
+        whole sample is looked at before any more of it is folded in.
         """
+        sizes = []
         for k, batch in enumerate(self._batches):
             source = batch.source(tensors, owned=self.compensated)
-            if not _is_finite(source):
+            sizes.append(_size(source))
+            usual = sizes[k] <= _USUAL_GROWTH * batch.size
+            if not (usual or (math.isfinite(sizes[k]) and self._all_finite(tensors))):
                 for done in self._batches[:k]:
                     source = done.source(tensors, owned=self.compensated)
                     self._fold(done, source, -coefficient / (1 - coefficient))
                 return False
             self._fold(batch, source, coefficient)
+        for batch, size in zip(self._batches, sizes, strict=True):
+            batch.size = size
         return True
 
     def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
-        finite = all(_is_finite(batch.source(tensors)) for batch in self._batches)
+        finite = all(math.isfinite(_size(batch.source(tensors))) for batch in self._batches)
         return bool(self._agree(torch.tensor(finite))) if self._agree else finite
 
     def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
@@ -250,16 +262,14 @@ class Accumulator:
         if batch.residual is None:
             batch.mean.lerp_(source, coefficient)
             return
-        # The source is scratch and becomes the change y; m and e then take up y as in Kahan's sum.
-        mean, residual = batch.mean, batch.residual
-        change = source.sub_(mean).sub_(residual).mul_(coefficient).add_(residual)
-        residual.copy_(mean)
-        mean.add_(change)
-        residual.sub_(mean).add_(change)
+        # Kahan's sum, on copies: m and e are replaced in one call, which no interrupt can split.
+        change = source.sub_(batch.mean).sub_(batch.residual).mul_(coefficient).add_(batch.residual)
+        mean = batch.mean + change
+        torch._foreach_copy_([batch.residual, batch.mean], [(batch.mean - mean).add_(change), mean])
 
     def _raise_non_finite(self, tensors: Sequence[Tensor]) -> None:
         bad = [name for name, t in zip(self.names, tensors, strict=True) if not bool(torch.isfinite(t).all())]
-        where = repr(bad[0]) if bad else "a tensor on another rank"
+        where = repr(bad[0]) if bad else "a tensor, on another rank or in the average's dtype,"
         raise NonFiniteError(
             f"{where} holds a NaN or an infinity, so the sample was not averaged; "
             "find its cause, or pass check_finite=True to skip such samples"
@@ -300,9 +310,12 @@ def _moved(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
 
 
 def _complex_like(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype in (torch.float64, torch.complex128) else torch.complex64
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # A NaN or an infinity always shows in the sum; a sum that only overflowed is looked at again.
-    return cmath.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+def _size(tensor: Tensor) -> float:
+    """Between once and twice the largest absolute value; NaN or infinite where an element is."""
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+    return abs(low.item()) + abs(high.item())

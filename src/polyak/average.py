@@ -19,7 +19,7 @@ from polyak.errors import NotStartedError, OptionError, StructureError, SwapErro
 from polyak.profiles import Scheme
 from polyak.state import refuse_other_state
 from polyak.swap import Swap, copy_into, refuse_swapped
-from polyak.tensors import ModelTensors, local, sharded_like
+from polyak.tensors import ModelTensors, local, shape_of, sharded_like
 
 __all__ = ["Average"]
 
@@ -104,6 +104,7 @@ class Average:
 
     # Following the model.
 
+    @torch._disable_dynamo
     def update(self) -> None:
         """Count one optimizer step, and take a sample if one is due.
 
@@ -121,6 +122,7 @@ class Average:
         if past > 0 and past % self.every == 0:
             self._sample()
 
+    @torch._disable_dynamo
     def update_now(self) -> None:
         """Take a sample now, whatever the schedule; raises as :meth:`update` does.
 
@@ -175,30 +177,37 @@ class Average:
             self.swap_in()
             yield self._binding.model
         finally:
-            if self._swap is not None:
-                self.swap_out()
+            try:
+                self._swap_out_if_swapped()
+            except BaseException:  # an interrupt may fall into the swap itself
+                self._swap_out_if_swapped()
+                raise
 
+    @torch._disable_dynamo
     def swap_in(self) -> None:
         """Put the averaged weights into the model until :meth:`swap_out`; raises as :meth:`applied` does."""
         self._refuse_while_swapped("swap_in() was called twice")
         accumulator = self._started("swap_in()")
         self._follow_model()
-        kept = self._binding.other_buffers()
-        self._swap = Swap(self._binding.live, accumulator.means, keep=kept, device=self._device)
+        binding = self._binding
+        # Kept before anything is copied: whatever interrupts the rest, the live weights can be brought back.
+        self._swap = Swap(
+            binding.live, keep=binding.other_buffers(), places=binding.places(), device=self._device
+        )
+        self._swap.put_in(accumulator.means)
 
+    @torch._disable_dynamo
     def swap_out(self) -> None:
         """Bring the live weights back.
 
         Raises:
             SwapError: the averaged weights are not in the model.
         """
-        if self._swap is None:
+        if self._swap is None or not self._swap.active:
             raise SwapError("swap_out() without swap_in(): the model holds its live weights")
         self._binding.tensors.reshard()
-        try:
-            self._swap.undo()
-        finally:
-            self._swap = None
+        self._swap.undo()
+        self._swap = None
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged model into ``model``, by name; for the live model this is for good.
@@ -211,7 +220,10 @@ class Average:
         ours = ModelTensors(self._binding.model)
         values = {e.name: means.get(e.name, e.tensor) for e in ours.values()}
         sources = {name: values[canonical] for name, canonical in ours.all_names().items()}
-        targets = list(ModelTensors(model).values())
+        theirs = ModelTensors(model)
+        if waiting := theirs.unmaterialised():
+            raise StructureError(f"{name_list(waiting)} of the target have no data yet: materialise it first")
+        targets = list(theirs.values())
         _refuse_mismatch({t.name: t.tensor for t in targets}, sources)
         copy_into(local(t.tensor for t in targets), local(sources[t.name] for t in targets))
 
@@ -308,8 +320,20 @@ class Average:
             )
         return self._accumulator
 
+    def _is_swapped(self) -> bool:
+        return self._swap is not None and self._swap.active
+
+    def _swap_out_if_swapped(self) -> None:
+        if self._is_swapped():
+            self.swap_out()
+
     def _means(self, call: str) -> dict[str, Tensor]:
-        return self._named(self._started(call).means)
+        means = self._named(self._started(call).means)
+        self._follow_model()
+        others = (e.tensor for e in self._binding.tensors.values() if e.name not in means)
+        if not self._is_swapped():  # what is not averaged here must not be another average's
+            refuse_swapped(local(others))
+        return means
 
     def _named(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         binding = self._binding
@@ -325,7 +349,7 @@ class Average:
         }
 
     def _refuse_while_swapped(self, why: str) -> None:
-        if self._swap is not None:
+        if self._is_swapped():
             raise SwapError(
                 f"the averaged weights are in the model: {why}. Leave applied() or call swap_out()"
             )
@@ -342,9 +366,9 @@ def _whole_number(option: str, value: int, least: int) -> int:
 
 def _refuse_mismatch(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
     missing = [name for name in targets if name not in sources]
-    reshaped = [n for n in targets if n in sources and targets[n].shape != sources[n].shape]
-    if missing or reshaped:
+    other = [n for n in targets if n in sources and shape_of(targets[n]) != shape_of(sources[n])]
+    if missing or other:
         raise StructureError(
             f"the average does not fit this model: it lacks {name_list(missing) or 'nothing'}, and has other "
-            f"shapes for {name_list(reshaped) or 'nothing'}; nothing was written"
+            f"shapes or sharding for {name_list(other) or 'nothing'}; nothing was written"
         )

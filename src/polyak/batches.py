@@ -24,16 +24,16 @@ _ACCELERATOR_NUMEL = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A whole tensor (``length`` None), or the part [start, start + length) of one of its dimensions."""
+    """A tensor, narrowed by (dimension, start, length) as often as there are ``cuts``."""
 
     index: int
-    dim: int = 0
-    start: int = 0
-    length: int | None = None
+    cuts: tuple[tuple[int, int, int], ...] = ()
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         tensor = tensors[self.index]
-        return tensor if self.length is None else tensor.narrow(self.dim, self.start, self.length)
+        for cut in self.cuts:
+            tensor = tensor.narrow(*cut)
+        return tensor
 
 
 @dataclass(slots=True)
@@ -48,6 +48,7 @@ class Batch:
     mean: Tensor
     residual: Tensor | None
     alike: bool  # the source has the dtype and device of the mean
+    size: float = 0.0  # of the last source that was folded in: no element is larger
 
     def source(self, tensors: Sequence[Tensor], owned: bool = False) -> Tensor:
         """The source in the mean's shape and dtype, on its device.
@@ -73,7 +74,11 @@ def allocate(
     >>> small.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
     True
     """
-    kinds = list(zip(dtypes, devices, strict=True))
+    with torch.inference_mode(False):  # means made in inference mode could not be updated outside it
+        return _allocate(tensors, list(zip(dtypes, devices, strict=True)))
+
+
+def _allocate(tensors: Sequence[Tensor], kinds: list[tuple[torch.dtype, torch.device]]) -> list[Tensor]:
     numels: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for tensor, kind in zip(tensors, kinds, strict=True):
         if tensor.numel() < _SMALL_NUMEL:
@@ -102,7 +107,8 @@ def plan_batches(
     >>> [tuple(batch.mean.shape) for batch in plan_batches(weights, means)]
     [(8,), (524, 2000), (476, 2000)]
     """
-    share = max(sum(mean.numel() for mean in means) // 100, _SMALL_NUMEL)
+    copies = 3 if residuals else 1  # Kahan's sum works on copies of all it changes
+    share = max(sum(mean.numel() for mean in means) // (100 * copies), _SMALL_NUMEL)
     batches = []
     for group in _groups(tensors, means, share):
         index = group[0]
@@ -114,7 +120,8 @@ def plan_batches(
         else:
             cache = _CACHE_NUMEL if mean.device.type == "cpu" else _ACCELERATOR_NUMEL
             copied = residuals or not alike or mean.device.type != "cpu"
-            pieces = [[piece] for piece in _cut(index, mean, min(cache, share) if copied else cache)]
+            most = min(cache, share) if copied else cache
+            pieces = [[_Piece(index, cuts)] for cuts in _cut(mean, most)]
         batches += [
             Batch(p, _joined(means, p), _joined(residuals, p) if residuals else None, alike) for p in pieces
         ]
@@ -141,13 +148,15 @@ def _groups(tensors: Sequence[Tensor], means: Sequence[Tensor], most: int) -> It
     yield from ([i] for i, mean in enumerate(means) if mean.numel() >= _SMALL_NUMEL)
 
 
-def _cut(index: int, tensor: Tensor, most: int) -> list[_Piece]:
+def _cut(tensor: Tensor, most: int) -> list[tuple[tuple[int, int, int], ...]]:
+    """Cuts along the outermost dimensions in memory that leave ``most`` elements, or about as many."""
     if tensor.numel() <= most:
-        return [_Piece(index)]
+        return [()]
     outermost = max((d for d in range(tensor.ndim) if tensor.shape[d] > 1), key=tensor.stride)
     size = tensor.shape[outermost]
     length = max(most * size // tensor.numel(), 1)
-    return [_Piece(index, outermost, start, min(length, size - start)) for start in range(0, size, length)]
+    cuts = ((outermost, start, min(length, size - start)) for start in range(0, size, length))
+    return [(cut, *further) for cut in cuts for further in _cut(tensor.narrow(*cut), most)]
 
 
 def _joined(tensors: Sequence[Tensor], pieces: list[_Piece]) -> Tensor:

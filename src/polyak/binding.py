@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polyak.errors import OptionError, StructureError, name_list
-from polyak.tensors import ModelTensors, NamedTensor, local, meshes
+from polyak.swap import Place
+from polyak.tensors import ModelTensors, NamedTensor, local, meshes, shape_of
 
 __all__ = ["Binding"]
 
@@ -44,8 +45,15 @@ class Binding:
         self._watch_buffers = buffers == "average"
         self.tensors = ModelTensors(model, watch_buffers=self._watch_buffers)
         self.names = self._choose(include, exclude)
+        # Where the user named what to average, a frozen parameter that is thawed was left out on purpose.
+        left_out = self.tensors.matching(exclude, "exclude")
         self._frozen_names = [
-            e.name for e in self.tensors.values() if e.kind == "parameter" and not e.tensor.requires_grad
+            e.name
+            for e in self.tensors.values()
+            if include is None
+            and e.kind == "parameter"
+            and not e.tensor.requires_grad
+            and e.name not in left_out
         ]
         self._take_up()
 
@@ -69,6 +77,10 @@ class Binding:
         averaged = set(self.names)
         fresh = ModelTensors(self.model)
         return local(e.tensor for e in fresh.values() if e.kind == "buffer" and e.name not in averaged)
+
+    def places(self) -> list[Place]:
+        """Where every tensor of the model stands now."""
+        return [(e.place, e.key, e.tensor) for e in ModelTensors(self.model).values()]
 
     def follow(self) -> bool:
         """Notice what changed in the model; True where its tensors were replaced, retyped or moved.
@@ -111,7 +123,7 @@ class Binding:
         self._meshes = meshes(self._live)
         self._ready = not self.tensors.unmaterialised()
         self._shapes = self._describe(self.tensors)
-        self._frozen = [self.tensors[n].tensor for n in self._frozen_names if n not in set(self.names)]
+        self._frozen = [self.tensors[n].tensor for n in self._frozen_names]
 
     def _choose(self, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None) -> list[str]:
         included = self.tensors.matching(include, "include")
@@ -157,15 +169,10 @@ class Binding:
         """Parameters and averaged buffers to their shapes in words, None for one that is still lazy."""
         lazy = {name for name in tensors.unmaterialised() if not tensors[name].tensor.is_meta}
         return {
-            e.name: None if e.name in lazy else _shape(e.tensor)
+            e.name: None if e.name in lazy else shape_of(e.tensor)
             for e in tensors.values()
             if e.kind == "parameter" or e.name in self.names
         }
-
-
-def _shape(tensor: Tensor) -> str:
-    placements = getattr(tensor, "placements", None)
-    return f"{tuple(tensor.shape)}" + (f" sharded as {placements}" if placements else "")
 
 
 def _is_trained(entry: NamedTensor) -> bool:

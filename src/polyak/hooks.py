@@ -23,13 +23,12 @@ class Follower(Protocol):
 class AttachHandle:
     """Undoes an :func:`attach`; as a context manager it does so on leaving."""
 
-    def __init__(self, hooks: list[Any]):
-        self._hooks = hooks
+    def __init__(self, hook: Any):
+        self._hook = hook
 
     def remove(self) -> None:
         """Stop updating; calling it again does nothing."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
 
     def __enter__(self) -> AttachHandle:
         return self
@@ -75,37 +74,33 @@ def attach(optimizer: Optimizer, *averages: Follower) -> AttachHandle:
     for average in averages:
         if not callable(getattr(average, "update", None)):
             raise OptionError(f"attach takes averages with an update() method, got {type(average).__name__}")
-    hooks = _StepHooks(averages)
-    return AttachHandle(
-        [inner.register_step_pre_hook(hooks.before), inner.register_step_post_hook(hooks.after)]
-    )
+    if len(set(map(id, averages))) < len(averages):
+        raise OptionError("attach was given the same average twice, which would count each step twice")
 
-
-class _StepHooks:
-    """Tells the outermost call of ``step`` from those nested in it.
-
-    torch wraps ``step`` once a class, so super().step() fires the hooks again, from a frame of its own. The
-    outermost frame is remembered rather than a depth counted: after a step that raised, a count would be off
-    for good, while a frame that is no longer on the stack is known to be over.
-    """
-
-    def __init__(self, averages: tuple[Follower, ...]):
-        self._averages = averages
-        self._outermost: FrameType | None = None
-
-    def before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        caller = sys._getframe(1)
-        if self._outermost is None or not _is_running(self._outermost, caller):
-            self._outermost = caller
-
-    def after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if sys._getframe(1) is not self._outermost:
+    def after_step(stepped: Optimizer, args: object, kwargs: object) -> None:
+        if _is_nested(sys._getframe(1), stepped) or _was_skipped(stepped):
             return
-        self._outermost = None
-        if _was_skipped(optimizer):
-            return
-        for average in self._averages:
+        for average in averages:
             average.update()
+
+    return AttachHandle(inner.register_step_post_hook(after_step))
+
+
+def _is_nested(call: FrameType, optimizer: Optimizer) -> bool:
+    """Whether the call of ``step`` that fired a hook runs inside another one of the same optimizer.
+
+    torch wraps ``step`` once a class, so super().step() fires the hooks too, from a frame of the same code.
+    """
+    outer = call.f_back
+    while outer is not None:
+        if outer.f_code is call.f_code and any(value is optimizer for value in _arguments(outer)):
+            return True
+        outer = outer.f_back
+    return False
+
+
+def _arguments(call: FrameType) -> tuple[Any, ...]:
+    return call.f_locals.get("args", ())
 
 
 def _innermost(optimizer: Any) -> Optimizer:
@@ -114,14 +109,6 @@ def _innermost(optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise OptionError(f"attach takes a torch optimizer first, got {type(optimizer).__name__}")
     return optimizer
-
-
-def _is_running(frame: FrameType, caller: FrameType | None) -> bool:
-    while caller is not None:
-        if caller is frame:
-            return True
-        caller = caller.f_back
-    return False
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:

@@ -8,36 +8,36 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from polyak.errors import SwapError
+from polyak.errors import StructureError, SwapError
 
-__all__ = ["Swap", "copy_into", "refuse_swapped"]
+__all__ = ["Place", "Swap", "copy_into", "refuse_swapped"]
+
+Place = tuple[dict[str, Any], str, Tensor]
 
 # Live tensors that hold swapped-in values now: whatever wrapper it is reached through, one model has one swap.
 _swapped_in = WeakIdKeyDictionary()
 
 
 class Swap:
-    """New values in live tensors, until :meth:`undo`.
+    """New values in live tensors, from :meth:`put_in` until :meth:`undo`.
 
     Args:
         targets: live local tensors that take the new values.
-        values: the new values, in the same order; they are converted to the targets' dtype and device.
         keep: further live tensors whose present values come back as well, such as BatchNorm statistics.
+        places: (dictionary, key, tensor) of tensors that go back to their place if others were put there.
         device: where the backup is kept; None: beside each live tensor.
 
-    Raises:
-        SwapError: a target is swapped already. Nothing was touched.
-
-    If anything fails while the values go in, an interrupt included, the live values are back before the
-    exception leaves.
+    Making one only takes the backup. Raises :class:`SwapError` if a tensor is swapped already.
 
     >>> weight = torch.tensor([1.0, 2.0])
-    >>> swap = Swap([weight], [torch.tensor([5.0, 6.0])])
+    >>> swap = Swap([weight])
+    >>> swap.put_in([torch.tensor([5.0, 6.0])])
     >>> weight
     tensor([5., 6.])
     >>> swap.undo()
@@ -48,28 +48,42 @@ class Swap:
     def __init__(
         self,
         targets: Sequence[Tensor],
-        values: Sequence[Tensor],
         *,
         keep: Sequence[Tensor] = (),
+        places: Sequence[Place] = (),
         device: torch.device | str | None = None,
     ):
-        refuse_swapped(targets)
         self._targets = list(targets)
         self._live = [*targets, *keep]
+        self._places = list(places)
+        refuse_swapped(self._live)
         self._backup = [_clone(tensor, device) for tensor in self._live]
+        self._versions: list[int] = []
+        self.active = False
+
+    def put_in(self, values: Sequence[Tensor]) -> None:
+        """Copy ``values`` into the targets, converted to their dtype and device.
+
+        If anything fails on the way, an interrupt included, the live values are back before the exception
+        leaves.
+        """
+        self.active = True
         try:
-            _swapped_in.update(dict.fromkeys(self._targets, True))
+            _swapped_in.update(dict.fromkeys(self._live, True))
             copy_into(self._targets, values)
+            self._versions = _versions(self._targets)
         except BaseException:
-            self._restore()
+            _finish(self._restore)
             raise
-        self._versions = _versions(self._targets)
 
     def undo(self) -> None:
-        """Bring the live values back, bit for bit."""
-        trained = _versions(self._targets) != self._versions
-        self._restore()
-        if trained:
+        """Bring the live values back, bit for bit, and say so if the swapped ones were changed meanwhile."""
+        changed = self._versions != _versions(self._targets) or any(
+            isinstance(tensor, nn.Parameter) and place.get(key) is not tensor
+            for place, key, tensor in self._places
+        )
+        _finish(self._restore)
+        if changed:
             warnings.warn(
                 "the model's weights were changed while averaged weights were in it; those changes are gone, "
                 "as the live weights are back. Train, load or step outside applied()",
@@ -78,12 +92,14 @@ class Swap:
             )
 
     def _restore(self) -> None:
-        _finish(self._copy_back)
-
-    def _copy_back(self) -> None:
-        copy_into(self._live, self._backup)
-        for target in self._targets:
-            _swapped_in.pop(target, None)
+        try:
+            for place, key, tensor in self._places:
+                place[key] = tensor
+            copy_into(self._live, self._backup)
+        finally:
+            for tensor in self._live:
+                _swapped_in.pop(tensor, None)
+        self.active = False
 
 
 def refuse_swapped(tensors: Sequence[Tensor]) -> None:
@@ -95,9 +111,12 @@ def refuse_swapped(tensors: Sequence[Tensor]) -> None:
         )
 
 
-@torch.no_grad()
+@torch.inference_mode()  # tensors that were made in inference mode may be written to in it only
 def copy_into(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy each value into its target, in place, converting dtype and device."""
+    """Copy each value into its target, in place, converting dtype and device; shapes must be equal."""
+    for target, value in zip(targets, values, strict=True):
+        if target.shape != value.shape:  # copy_ would broadcast
+            raise StructureError(f"shape {tuple(value.shape)} does not go into {tuple(target.shape)}")
     for target, value in zip(targets, values, strict=True):
         target.copy_(value)
 

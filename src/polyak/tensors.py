@@ -6,6 +6,7 @@ Everything above this layer works on plain lists of local tensors; what a model 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from polyak.errors import OptionError, name_list
+from polyak.errors import OptionError, StructureError, name_list
 
-__all__ = ["ModelTensors", "NamedTensor", "bare_model", "local", "meshes", "sharded_like"]
+__all__ = ["ModelTensors", "NamedTensor", "bare_model", "local", "meshes", "shape_of", "sharded_like"]
 
 # Child names that only wrappers use; what they hold keeps the name it had before it was wrapped.
 _WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # Wrappers whose child is called `module`, a name that a user's own model may have as well.
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
-_described = attrgetter("shape", "dtype", "device")
+_description = attrgetter("shape", "dtype", "device")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class NamedTensor:
     tensor: Tensor
     kind: Literal["parameter", "buffer"]
     persistent: bool
+    place: dict[str, Any]  # the module's own dictionary, in which the tensor stands under ``key``
+    key: str
     aliases: list[str] = field(default_factory=list)
 
 
@@ -56,7 +59,10 @@ class ModelTensors:
     """
 
     def __init__(self, model: nn.Module, *, watch_buffers: bool = False):
+        if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+            raise OptionError(f"a plain torch.nn.Module is needed, got {type(model).__name__}")
         modules = list(_named_modules(model))
+        _refuse_flattened(modules)
         # Sharded modules may hold gathered parameters between forward and backward; the shards count.
         self._sharded = [module for _, module in modules if isinstance(module, _fsdp_modules())]
         self.reshard()
@@ -67,8 +73,9 @@ class ModelTensors:
         # The values are held, so that no id below can be given to another object.
         self._held = list(self._walk())
         self._held_ids = list(map(id, self._held))
-        self._parameters = [e.tensor for e in self.values() if e.kind == "parameter" and _has_shape(e.tensor)]
-        self._descriptions = list(map(_described, self._parameters))
+        kinds = ("parameter", "buffer") if watch_buffers else ("parameter",)
+        self._described = [e.tensor for e in self.values() if e.kind in kinds and _has_shape(e.tensor)]
+        self._descriptions = list(map(_description, self._described))
 
     def __getitem__(self, name: str) -> NamedTensor:
         return self._entries[name]
@@ -110,7 +117,7 @@ class ModelTensors:
         self.reshard()
         if list(map(id, self._walk())) != self._held_ids:
             return True
-        return list(map(_described, self._parameters)) != self._descriptions
+        return list(map(_description, self._described)) != self._descriptions
 
     def reshard(self) -> None:
         """Put sharded parameters back where FSDP gathered them for a forward pass."""
@@ -150,6 +157,17 @@ def meshes(tensors: Iterable[Tensor]) -> list[Any]:
     return sorted(found, key=lambda mesh: str(mesh))
 
 
+def shape_of(tensor: Tensor) -> str:
+    """Shape and sharding in words, which are equal for tensors whose local parts match.
+
+    >>> shape_of(torch.ones(2, 3))
+    '(2, 3)'
+    """
+    if not hasattr(tensor, "to_local"):
+        return f"{tuple(tensor.shape)}"
+    return f"{tuple(tensor.shape)} sharded as {tensor.placements} on {tensor.device_mesh}"  # type: ignore[attr-defined]
+
+
 def sharded_like(shard: Tensor, whole: Tensor) -> Tensor:
     """``shard`` as a tensor that is distributed as ``whole`` is; no data moves."""
     if not hasattr(whole, "to_local"):
@@ -184,11 +202,17 @@ def _entries(modules: list[tuple[str, nn.Module]]) -> dict[str, NamedTensor]:
     for prefix, module in modules:
         for key, tensor in module._parameters.items():
             if tensor is not None:
-                _add(by_id, NamedTensor(prefix + key, tensor, "parameter", persistent=True))
+                _add(by_id, NamedTensor(prefix + key, tensor, "parameter", True, module._parameters, key))
         for key, tensor in module._buffers.items():
             if tensor is not None:
                 persistent = key not in module._non_persistent_buffers_set
-                _add(by_id, NamedTensor(prefix + key, tensor, "buffer", persistent))
+                _add(by_id, NamedTensor(prefix + key, tensor, "buffer", persistent, module._buffers, key))
+    names = [name for entry in by_id.values() for name in (entry.name, *entry.aliases)]
+    if clashes := [name for name, count in Counter(names).items() if count > 1]:
+        raise StructureError(
+            f"{name_list(clashes)} would name two tensors once wrappers are left out of names; rename what the "
+            "wrapper holds besides the model"
+        )
     return {entry.name: entry for entry in by_id.values()}
 
 
@@ -206,6 +230,15 @@ def _has_shape(tensor: Tensor) -> bool:
 
 def _has_data(tensor: Tensor) -> bool:
     return _has_shape(tensor) and not tensor.is_meta
+
+
+def _refuse_flattened(modules: list[tuple[str, nn.Module]]) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for _, m in modules):
+        raise StructureError(
+            "FullyShardedDataParallel flattens parameters, so that their names and shapes are lost; shard the "
+            "model with torch.distributed.fsdp.fully_shard instead"
+        )
 
 
 def _fsdp_modules() -> tuple[type, ...]:

@@ -89,6 +89,13 @@ def layers_to_refresh(network: nn.Module, keep_frozen: bool) -> list[BatchNormLa
 def lent(layers: list[BatchNormLayer], network: nn.Module) -> Iterator[None]:
     """The network in evaluation mode and the layers on lent buffers; all is given back at the end, always."""
     modes = {module: module.training for module in network.modules()}
+
+    def give_back() -> None:
+        for layer in layers:
+            layer.give_back()
+        for module, mode in modes.items():
+            module.training = mode
+
     try:
         # The flags, not `eval()`: some modules merge weights there, which restoring a flag would not undo.
         for module in modes:
@@ -97,10 +104,11 @@ def lent(layers: list[BatchNormLayer], network: nn.Module) -> Iterator[None]:
             layer.lend()
         yield
     finally:
-        for layer in layers:
-            layer.give_back()
-        for module, mode in modes.items():
-            module.training = mode
+        try:
+            give_back()
+        except BaseException:  # an interrupt may fall into giving back
+            give_back()
+            raise
 
 
 def store(moments: PooledMoments, layers: list[BatchNormLayer]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from polyak.batchnorm.layers import BatchNormLayer
 from polyak.batchnorm.moments import PooledMoments
@@ -42,15 +43,18 @@ class Meter:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        hooks = [
-            layer.module.register_forward_pre_hook(partial(self._observe, index), with_kwargs=True)
-            for index, layer in enumerate(self.layers)
-        ]
+        hooks: list[RemovableHandle] = []
         try:
+            for index, layer in enumerate(self.layers):
+                observe = partial(self._observe, index)
+                hooks.append(layer.module.register_forward_pre_hook(observe, with_kwargs=True))
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            try:
+                _remove(hooks)
+            except BaseException:  # an interrupt may fall into removing them
+                _remove(hooks)
+                raise
 
     def end_batch(self) -> None:
         """Pool what this batch left in the running statistics; all layers at once, in few kernels."""
@@ -82,6 +86,11 @@ class Meter:
         unbiased = [self.layers[index].lent_variance for index in indices]
         variances = torch._foreach_mul(unbiased, [(count - 1) / count for count in counts])
         self.moments.merge(indices, counts, means, list(variances))
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _moments_of(inputs: Tensor) -> tuple[Tensor, Tensor]:

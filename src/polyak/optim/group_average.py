@@ -68,7 +68,8 @@ class GroupAverage:
         self._versions = _versions(self.params)
 
     def swap_out(self) -> None:
-        """Bring the live weights back."""
+        """Bring the live weights back; raises :class:`SwapError` inside another average's swap."""
+        refuse_swapped(self.params)
         # No versions: it was swapped in before it was saved, and the model loaded since.
         changed = self._versions and self._versions != _versions(self.params)
         copy_into(self.params, self.live)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from polyak.errors import OptionError, SwapError, name_list
 from polyak.optim.group_average import GroupAverage, all_params, averageable, refuse_sharded, saved_buffers
+from polyak.swap import refuse_swapped
 
 __all__ = ["SWA"]
 
@@ -130,6 +131,7 @@ class SWA(Optimizer):
             SwapError: the averaged weights are in the model.
         """
         self._refuse_while_swapped("step() would train the averaged weights")
+        refuse_swapped(all_params(self.param_groups))
         start, lr = self.swa_start, self.swa_lr
         for group in self.param_groups:
             if start is not None and lr is not None and group["step_counter"] >= start:

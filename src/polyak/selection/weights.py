@@ -35,16 +35,16 @@ def averaged(
     pairs = matched(model, weights)
     parameters = [(entry.tensor, value) for entry, value in pairs if entry.kind == "parameter"]
     buffers = [(entry.tensor, value) for entry, value in pairs if entry.kind == "buffer"]
-    swap = Swap(
-        [target for target, _ in parameters], [value for _, value in parameters], keep=_buffers(model)
-    )
+    swap = Swap([target for target, _ in parameters], keep=_buffers(model))
     try:
+        swap.put_in([value for _, value in parameters])
         copy_into([target for target, _ in buffers], [value for _, value in buffers])
         if recalibrate is not None:
             update_bn(recalibrate, model)
         yield
     finally:
-        swap.undo()
+        if swap.active:
+            swap.undo()
 
 
 @contextmanager

@@ -11,11 +11,12 @@ from typing import Self
 from torch import Tensor
 
 from polyak import checkpoints
-from polyak.checkpoints import Checkpoint, Layout, Writer
-from polyak.combine import MemoryWriter, combine, common_layout, spans_of_steps
+from polyak.checkpoints import Checkpoint
+from polyak.combine import MemoryWriter, common_layout, spans_of_steps
 from polyak.errors import CheckpointError, NotStartedError, OptionError
 from polyak.profiles import Profile
-from polyak.trajectory.block_file import Part, copied_names, refuse_damaged
+from polyak.trajectory.assembly import Assembly
+from polyak.trajectory.block_file import refuse_damaged
 from polyak.trajectory.explain import Explanation, block_coefficients, explain
 from polyak.trajectory.folder import FROZEN_NAME
 from polyak.trajectory.manifest import Block, Manifest
@@ -24,7 +25,6 @@ from polyak.trajectory.steps import checkpoint_steps
 __all__ = ["Trajectory"]
 
 _MAX_MEMORY = "1GB"
-_COPY_NUMEL = 1 << 20
 
 
 class Trajectory:
@@ -139,8 +139,8 @@ class Trajectory:
     ) -> list[dict[str, Tensor]]:
         """As :meth:`average` for each profile, in one pass over the blocks."""
         rows = [self._coefficients(profile) for profile in profiles]
-        writers = [MemoryWriter(self._layout(row)) for row in rows]
-        self._combine(rows, writers, max_memory)
+        writers = [MemoryWriter(self._assembly.layout(row)) for row in rows]
+        self._assembly.fill(rows, writers, max_memory)
         return [writer.tensors for writer in writers]
 
     def write(
@@ -162,9 +162,9 @@ class Trajectory:
         Raises as :meth:`average`; ``OutputExistsError``.
         """
         row = self._coefficients(profile)
-        layout = replace(self._layout(row), metadata={"polyak.profile": str(profile)})
+        layout = replace(self._assembly.layout(row), metadata={"polyak.profile": str(profile)})
         with checkpoints.create(path, layout, overwrite=overwrite) as writer:
-            self._combine([row], [writer], max_memory)
+            self._assembly.fill([row], [writer], max_memory)
 
     def explain(self, profile: Profile) -> Explanation:
         """Where the weight of ``profile`` lies, and how far the blocks are from what it asks for.
@@ -225,43 +225,9 @@ class Trajectory:
                 self.damaged[index] = str(error)
             self._unchecked.remove(index)
 
-    def _counted(self, rows: Sequence[Sequence[float]]) -> dict[int, Checkpoint]:
-        """The blocks with a coefficient in any of ``rows``, by position."""
-        return {
-            index: checkpoint
-            for index, checkpoint in enumerate(self._inputs)
-            if checkpoint is not None and any(row[index] for row in rows)
-        }
-
-    def _newest(self, row: Sequence[float]) -> Checkpoint:
-        """The newest block that counts, whose copied tensors go with the average."""
-        return list(self._counted([row]).values())[-1]
-
-    def _layout(self, row: Sequence[float]) -> Layout:
-        newest = self._newest(row)
-        inputs = self._counted([row]).values()
-        ties = {t: n for t, n in newest.ties.items() if all(c.ties.get(t) == n for c in inputs)}
-        tensors = {name: info for name, info in newest.tensors.items() if name not in ties}
-        if self._frozen is not None:
-            ties |= self._frozen.ties
-            tensors |= {n: info for n, info in self._frozen.tensors.items() if n not in ties}
-        return Layout(tensors, ties)
-
-    def _combine(
-        self, rows: Sequence[Sequence[float]], writers: Sequence[Writer], max_memory: int | str
-    ) -> None:
-        averaged = []
-        for row, writer in zip(rows, writers, strict=True):
-            newest, stored = self._newest(row), writer.layout.tensors
-            copied = copied_names(newest).intersection(stored)
-            _copy(newest, copied, writer)
-            if self._frozen is not None:
-                _copy(self._frozen, stored.keys() & self._frozen.tensors.keys(), writer)
-            averaged.append(Part(writer, [n for n in stored if n in newest.tensors and n not in copied]))
-        inputs = self._counted(rows)
-        combine(
-            list(inputs.values()), [[row[k] for k in inputs] for row in rows], averaged, max_memory=max_memory
-        )
+    @property
+    def _assembly(self) -> Assembly:
+        return Assembly(self._inputs, self._frozen)
 
     def _refuse_empty(self) -> None:
         if not self.blocks:
@@ -283,12 +249,3 @@ def _read(folder: Path) -> tuple[Manifest, list[Checkpoint | None], dict[int, st
         # A recorder at work may have merged blocks away before they were opened.
         if not damaged or Manifest.read(folder) == manifest:
             return manifest, inputs, damaged
-
-
-def _copy(source: Checkpoint, names: Iterable[str], writer: Writer) -> None:
-    """Copy tensors as they are, slice by slice."""
-    for name in names:
-        numel = source.tensors[name].numel
-        for start in range(0, numel, _COPY_NUMEL):
-            stop = min(start + _COPY_NUMEL, numel)
-            writer.write(name, start, source.read_slice(name, start, stop))
