@@ -42,6 +42,7 @@ def interrupted_at(seconds, action):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        torch.set_grad_enabled(True)  # an interrupt while torch's own no_grad() is entered leaves it on
 
 
 def test_interrupts_at_any_moment_of_a_swap_bring_the_live_weights_back():
