@@ -29,20 +29,24 @@ def test_a_divergence_that_ends_in_a_nan_leaves_the_mean_alone(size, compensated
 
 def interrupted_at(seconds, action):
     """Run ``action`` with a real KeyboardInterrupt after ``seconds``, if it takes that long."""
+    armed = True
 
     def interrupt(*_):
-        raise KeyboardInterrupt
+        if armed:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        action()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            action()
+        finally:
+            armed = False
     except KeyboardInterrupt:
         pass
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        torch.set_grad_enabled(True)  # an interrupt while torch's own no_grad() is entered leaves it on
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    torch.set_grad_enabled(True)  # an interrupt while torch's own no_grad() is entered leaves it on
 
 
 def test_interrupts_at_any_moment_of_a_swap_bring_the_live_weights_back():

@@ -18,6 +18,7 @@ from polyak.binding import Binding
 from polyak.errors import OptionError, StateError, StructureError
 from polyak.profiles.base import whole_within
 from polyak.state import refuse_other_state
+from polyak.swap import refuse_swapped
 from polyak.trajectory.folder import TrajectoryFolder
 from polyak.trajectory.manifest import Manifest
 from polyak.trajectory.open_block import OpenBlock
@@ -292,6 +293,7 @@ class Recorder:
         return max(group["lr"] for group in self._optimizer.param_groups)
 
     def _follow_model(self) -> OpenBlock:
+        refuse_swapped(self._binding.live)
         replaced = self._binding.follow()
         if self._open_block is None:
             return self._allocate()
