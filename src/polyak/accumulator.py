@@ -115,9 +115,14 @@ class Accumulator:
                 self.residuals = _moved(self.residuals, allocate(tensors, dtypes, devices))
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         self._batches = plan_batches(tensors, self.means, self.residuals)
-        self._uncut = plan_batches(tensors, self.means, self.residuals, cut=False)
-        self._foreach = all(batch.alike for batch in self._uncut) and not self.compensated
+        # Where nothing is looked at or converted, whole large tensors go into one call.
+        uncut = plan_batches(tensors, self.means, cut=False)
+        self._direct = [batch for batch in uncut if self._goes_directly(batch)]
+        self._others = [batch for batch in self._batches if not self._goes_directly(batch)]
         self._set_counters(self.n_averaged, self.n_skipped, self.position)
+
+    def _goes_directly(self, batch: Batch) -> bool:
+        return batch.alike and len(batch.pieces) == 1 and not self.compensated
 
     def _dtype_for(self, index: int, tensor: Tensor) -> torch.dtype:
         if self._dtype is not None:
@@ -251,12 +256,12 @@ class Accumulator:
             torch._foreach_copy_(self.means, list(tensors))
             for residual in self.residuals:
                 residual.zero_()
-        elif self._foreach:
-            sources = [batch.source(tensors) for batch in self._uncut]
-            torch._foreach_lerp_([batch.mean for batch in self._uncut], sources, coefficient)
-        else:
-            for batch in self._batches:
-                self._fold(batch, batch.source(tensors, owned=self.compensated), coefficient)
+            return
+        if self._direct:
+            sources = [batch.source(tensors) for batch in self._direct]
+            torch._foreach_lerp_([batch.mean for batch in self._direct], sources, coefficient)
+        for batch in self._others:
+            self._fold(batch, batch.source(tensors, owned=self.compensated), coefficient)
 
     def _fold(self, batch: Batch, source: Tensor, coefficient: Any) -> None:
         if batch.residual is None:

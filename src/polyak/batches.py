@@ -7,8 +7,9 @@ an average is bound to a model; an update only walks it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class Batch:
     mean: Tensor
     residual: Tensor | None
     alike: bool  # the source has the dtype and device of the mean
+    pick: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    flat: bool  # all of one dimension
     size: float = 0.0  # of the last source that was folded in: no element is larger
 
     def source(self, tensors: Sequence[Tensor], owned: bool = False) -> Tensor:
@@ -56,12 +59,16 @@ class Batch:
         It is the live tensor itself where nothing has to be gathered or converted, unless ``owned`` asks for
         a copy that may be written to.
         """
-        parts = [piece.of(tensors) for piece in self.pieces]
-        if len(parts) > 1:
-            return torch.cat(list(map(_flat, parts))).to(self.mean)
+        if len(self.pieces) > 1:
+            return torch.cat(self._gathered(tensors)).to(self.mean)
+        part = self.pieces[0].of(tensors)
         if self.alike and not owned:
-            return parts[0]
-        return parts[0].to(self.mean.device, self.mean.dtype, copy=True)
+            return part
+        return part.to(self.mean.device, self.mean.dtype, copy=True)
+
+    def _gathered(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        parts = self.pick(tensors)
+        return parts if self.flat else [part.reshape(-1) for part in parts]  # views cost more than they look
 
 
 def allocate(
@@ -122,8 +129,10 @@ def plan_batches(
             copied = residuals or not alike or mean.device.type != "cpu"
             most = min(cache, share) if copied else cache
             pieces = [[_Piece(index, cuts)] for cuts in _cut(mean, most)]
+        pick, flat = itemgetter(*group), all(means[i].ndim == 1 for i in group)
         batches += [
-            Batch(p, _joined(means, p), _joined(residuals, p) if residuals else None, alike) for p in pieces
+            Batch(p, _joined(means, p), _joined(residuals, p) if residuals else None, alike, pick, flat)
+            for p in pieces
         ]
     return batches
 
@@ -174,10 +183,6 @@ def _place(mean: Tensor) -> tuple[str, int, int]:
 def _end(mean: Tensor) -> tuple[str, int, int]:
     device, storage, offset = _place(mean)
     return device, storage, offset + mean.numel()
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor if tensor.ndim == 1 else tensor.reshape(-1)  # a view costs more than it looks
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
