@@ -243,6 +243,7 @@ class Accumulator:
                     self._fold(done, source, -coefficient / (1 - coefficient))
                 return False
             self._fold(batch, source, coefficient)
+            del source  # before the next copy is made
         for batch, size in zip(self._batches, sizes, strict=True):
             batch.size = size
         return True
