@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Window,
         parse,
     )
+    from polyak.selection import Selection, fit, select, soup
     from polyak.trajectory import Recorder, Trajectory
 
 # Where each public name lives; `dir(polyak)` and `__all__` follow from it.
@@ -49,6 +50,10 @@ _HOMES = {
     "Weights": "profiles",
     "Window": "profiles",
     "parse": "profiles",
+    "Selection": "selection",
+    "fit": "selection",
+    "select": "selection",
+    "soup": "selection",
     "Recorder": "trajectory",
     "Trajectory": "trajectory",
 }
@@ -64,6 +69,7 @@ __all__ = [
     "Profile",
     "Recorder",
     "Scheme",
+    "Selection",
     "Tail",
     "Trajectory",
     "Uniform",
@@ -72,7 +78,10 @@ __all__ = [
     "__version__",
     "attach",
     "average_checkpoints",
+    "fit",
     "parse",
+    "select",
+    "soup",
     "update_bn",
 ]
 

@@ -66,7 +66,7 @@ class Batch:
             return part
         return part.to(self.mean.device, self.mean.dtype, copy=True)
 
-    def _gathered(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _gathered(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | list[Tensor]:
         parts = self.pick(tensors)
         return parts if self.flat else [part.reshape(-1) for part in parts]  # views cost more than they look
 

@@ -111,7 +111,7 @@ def fit(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise OptionError(f"steps must be a whole number of at least 1, got {steps!r}")
-    begin = trajectory.explain(Decay("sqrt", 0.4) if start is None else start).weights
+    begin = trajectory.explain(Decay("sqrt", 0.4) if start is None else start).coefficients
     coefficients = (_Signed if signed else _Softmax)(torch.tensor(begin, dtype=torch.float64))
     stacks = _stacked_blocks(trajectory, model)
     losses = _descend(coefficients, stacks, _Objective(bare_model(model), loss), _endless(batches), steps)

@@ -132,7 +132,7 @@ def _distinct(
 
 
 def _block_weights(trajectory: Trajectory, profile: Profile) -> tuple[float, ...]:
-    return tuple(trajectory.explain(profile).weights.round(9).tolist())
+    return tuple(round(a, 9) for a in trajectory.explain(profile).coefficients)
 
 
 def _steps(trajectory: Trajectory) -> int:

@@ -34,7 +34,7 @@ def averages(
     together = 1
     while first < len(others):
         chunk = others[first : first + together]
-        means = trajectory.averages(chunk)
+        means = trajectory.average_many(chunk)
         together = max(1, _TOGETHER_BYTES // max(1, _size_bytes(means[0])))
         yield from zip(chunk, means, strict=True)
         first += len(chunk)
@@ -43,7 +43,7 @@ def averages(
 def _nested_tails(
     trajectory: Trajectory, tails: Sequence[Profile]
 ) -> Iterator[tuple[Profile, dict[str, Tensor]]]:
-    weights = {tail: trajectory.explain(tail).weights for tail in tails}
+    weights = {tail: np.asarray(trajectory.explain(tail).coefficients) for tail in tails}
     running: dict[str, Tensor] = {}
     reached = np.zeros(len(trajectory.blocks))
     for tail in sorted(tails, key=lambda tail: weights[tail][-1], reverse=True):

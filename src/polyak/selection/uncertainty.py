@@ -76,7 +76,7 @@ def read_score(result: object) -> Score:
         return Score(float(losses.item()))
     groups = min(len(losses), _MOST_GROUPS)
     starts = np.arange(groups) * len(losses) // groups
-    sizes = np.diff([*starts, len(losses)]).astype(np.float64)
+    sizes = np.diff(starts, append=len(losses)).astype(np.float64)
     return Score(float(losses.mean()), np.add.reduceat(losses, starts), sizes)
 
 
@@ -98,7 +98,7 @@ def paired_intervals(scores: Sequence[Score], baseline: Score) -> list[Interval 
     _refuse_other_examples(scores, baseline)
     if baseline.group_sums is None or baseline.group_sizes is None:
         return [None for _ in scores]
-    differences = np.array([score.group_sums - baseline.group_sums for score in scores])  # [C, G]
+    differences = np.array([np.asarray(score.group_sums) - baseline.group_sums for score in scores])  # [C, G]
     times_drawn = _times_drawn(len(baseline.group_sums))  # [B, G]
     # A loss that is not finite makes its own candidate's interval NaN, and no other's.
     with np.errstate(invalid="ignore"):
