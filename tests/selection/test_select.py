@@ -1,13 +1,18 @@
-"""`select`, `fit` and `soup` against values that can be worked out by hand."""
+"""`select` against values that can be worked out by hand."""
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import polyak
-from polyak.errors import PolyakError
+from polyak import checkpoints
+from polyak.errors import NotStartedError, OptionError
+from polyak.trajectory import Trajectory
 
 
 class Line(nn.Module):
@@ -32,28 +37,167 @@ def recorded(tmp_path):
 
 
 def distance(model):
-    return (model.weight.detach() - 3).square()
+    return float((model.weight.detach() - 3).square())
+
+
+class Losses:
+    """A loss per example: the squared distance to noisy targets around ``centre``."""
+
+    def __init__(self, centre=3.0, noise=1.0, examples=400, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.targets = centre + noise * torch.randn(examples, generator=generator, dtype=torch.float64)
+
+    def __call__(self, model):
+        return (model.weight.detach().double() - self.targets).square()
+
+
+def select(recorded, **options):
+    model, trajectory = recorded
+    return polyak.select(trajectory, model, **{"score": distance, "progress": False, **options})
 
 
 def test_an_average_is_chosen_where_the_run_circles_and_the_model_is_as_before(recorded):
     model, trajectory = recorded
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    choice = polyak.select(trajectory, model, score=lambda m: float(distance(m)), progress=False)
+    choice = select(recorded)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.training and model.norm.training
-    assert "live" in str(choice) and str(choice.best) != "live"
     choice.apply(model)
-    assert float(distance(model)) < 0.02
+    assert distance(model) < 0.02
 
 
-def test_the_live_weights_win_where_averaging_does_not_help(recorded):
+def test_scores_are_those_of_the_averages_and_the_best_is_simply_the_best(recorded):
+    model, trajectory = recorded
+    choice = select(recorded)
+    for candidate in choice.table:
+        if candidate.profile is not None:
+            weight = trajectory.average(candidate.profile)["weight"].double()
+            assert candidate.score == pytest.approx(float((weight - 3).square()), abs=1e-5)
+            explained = trajectory.explain(candidate.profile)
+            assert candidate.effective_samples == explained.effective_samples
+        assert candidate.difference == candidate.score - choice.live.score
+    scores = [candidate.score for candidate in choice.table]
+    assert scores == sorted(scores) and choice.best is choice.table[0]
+    assert choice.live.score == 0.25 and choice.live.name == "live"
+
+
+def test_mode_max_takes_the_largest(recorded):
+    lowest, highest = select(recorded), select(recorded, score=lambda m: -distance(m), mode="max")
+    assert highest.best.name == lowest.best.name and highest.best.score == -lowest.best.score
+    assert "above the live weights" in highest.verdict
+
+
+def test_the_live_weights_win_where_averaging_does_not_help(recorded, tmp_path):
     model, trajectory = recorded
     last = model.weight.detach().clone()
-    choice = polyak.select(
-        trajectory, model, score=lambda m: float((m.weight.detach() - last).abs()), progress=False
-    )
+    choice = select(recorded, score=lambda m: float((m.weight.detach() - last).abs()))
+    assert choice.best.name == "live" and choice.verdict.startswith("Keep the live weights: none of ")
     choice.apply(model)
     assert torch.equal(model.weight.detach(), last)
+    choice.write(tmp_path / "best.pt")
+    assert torch.equal(checkpoints.open(tmp_path / "best.pt").read("weight"), last)
+
+
+def test_an_average_that_is_no_better_does_not_replace_the_live_weights(recorded):
+    assert select(recorded, score=lambda m: 1.0).best.name == "live"
+    assert select(recorded, score=lambda m: 1.0, mode="max").best.name == "live"
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best(recorded):
+    def score(model):
+        return distance(model) if abs(model.weight.item() - 2.5) < 1e-6 else float("nan")
+
+    for mode in ("min", "max"):
+        choice = select(recorded, score=score, mode=mode)
+        assert choice.best.name == "live" and choice.table[-1].to_dict()["score"] is None
+        json.dumps(choice.to_dict(), allow_nan=False)
+
+
+def test_a_finer_grid_lies_around_the_best_of_the_coarse_one(recorded):
+    names = [c.name for c in select(recorded, score=lambda m: abs(m.weight.item() - 2.99)).table]
+    assert len(names) == len(set(names))
+    coarse = {str(profile) for profile in polyak.selection.candidates.coarse_grid(100)}
+    assert 1 <= len(set(names) - coarse - {"live"}) <= 4
+
+
+def test_candidates_that_these_blocks_cannot_tell_apart_are_tried_once(tmp_path):
+    for step in (10, 20):
+        checkpoints.write(tmp_path / f"{step}.pt", {"weight": torch.ones(1, 1) * step})
+    trajectory = Trajectory.from_checkpoints(sorted(tmp_path.glob("*.pt")))
+    model = nn.Linear(1, 1, bias=False)
+    choice = polyak.select(trajectory, model, score=lambda m: m.weight.item(), progress=False)
+    shares = [trajectory.explain(c.profile).coefficients[0] for c in choice.table if c.profile]
+    assert len(set(np.round(shares, 9))) == len(shares)
+
+
+def test_given_profiles_are_all_that_is_tried_and_checked_before_any_is_scored(recorded):
+    choice = select(recorded, profiles=["tail:0.4", polyak.Uniform(), "uniform"])
+    assert {candidate.name for candidate in choice.table} == {"live", "tail:0.4", "uniform"}
+    for profiles, message in [
+        (["uniform", "ema:half_life=0.1"], "shortest possible"),
+        (["emma"], "there is no profile 'emma'"),
+        ([], "empty"),
+        ("uniform", "must be a list"),
+        (["weights:1,2"], "2 weights"),
+    ]:
+        with pytest.raises(OptionError, match=message):
+            select(recorded, profiles=profiles, score=lambda m: pytest.fail("it was scored"))
+
+
+def test_differences_of_losses_carry_intervals_and_the_verdict_says_what_they_mean(recorded):
+    choice = select(recorded, score=Losses(noise=1.0))
+    best = choice.best
+    assert best.low < best.difference < best.high < 0 and best.stderr > 0
+    assert f"95% interval {best.low:+.3g} to {best.high:+.3g}): beyond the noise" in choice.verdict
+    assert (
+        f"the best of {len(choice.table)} candidates, so its score and interval are optimistic"
+        in choice.verdict
+    )
+    assert (choice.live.low, choice.live.high) == (0, 0)
+
+    unsure = select(recorded, score=Losses(noise=20.0, examples=50))
+    assert unsure.best.name == "live" or "not beyond the noise" in unsure.verdict
+    assert "cannot be told from one number" in select(recorded).verdict
+
+
+def test_of_accuracies_a_higher_one_is_beyond_noise(recorded):
+    losses = Losses(examples=4000)
+    choice = select(recorded, score=lambda m: losses(m) < 1, mode="max")
+    best = choice.best
+    assert 0 < best.low < best.difference < best.high and best.score <= 1
+    assert "above the live weights" in choice.verdict and ": beyond the noise" in choice.verdict
+    worse = select(recorded, score=lambda m: losses(m) < 1, mode="min")
+    assert worse.best.name == "live" or worse.best.difference < 0
+
+
+def test_the_holdout_scores_the_best_and_the_live_weights_once_more(recorded):
+    holdout = Losses(seed=1)
+    choice = select(recorded, score=Losses(), holdout=holdout)
+    model, trajectory = recorded
+    averaged = Line()
+    averaged.weight.data.copy_(trajectory.average(choice.best.profile)["weight"])
+    assert choice.holdout.live_score == pytest.approx(holdout(model).mean().item())
+    assert choice.holdout.best_score == pytest.approx(holdout(averaged).mean().item(), abs=1e-6)
+    assert choice.holdout.low < choice.holdout.difference < choice.holdout.high < 0
+    assert "The holdout confirms it" in choice.verdict and "optimistic" not in choice.verdict
+    other = select(recorded, score=Losses(), holdout=Losses(centre=2.5, seed=1))
+    assert "The holdout does not confirm it" in other.verdict and "above the live weights" in other.verdict
+    assert "On the holdout it is better" in select(recorded, holdout=distance).verdict
+
+
+def test_recalibration_gives_every_candidate_its_own_statistics(recorded):
+    model, trajectory = recorded
+    batch = torch.tensor([[0.0], [2.0]])
+    means = []
+    score = lambda m: means.append((m.weight.item(), m.norm.running_mean.item())) or distance(m)  # noqa: E731
+    choice = select(recorded, score=score, recalibrate=[batch])
+    live, *averages = means
+    assert live == (2.5, 0.0)
+    assert all(mean == pytest.approx(weight) for weight, mean in averages)
+    choice.apply(model)
+    assert model.norm.running_mean.item() == pytest.approx(model.weight.item())
+    assert "recalibrate was not given" not in choice.verdict
+    assert "recalibrate was not given" in select(recorded).verdict
 
 
 def test_a_score_that_raises_leaves_the_model(recorded):
@@ -68,36 +212,63 @@ def test_a_score_that_raises_leaves_the_model(recorded):
         return 1.0
 
     with pytest.raises(RuntimeError, match="broken"):
-        polyak.select(trajectory, model, score=score, recalibrate=[torch.randn(8, 1)], progress=False)
+        select(recorded, score=score, recalibrate=[torch.randn(8, 1)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_an_unknown_mode_is_refused(recorded):
+def test_the_table_can_be_printed_drawn_stored_and_written(recorded, tmp_path):
+    choice = select(recorded, score=Losses())
+    lines = str(choice).splitlines()
+    assert lines[2].startswith(choice.best.name) and lines[12].startswith("live")
+    assert max(map(len, lines)) <= 100
+    assert repr(choice) == f"Selection(best={choice.best.name!r}, candidates={len(choice.table)})"
+
+    data = json.loads(json.dumps(choice.to_dict(), allow_nan=False))
+    assert data["best"] == choice.best.name and data["verdict"] == choice.verdict
+    assert [c["name"] for c in data["candidates"]] == [c.name for c in choice.table]
+
+    (axes,) = choice.plot().get_axes()
+    assert [text.get_text() for text in axes.get_yticklabels()] == [c.name for c in choice.table]
+
+    choice.write(tmp_path / "best.safetensors")
+    written = checkpoints.open(tmp_path / "best.safetensors")
     model, trajectory = recorded
-    with pytest.raises(PolyakError, match="mode"):
-        polyak.select(trajectory, model, score=lambda m: 0.0, mode="lowest", progress=False)
+    assert torch.equal(written.read("weight"), trajectory.average(choice.best.profile)["weight"])
+    assert set(written.tensors) == set(model.state_dict())
+    assert written.metadata["polyak.profile"] == choice.best.name
 
 
-def test_fit_finds_coefficients_that_beat_where_they_began(recorded):
-    model, trajectory = recorded
-    fitted = polyak.fit(
-        trajectory,
+def test_a_decay_that_was_chosen_on_a_decayed_run_brings_its_warning(tmp_path):
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with polyak.Recorder(model, tmp_path / "run", block=1, optimizer=optimizer) as run:
+        for step in range(1, 11):
+            model.weight.data.fill_(step)
+            optimizer.param_groups[0]["lr"] = 1 / step
+            run.update()
+    choice = polyak.select(
+        run.trajectory,
         model,
-        [torch.ones(4, 1)],
-        lambda m, batch: (m.weight - 3).square().sum(),
-        start=polyak.Uniform(),
+        score=lambda m: abs(m.weight.item() - 7),
+        profiles=["decay:sqrt:0.8"],
+        progress=False,
     )
-    assert fitted.losses[-1] < fitted.losses[0]
+    assert "Mind that the learning rate was not constant" in choice.verdict
 
 
-def test_a_soup_is_never_worse_than_its_best_ingredient(tmp_path):
-    paths = []
-    for i, value in enumerate((2.0, 3.5, 9.0)):
-        model = Line()
-        model.weight.data.fill_(value)
-        paths.append(tmp_path / f"{i}.pt")
-        torch.save(model.state_dict(), paths[-1])
+def test_options_are_refused_before_anything_is_scored(recorded, tmp_path):
+    unscored = lambda m: pytest.fail("it was scored")  # noqa: E731
+    with pytest.raises(OptionError, match="mode must be 'min'"):
+        select(recorded, score=unscored, mode="lowest")
+    with pytest.raises(OptionError, match="can be gone through only once"):
+        select(recorded, score=unscored, recalibrate=iter([torch.zeros(2, 1)]))
     model = Line()
-    best = polyak.soup(paths, model, score=lambda m: float(distance(m)))
-    best.apply(model)
-    assert float(distance(model)) <= 0.25
+    with polyak.Recorder(model, tmp_path / "empty", block=5) as run, pytest.raises(NotStartedError):
+        polyak.select(run.trajectory, model, score=unscored)
+
+
+def test_the_bar_is_shown_on_stderr_only_where_it_is_asked_for(recorded, capsys):
+    select(recorded)
+    assert capsys.readouterr() == ("", "")
+    select(recorded, progress=True)
+    assert capsys.readouterr().out == ""

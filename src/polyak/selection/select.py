@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from polyak.distributed import is_main_rank
-from polyak.errors import OptionError
+from polyak.errors import NotStartedError, OptionError
 from polyak.profiles import Profile, parse
 from polyak.selection.candidates import coarse_grid, fine_grid
 from polyak.selection.selection import Selection, ranked
@@ -18,7 +18,7 @@ from polyak.selection.trial import Mode, ScoreFunction, badness, refuse_unknown_
 from polyak.selection.uncertainty import Score, paired_intervals
 from polyak.selection.verdict import LIVE, Candidate, HoldoutCheck
 from polyak.selection.weights import refuse_one_pass
-from polyak.trajectory import Trajectory
+from polyak.trajectory import Explanation, Trajectory
 
 __all__ = ["select"]
 
@@ -65,6 +65,7 @@ def select(
         OptionError: an option is out of range, no profile can be tried, or scores cannot be used.
         StructureError: the trajectory is that of another model.
         CheckpointError: a block or checkpoint is damaged; it is named.
+        NotStartedError: the trajectory holds no block yet.
 
     >>> import tempfile, torch, polyak
     >>> folder = tempfile.TemporaryDirectory()
@@ -85,58 +86,59 @@ def select(
     """
     refuse_unknown_mode(mode)
     refuse_one_pass(recalibrate)
-    first = _distinct(trajectory, coarse_grid(_steps(trajectory))) if profiles is None else _given(profiles)
+    if not trajectory.blocks:
+        raise NotStartedError(f"{trajectory} has no block to average yet: its first one is not full")
+    steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
+    tried = _distinct(trajectory, coarse_grid(steps)) if profiles is None else _given(trajectory, profiles)
     with _bar(progress) as advance:
 
-        def try_all(profiles: Sequence[Profile]) -> Scores:
+        def try_all(explained: Sequence[Explanation]) -> Scores:
             scores: Scores = {}
-            for profile, weights in advance(averages(trajectory, profiles), len(profiles)):
+            for profile, weights in advance(averages(trajectory, explained), len(explained)):
                 scores[profile] = try_weights(model, weights, score, recalibrate)
             return scores
 
-        scores: Scores = {None: try_weights(model, {}, score)} | try_all(first)
+        scores: Scores = {None: try_weights(model, {}, score)} | try_all(tried)
         if profiles is None:
-            around = fine_grid(_best_average(scores, mode), _steps(trajectory))
-            scores |= try_all(_distinct(trajectory, around, known=first))
-        table = ranked(_candidates(trajectory, scores), mode)
+            near = _distinct(trajectory, fine_grid(_best_average(scores, mode), steps), known=tried)
+            scores |= try_all(near)
+            tried += near
+        table = ranked(_candidates(scores, {one.profile: one for one in tried}), mode)
         check = None
         if holdout is not None and table[0].profile is not None:
             check = _check(trajectory, model, table[0].profile, holdout, recalibrate)
     return Selection(table, mode, check, trajectory, model, recalibrate)
 
 
-def _given(profiles: Iterable[Profile | str]) -> list[Profile]:
+def _given(trajectory: Trajectory, profiles: Iterable[Profile | str]) -> list[Explanation]:
+    """The user's own profiles; one that the blocks cannot resolve is refused before any is scored."""
     if isinstance(profiles, str):
         raise OptionError(f"profiles must be a list, got the text {profiles!r}: write [{profiles!r}]")
-    given = list(dict.fromkeys(parse(p) if isinstance(p, str) else p for p in profiles))
+    given = dict.fromkeys(parse(p) if isinstance(p, str) else p for p in profiles)
     if not given:
         raise OptionError("profiles is empty: give at least one, or None for the default grid")
-    return given
+    return [trajectory.explain(profile) for profile in given]
 
 
 def _distinct(
-    trajectory: Trajectory, grid: Sequence[Profile], known: Sequence[Profile] = ()
-) -> list[Profile]:
+    trajectory: Trajectory, grid: Sequence[Profile], known: Sequence[Explanation] = ()
+) -> list[Explanation]:
     """The profiles of ``grid`` that the blocks resolve and that differ from each other on these blocks."""
-    seen = {_block_weights(trajectory, profile) for profile in known}
+    seen = {_rounded(explained) for explained in known}
     distinct = []
     for profile in grid:
         try:
-            weights = _block_weights(trajectory, profile)
-        except OptionError:  # shorter than the blocks
+            explained = trajectory.explain(profile)
+        except OptionError:  # it looks back less far than the blocks resolve
             continue
-        if weights not in seen:
-            distinct.append(profile)
-            seen.add(weights)
+        if _rounded(explained) not in seen:
+            distinct.append(explained)
+            seen.add(_rounded(explained))
     return distinct
 
 
-def _block_weights(trajectory: Trajectory, profile: Profile) -> tuple[float, ...]:
-    return tuple(round(a, 9) for a in trajectory.explain(profile).coefficients)
-
-
-def _steps(trajectory: Trajectory) -> int:
-    return trajectory.blocks[-1].stop - trajectory.blocks[0].start
+def _rounded(explained: Explanation) -> tuple[float, ...]:
+    return tuple(explained.coefficients.round(9).tolist())
 
 
 def _best_average(scores: Scores, mode: Mode) -> Profile:
@@ -144,25 +146,23 @@ def _best_average(scores: Scores, mode: Mode) -> Profile:
     return min(averages, key=lambda profile: badness(scores[profile].value, mode))
 
 
-def _candidates(trajectory: Trajectory, scores: Scores) -> list[Candidate]:
+def _candidates(scores: Scores, explained: Mapping[Profile, Explanation]) -> list[Candidate]:
     live = scores[None]
-    candidates = []
-    for (profile, score), interval in zip(
-        scores.items(), paired_intervals(list(scores.values()), live), strict=True
-    ):
-        candidates.append(
-            Candidate(
-                name=LIVE if profile is None else str(profile),
-                profile=profile,
-                score=score.value,
-                stderr=score.stderr,
-                difference=score.value - live.value,
-                low=interval.low if interval else None,
-                high=interval.high if interval else None,
-                effective_samples=1.0 if profile is None else trajectory.explain(profile).effective_samples,
-            )
+    intervals = paired_intervals(list(scores.values()), live)
+    return [
+        Candidate(
+            name=LIVE if profile is None else str(profile),
+            profile=profile,
+            score=score.value,
+            stderr=score.stderr,
+            difference=score.value - live.value,
+            low=interval.low if interval else None,
+            high=interval.high if interval else None,
+            effective_samples=1.0 if profile is None else explained[profile].effective_samples,
+            warnings=() if profile is None else explained[profile].warnings,
         )
-    return candidates
+        for (profile, score), interval in zip(scores.items(), intervals, strict=True)
+    ]
 
 
 def _check(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import StringIO
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -97,7 +97,7 @@ class Selection:
             "verdict": self.verdict,
             "mode": self.mode,
             "best": self.best.name,
-            "holdout": None if self.holdout is None else asdict(self.holdout),
+            "holdout": None if self.holdout is None else self.holdout.to_dict(),
             "candidates": [candidate.to_dict() for candidate in self.table],
         }
 

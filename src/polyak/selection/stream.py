@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyak.accumulator import mean_dtype
 from polyak.profiles import Profile, Tail, Weights
-from polyak.trajectory import Trajectory
+from polyak.trajectory import Explanation, Trajectory
 
 __all__ = ["averages", "fold_in"]
 
@@ -20,18 +20,18 @@ _TOGETHER_BYTES = 64 << 20
 
 
 def averages(
-    trajectory: Trajectory, profiles: Sequence[Profile]
+    trajectory: Trajectory, explained: Sequence[Explanation]
 ) -> Iterator[tuple[Profile, dict[str, Tensor]]]:
-    """Each profile with its average: name to tensor, which the next step of the iteration may overwrite.
+    """Each explained profile with its average: name to tensor, which the next step may overwrite.
 
     Tails come first, shortest first: each is the one before plus the blocks that it reaches further back, so
     that all of them read every block about once and hold one running mean. Of the others there are as many
     in memory as 64 MB hold, at least one.
     """
-    yield from _nested_tails(trajectory, [profile for profile in profiles if isinstance(profile, Tail)])
-    others = [profile for profile in profiles if not isinstance(profile, Tail)]
-    first = 0
-    together = 1
+    tails = [one for one in explained if isinstance(one.profile, Tail)]
+    yield from _nested_tails(trajectory, tails)
+    others = [one.profile for one in explained if not isinstance(one.profile, Tail)]
+    first, together = 0, 1
     while first < len(others):
         chunk = others[first : first + together]
         means = trajectory.average_many(chunk)
@@ -41,26 +41,25 @@ def averages(
 
 
 def _nested_tails(
-    trajectory: Trajectory, tails: Sequence[Profile]
+    trajectory: Trajectory, tails: Sequence[Explanation]
 ) -> Iterator[tuple[Profile, dict[str, Tensor]]]:
-    weights = {tail: np.asarray(trajectory.explain(tail).coefficients) for tail in tails}
     running: dict[str, Tensor] = {}
     reached = np.zeros(len(trajectory.blocks))
-    for tail in sorted(tails, key=lambda tail: weights[tail][-1], reverse=True):
-        kept, further = _split(weights[tail], reached)
+    for tail in sorted(tails, key=lambda tail: tail.coefficients[-1], reverse=True):
+        further = _beyond(reached, tail.coefficients)
         share = float(further.sum())
         if share > 0:
-            fold_in(running, trajectory.average(Weights(further.tolist())), share / (kept + share))
-        reached = weights[tail]
-        yield tail, running
+            fold_in(running, trajectory.average(Weights(further.tolist())), share)
+        reached = tail.coefficients
+        yield tail.profile, running
 
 
-def _split(longer: NDArray[np.float64], shorter: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """The share c of ``shorter`` in ``longer``, and what is left: longer = c · shorter + rest, rest ≥ 0."""
+def _beyond(shorter: NDArray[np.float64], longer: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a longer tail adds: ``longer = c · shorter + rest`` with rest ≥ 0 that sums to 1 - c."""
     kept = longer[-1] / shorter[-1] if shorter[-1] else 0.0
     rest = longer - kept * shorter
     # What rounding leaves of blocks that both cover alike must not have those blocks read again.
-    return kept, np.where(rest > 1e-12, rest, 0.0)
+    return np.where(rest > 1e-12, rest, 0.0)
 
 
 @torch.no_grad()

@@ -65,7 +65,9 @@ def read_score(result: object) -> Score:
     (2.0, 0.5)
     """
     if isinstance(result, torch.Tensor):
-        result = result.detach().to("cpu", torch.float64).numpy()
+        result = result.detach().cpu().to(torch.float64).numpy()
+    if result is None or isinstance(result, str):  # NumPy would make a NaN or a number of them
+        raise OptionError(_not_a_score(f"a {type(result).__name__}"))
     try:
         losses = np.asarray(result, dtype=np.float64)
     except (TypeError, ValueError):

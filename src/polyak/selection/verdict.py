@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +27,7 @@ class Candidate:
         difference: the score minus that of the live weights.
         low, high: the 95% paired bootstrap interval of the difference; None if ``score`` returned one number.
         effective_samples: 1 / Σ a², of the weights a of the samples: how many equal ones do the same.
+        warnings: what speaks against this profile on this run, in sentences.
     """
 
     name: str
@@ -36,10 +38,11 @@ class Candidate:
     low: float | None
     high: float | None
     effective_samples: float
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the profile is its name."""
-        return {key: value for key, value in asdict(self).items() if key != "profile"}
+        """Plain values for JSON, which knows no NaN: None stands for it. The profile is its name."""
+        return {key: _plain(value) for key, value in asdict(self).items() if key != "profile"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class HoldoutCheck:
     difference: float
     low: float | None
     high: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, as those of a candidate."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
 
 
 def verdict(
@@ -70,12 +77,22 @@ def verdict(
         sentences = [_against_live(best, mode), _chance(len(table), best, holdout)]
         if holdout is not None:
             sentences.append(_on_holdout(holdout, mode))
+    sentences += [f"Mind that {warning}." for warning in best.warnings]
     if batchnorm_is_stale:
         sentences.append(
             "The model has BatchNorm layers and recalibrate was not given, so the averages were scored with "
             "statistics of other weights."
         )
-    return " ".join(sentence for sentence in sentences if sentence)
+    return " ".join(sentences)
+
+
+def _plain(value: Any) -> Any:
+    """The value, or None for a float that is not finite.
+
+    >>> _plain(math.nan), _plain(0.5)
+    (None, 0.5)
+    """
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _against_live(best: Candidate, mode: Mode) -> str:

@@ -35,7 +35,8 @@ def averaged(
     pairs = matched(model, weights)
     parameters = [(entry.tensor, value) for entry, value in pairs if entry.kind == "parameter"]
     buffers = [(entry.tensor, value) for entry, value in pairs if entry.kind == "buffer"]
-    swap = Swap([target for target, _ in parameters], keep=_buffers(model))
+    places = [(entry.place, entry.key, entry.tensor) for entry in ModelTensors(model).values()]
+    swap = Swap([target for target, _ in parameters], keep=_buffers(model), places=places)
     try:
         swap.put_in([value for _, value in parameters])
         copy_into([target for target, _ in buffers], [value for _, value in buffers])

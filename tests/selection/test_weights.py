@@ -1,0 +1,177 @@
+"""Trying, applying and writing weights: the model is exactly as before, or exactly as averaged."""
+
+import pytest
+import torch
+from torch import nn
+
+import polyak
+from polyak import checkpoints
+from polyak.errors import OutputExistsError, StructureError, SwapError
+from polyak.selection.trial import try_weights
+from polyak.selection.weights import apply_weights, write_weights
+
+BATCHES = [torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([[0.0, 4.0]])]
+
+
+class Tied(nn.Module):
+    """Tied and frozen weights, BatchNorm, dropout, and a buffer that is replaced in every forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(2, 2, bias=False)
+        self.norm = nn.BatchNorm1d(2)
+        self.drop = nn.Dropout(0.5)
+        self.second = nn.Linear(2, 2, bias=False)
+        self.second.weight = self.first.weight
+        self.scale = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.second(self.drop(self.norm(self.first(x)))) * self.scale
+
+
+@pytest.fixture
+def model():
+    model = Tied()
+    model.norm.eval()
+    return model
+
+
+WEIGHTS = {
+    "first.weight": torch.tensor([[1.0, 0.5], [0.0, 2.0]]),
+    "norm.weight": torch.tensor([2.0, 3.0]),
+    "norm.bias": torch.zeros(2),
+    "norm.running_mean": torch.tensor([7.0, 7.0]),
+}
+
+
+def state(model):
+    tensors = {name: t.clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    modes = {name: module.training for name, module in model.named_modules()}
+    places = {name: id(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    return tensors, modes, places
+
+
+def unchanged(model, before):
+    tensors, modes, places = state(model)
+    same = all(torch.equal(tensor, before[0][name]) for name, tensor in tensors.items())
+    return same and (modes, places) == before[1:]
+
+
+def test_a_trial_sees_the_weights_in_evaluation_mode_without_gradients(model):
+    before = state(model)
+    seen = {}
+
+    def score(tried):
+        seen["modes"] = {module.training for module in tried.modules()}
+        seen["tensors"] = {name: tensor.clone() for name, tensor in tried.state_dict().items()}
+        seen["gradients"] = tried(BATCHES[0]).requires_grad
+        tried.train()  # users do, and forget
+        return 1.0
+
+    try_weights(model, WEIGHTS, score)
+    assert seen["modes"] == {False} and not seen["gradients"]
+    for name, value in WEIGHTS.items():
+        assert torch.equal(seen["tensors"][name], value)
+    assert torch.equal(seen["tensors"]["second.weight"], WEIGHTS["first.weight"])
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["score", "loader"])
+def test_the_model_is_as_before_when_something_raises(model, error, where):
+    before = state(model.train())
+
+    def broken(*_):
+        model(BATCHES[0])
+        raise error("yours")
+
+    def batches():
+        yield BATCHES[0]
+        broken()
+
+    score, loader = (broken, BATCHES) if where == "score" else (lambda model: 1.0, batches())
+    with pytest.raises(error, match="yours"):
+        try_weights(model, WEIGHTS, score, loader)
+    assert unchanged(model, before)
+
+
+def recalibrated(model):
+    """An obvious reference: load, then update_bn."""
+    reference = Tied()
+    reference.load_state_dict({**model.state_dict(), **WEIGHTS, "second.weight": WEIGHTS["first.weight"]})
+    polyak.update_bn(BATCHES, reference)
+    return reference.state_dict()
+
+
+def test_recalibration_gives_each_trial_the_statistics_of_its_weights(model):
+    model.train()
+    expected = recalibrated(model)
+    before = state(model)
+    seen = {}
+    try_weights(model, WEIGHTS, lambda tried: seen.update(_copied(tried)) or 1.0, BATCHES)
+    for name in expected:
+        assert torch.equal(seen[name], expected[name])
+    assert unchanged(model, before)
+    try_weights(model, {}, lambda tried: seen.update(_copied(tried)) or 1.0, BATCHES)
+    assert torch.equal(seen["norm.running_mean"], before[0]["norm.running_mean"])
+
+
+def _copied(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_applied_and_written_are_the_same_and_writing_changes_nothing(model, tmp_path):
+    model.train()
+    expected = recalibrated(model)
+    before = state(model)
+    write_weights(tmp_path / "best.pt", model, WEIGHTS, recalibrate=BATCHES, metadata={"polyak.profile": "x"})
+    assert unchanged(model, before)
+    written = checkpoints.open(tmp_path / "best.pt")
+    assert set(written.tensors) == set(expected) and written.ties == {"second.weight": "first.weight"}
+    apply_weights(model, WEIGHTS, BATCHES)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]) and torch.equal(written.read(name), expected[name])
+    assert model.training and model.norm.training
+    with pytest.raises(OutputExistsError):
+        write_weights(tmp_path / "best.pt", model, WEIGHTS, metadata={})
+
+
+def test_a_half_precision_model_is_written_in_the_precision_of_its_average(tmp_path):
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    write_weights(tmp_path / "a.safetensors", model, {"weight": torch.tensor([[1.001]])}, metadata={})
+    assert checkpoints.open(tmp_path / "a.safetensors").read("weight").item() == pytest.approx(
+        1.001, abs=1e-6
+    )
+
+
+def test_an_apply_that_fails_leaves_the_model(model):
+    before = state(model.train())
+    with pytest.raises(polyak.PolyakError):
+        apply_weights(model, WEIGHTS, recalibrate=[torch.full((4, 2), float("nan"))])
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({**WEIGHTS, "third.weight": torch.zeros(1)}, "the model has no 'third.weight'"),
+        ({"first.weight": WEIGHTS["first.weight"]}, "there is no average of 'norm.weight', 'norm.bias'"),
+        ({**WEIGHTS, "norm.bias": torch.zeros(3)}, "shapes differ for 'norm.bias'"),
+        ({**WEIGHTS, "norm.bias": torch.zeros(1)}, "shapes differ for 'norm.bias'"),
+    ],
+)
+def test_weights_of_another_model_are_refused(model, weights, message):
+    before = state(model)
+    with pytest.raises(StructureError, match=message):
+        try_weights(model, weights, lambda model: pytest.fail("it was scored"))
+    assert unchanged(model, before)
+
+
+def test_a_model_that_holds_an_average_already_is_refused(model):
+    average = polyak.Average(model, polyak.Uniform())
+    average.update()
+    with average.applied(), pytest.raises(SwapError):
+        try_weights(model, WEIGHTS, lambda model: 1.0)
