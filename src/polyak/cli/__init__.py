@@ -12,6 +12,7 @@ from polyak._version import __version__
 from polyak.cli.average import average
 from polyak.cli.demo import demo
 from polyak.cli.inspect import inspect
+from polyak.cli.select import select
 from polyak.errors import PolyakError
 
 __all__ = ["app", "main"]
@@ -23,6 +24,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 app.command()(demo)
 app.command()(average)
 app.command()(inspect)
+app.command()(select)
 
 
 @app.callback(invoke_without_command=True)

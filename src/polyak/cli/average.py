@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from polyak.cli.inputs import expanded
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -67,7 +69,7 @@ def average(
     from polyak.combine import plan_average
 
     plan = plan_average(
-        _expanded(inputs),
+        expanded(inputs),
         output,
         weights=None if weights is None else _numbers(weights),
         profile=profile,
@@ -85,25 +87,6 @@ def average(
         typer.echo(json.dumps(report.to_dict() | {"dry_run": dry_run}, indent=2))
     else:
         _show(report, None if dry_run else time.monotonic() - started)
-
-
-def _expanded(inputs: list[str]) -> list[Path]:
-    """Paths, patterns replaced by what they match, in the order people count."""
-    from glob import glob
-
-    from polyak.checkpoints.folders import natural_order
-    from polyak.errors import CheckpointError
-
-    paths: list[Path] = []
-    for text in inputs:
-        if Path(text).exists() or not any(sign in text for sign in "*?["):
-            paths.append(Path(text))
-            continue
-        matches = sorted(glob(text, recursive=True), key=natural_order)
-        if not matches:
-            raise CheckpointError(f"nothing matches the pattern {text}")
-        paths += map(Path, matches)
-    return paths
 
 
 def _numbers(weights: str) -> list[float]:

@@ -1,0 +1,55 @@
+"""What the user names on the command line: paths with patterns, and functions in modules of their own."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__all__ = ["expanded", "imported"]
+
+
+def expanded(inputs: list[str]) -> list[Path]:
+    """Paths, patterns replaced by what they match, in the order people count."""
+    from glob import glob
+
+    from polyak.checkpoints.folders import natural_order
+    from polyak.errors import CheckpointError
+
+    paths: list[Path] = []
+    for text in inputs:
+        if Path(text).exists() or not any(sign in text for sign in "*?["):
+            paths.append(Path(text))
+            continue
+        matches = sorted(glob(text, recursive=True), key=natural_order)
+        if not matches:
+            raise CheckpointError(f"nothing matches the pattern {text}")
+        paths += map(Path, matches)
+    return paths
+
+
+def imported(option: str, text: str) -> Any:
+    """The function that ``package.module:function`` names; modules in the working directory are found too.
+
+    Raises ``OptionError`` if there is none. An error inside the module is the user's own, with its traceback.
+
+    >>> imported("--score", "math:fsum")
+    <built-in function fsum>
+    """
+    from polyak.errors import OptionError
+
+    module_name, colon, name = text.partition(":")
+    if not (module_name and colon and name):
+        raise OptionError(f"{option} takes package.module:function, got {text!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise OptionError(f"{option} {text}: there is no module {error.name!r} here or installed") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise OptionError(f"{option} {text}: {module_name} has no function {name!r}")
+    return function

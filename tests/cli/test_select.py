@@ -1,0 +1,126 @@
+"""``polyak select``: what it chooses, prints, writes and refuses."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import polyak
+from polyak import checkpoints
+from polyak.cli import main
+
+MODULE = """
+import torch
+
+def build():
+    return torch.nn.Linear(2, 1, bias=False)
+
+def losses(model):
+    assert not model.training
+    return (model.weight - 10).abs().flatten() + torch.tensor([0.0, 0.5])
+
+def goodness(model):
+    return -losses(model).mean().item()
+
+def no_model():
+    return 7
+
+answer = 42
+"""
+USE = ["--model", "user_code:build", "--score", "user_code:losses"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Checkpoints that circle around 10, and the user's module, in the working directory."""
+    (tmp_path / "ckpts").mkdir()
+    for step, value in ((9, 14.0), (10, 8.0), (11, 12.0), (100, 9.0)):
+        weights = {"weight": torch.full((1, 2), value)}
+        torch.save({"model": weights, "ema": weights}, tmp_path / "ckpts" / f"step{step}.pt")
+    (tmp_path / "user_code.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "user_code", raising=False)
+    return tmp_path
+
+
+def chosen(capsys, *arguments):
+    assert main(["select", *arguments, *USE, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("inputs", [["ckpts"], ["ckpts/*.pt"], ["ckpts", "--key", "model"]], ids=str)
+def test_the_newest_checkpoint_is_live_and_the_best_average_is_written(folder, capsys, inputs):
+    profiles = ["--profiles", "window:10,11 tail:steps=1", "--profiles", "uniform"]
+    found = chosen(capsys, *inputs, *profiles, "-o", "best.safetensors")
+    scores = {candidate["name"]: candidate["score"] for candidate in found["candidates"]}
+    # The mean of 14, 8, 12 and 9 is 10.75; half a loss comes on top for one of the two examples.
+    assert scores == pytest.approx({"window:10,11": 2.25, "tail:steps=1": 1.25, "live": 1.25, "uniform": 1.0})
+    assert found["best"] == "uniform"
+    best = checkpoints.open("best.safetensors")
+    assert best.read("weight").tolist() == [[10.75, 10.75]]
+    assert best.metadata["polyak.profile"] == "uniform"
+
+
+def test_a_recorded_run_brings_its_live_weights(folder, capsys):
+    model = torch.nn.Linear(2, 1, bias=False)
+    with polyak.Recorder(model, "run", block=1) as run:
+        for value in (9.0, 11.0, 9.0, 11.0):
+            model.weight.data.fill_(value)
+            run.update()
+    found = chosen(capsys, "run")
+    live = next(candidate for candidate in found["candidates"] if candidate["name"] == "live")
+    assert live["score"] == pytest.approx(1.25)
+    assert found["best"] == "tail:0.5" and found["candidates"][0]["score"] == pytest.approx(0.25)
+
+
+def test_the_table_and_the_verdict_are_printed(folder, capsys):
+    arguments = ["--model", "user_code:build", "--score", "user_code:goodness", "--mode", "max"]
+    assert main(["select", "ckpts", *arguments, "--holdout", "user_code:goodness"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.splitlines()[0].split()[:2] == ["candidate", "score"]
+    assert "scores best" in captured.out and "On the holdout" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ckpts", "--model", "user_code:build"], "--score"),
+        (["ckpts", "--model", "user_code", "--score", "user_code:losses"], "package.module:function"),
+        (["ckpts", "--model", "no_such:build", "--score", "user_code:losses"], "no module 'no_such'"),
+        (["ckpts", "--model", "user_code:gone", "--score", "user_code:losses"], "no function 'gone'"),
+        (["ckpts", "--model", "user_code:answer", "--score", "user_code:losses"], "no function 'answer'"),
+        (["ckpts", "--model", "user_code:no_model", "--score", "user_code:losses"], "torch.nn.Module"),
+        (["nothing", *USE], "nothing"),
+        (["ckpts/*.bin", *USE], "nothing matches"),
+        (["ckpts", *USE, "--profiles", "emma:1"], "emma"),
+        (["ckpts", *USE, "--mode", "least"], "least"),
+        (["ckpts", *USE, "-o", "best.doc"], "suffix of no known format"),
+        (["ckpts", *USE, "-o", "user_code.py"], "user_code.py"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(folder, capsys, arguments, message):
+    before = sorted(folder.rglob("*.safetensors"))
+    assert main(["select", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert message in captured.err
+    assert sorted(folder.rglob("*.safetensors")) == before
+
+
+def test_an_output_that_is_there_is_kept_unless_forced(folder, capsys):
+    (folder / "best.pt").write_text("precious")
+    assert main(["select", "ckpts", *USE, "-o", "best.pt"]) == 2
+    assert "best.pt exists" in capsys.readouterr().err
+    assert (folder / "best.pt").read_text() == "precious"
+    assert main(["select", "ckpts", *USE, "-o", "best.pt", "--force"]) == 0
+    assert checkpoints.open(folder / "best.pt").read("weight").shape == (1, 2)
+
+
+def test_an_error_in_the_users_own_code_keeps_its_traceback(folder):
+    (folder / "user_code.py").write_text("raise ZeroDivisionError('yours')")
+    with pytest.raises(ZeroDivisionError, match="yours"):
+        main(["select", "ckpts", *USE])
