@@ -5,7 +5,7 @@
 Three questions, each answered on seeds that nothing was tuned on, with profiles chosen on validation and
 losses reported on test: how much of the loss of a badly set learning rate or decay the selected average wins
 back; whether one recorded run with a constant learning rate serves every horizon as well as a decay tuned for
-that horizon; and whether fitted weights beat the same compute spent on more steps. About 20 minutes on two
+that horizon; and whether fitted weights beat the same compute spent on more steps. About 15 minutes on two
 idle cores; --quick is a check of the program, and its figures mean nothing.
 """
 

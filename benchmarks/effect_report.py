@@ -44,6 +44,7 @@ def regret(grid: Sequence[RunRecord]) -> dict[str, Any]:
         "mean_regret": regrets,
         "share_removed": removed,
         "significantly_worse_cells": worse,
+        "worse_cells_expected_by_chance": SIGNIFICANT / 2 * len(cells),
         "cells": {
             name: {**losses, "selected_minus_last": asdict(differences[name])}
             for name, losses in cells.items()

@@ -1,0 +1,69 @@
+"""The arithmetic of the effect benchmark on made-up runs, and one tiny study from end to end."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks come with a checkout only")
+
+
+@pytest.fixture
+def effect(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    threads = torch.get_num_threads()
+    yield import_module("effect")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def made_up(effect):
+    """A run in which the last weights and the selected average have given test losses."""
+
+    def build(seed, decay, last, selected, steps=100):
+        runs = import_module("effect_runs")
+        read = runs.Read(last, last, "tail:0.4", selected, selected)
+        return runs.RunRecord(runs.Job(seed, 0.006, decay, steps, (steps,)), last, last, {steps: read})
+
+    return build
+
+
+def test_regret_is_measured_from_the_best_cell_and_worse_cells_are_named(effect, made_up):
+    noise = np.linspace(-0.01, 0.01, 5)
+    grid = [made_up(seed, 0.0, 1.8 + e, 1.6 + e) for seed, e in enumerate(noise)]
+    grid += [made_up(seed, 0.5, 1.62 + e, 1.64 + e + e**2) for seed, e in enumerate(noise)]
+    found = effect.regret(grid)
+    assert found["best_mean_test"] == pytest.approx(1.6)
+    assert found["mean_regret"]["last"] == pytest.approx((0.2 + 0.02) / 2)
+    assert found["mean_regret"]["selected"] == pytest.approx(0.04 / 2, abs=1e-4)
+    assert found["share_removed"] == pytest.approx(1 - 0.04 / 0.22, abs=1e-3)
+    assert found["significantly_worse_cells"] == ["0.006, 0.5"] and not found["aim_met"]
+
+
+def test_decays_and_rates_are_tuned_by_validation_of_what_they_are_for(effect, made_up):
+    tuning = [made_up(0, 0.0, 1.9, 1.5), made_up(0, 0.5, 1.7, 1.6), made_up(0, "cosine", 1.6, 1.8, steps=50)]
+    assert effect._best_decay(tuning, 100) == (0.006, 0.5)
+    assert effect._best_decay(tuning, 50) == (0.006, "cosine")
+
+
+def test_a_tiny_study_answers_all_three_questions(effect, monkeypatch):
+    monkeypatch.setattr("polyak.demo.data._TEXT_SAMPLES", 300)
+    plan = effect.Plan((0, 1), (1000,), (6e-3,), (0.0, "cosine"), (60, 120), fit_steps=3)
+    found = effect.study(plan, lambda jobs: [effect.run(job) for job in jobs])
+    json.dumps(found, allow_nan=False)
+    assert set(found["regret"]["cells"]) == {"0.006, 0.0", "0.006, cosine"}
+    assert set(found["any_horizon"]["horizons"]) == {"60", "120"}
+    assert found["any_horizon"]["training_of_decayed_runs_over_recorded"] == 1.5
+    assert all(len(row["test"]) == 2 for row in found["fit"]["against"].values())
+    assert len(effect.tables(found)) == 3
+    # A run that is read on the way goes on as if it had not been.
+    recorded = [r for r in found["runs"] if r["job"]["fit_steps"]]
+    plain = [r for r in found["runs"] if r["job"]["steps"] == 120 and r["job"]["decay"] == 0.0]
+    for run in recorded:
+        same = [r["test"] for r in plain if r["job"]["seed"] == run["job"]["seed"]]
+        assert len(set(same)) == 1
