@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak.batches import Batch, allocate, plan_batches
+from polyak.batches import Batch, allocate, are_mostly_small, plan_batches
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import Scheme
 
@@ -115,14 +115,16 @@ class Accumulator:
                 self.residuals = _moved(self.residuals, allocate(tensors, dtypes, devices))
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         self._batches = plan_batches(tensors, self.means, self.residuals)
-        # Where nothing is looked at or converted, whole large tensors go into one call.
-        uncut = plan_batches(tensors, self.means, cut=False)
-        self._direct = [batch for batch in uncut if self._goes_directly(batch)]
+        # Where nothing is looked at or converted, whole tensors go into one call.
+        self._gathers = are_mostly_small(self.means)
+        direct = [batch for batch in self._batches if self._goes_directly(batch)]
+        self._direct = sorted({piece.index for batch in direct for piece in batch.pieces})
+        self._direct_means = [self.means[index] for index in self._direct]
         self._others = [batch for batch in self._batches if not self._goes_directly(batch)]
         self._set_counters(self.n_averaged, self.n_skipped, self.position)
 
     def _goes_directly(self, batch: Batch) -> bool:
-        return batch.alike and len(batch.pieces) == 1 and not self.compensated
+        return batch.alike and not self.compensated and not (self._gathers and len(batch.pieces) > 1)
 
     def _dtype_for(self, index: int, tensor: Tensor) -> torch.dtype:
         if self._dtype is not None:
@@ -259,8 +261,7 @@ class Accumulator:
                 residual.zero_()
             return
         if self._direct:
-            sources = [batch.source(tensors) for batch in self._direct]
-            torch._foreach_lerp_([batch.mean for batch in self._direct], sources, coefficient)
+            torch._foreach_lerp_(self._direct_means, [tensors[index] for index in self._direct], coefficient)
         for batch in self._others:
             self._fold(batch, batch.source(tensors, owned=self.compensated), coefficient)
 

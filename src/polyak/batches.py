@@ -14,10 +14,12 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "allocate", "plan_batches"]
+__all__ = ["Batch", "allocate", "are_mostly_small", "plan_batches"]
 
 # Tensors below this many elements cost more to call upon than to touch.
 _SMALL_NUMEL = 1 << 14
+# A copy of this many costs no model memory worth counting; fewer would make many calls of a small model.
+_LEAST_COPIED_NUMEL = 1 << 16
 # Large tensors are cut to what the caches hold; on an accelerator to what a launch is worth.
 _CACHE_NUMEL = 1 << 20
 _ACCELERATOR_NUMEL = 1 << 24
@@ -103,11 +105,12 @@ def _allocate(tensors: Sequence[Tensor], kinds: list[tuple[torch.dtype, torch.de
 
 
 def plan_batches(
-    tensors: Sequence[Tensor], means: Sequence[Tensor], residuals: Sequence[Tensor] = (), *, cut: bool = True
+    tensors: Sequence[Tensor], means: Sequence[Tensor], residuals: Sequence[Tensor] = ()
 ) -> list[Batch]:
-    """Small neighbours together; large tensors alone, and cut along their outermost dimension if so asked.
+    """Small neighbours together; large tensors alone, cut along their outermost dimension.
 
-    What has to be copied is 1% of all elements at most, so that an update takes little memory of its own.
+    What has to be copied at once is 1% of all elements, or 65,536 where that is more, so that an update takes
+    little memory of its own.
 
     >>> weights = [torch.zeros(3), torch.zeros(5), torch.zeros(1000, 2000)]
     >>> means = allocate(weights, [torch.float32] * 3, [torch.device("cpu")] * 3)
@@ -115,15 +118,13 @@ def plan_batches(
     [(8,), (524, 2000), (476, 2000)]
     """
     copies = 3 if residuals else 1  # Kahan's sum works on copies of all it changes
-    share = max(sum(mean.numel() for mean in means) // (100 * copies), _SMALL_NUMEL)
+    share = max(sum(mean.numel() for mean in means) // (100 * copies), _LEAST_COPIED_NUMEL)
     batches = []
     for group in _groups(tensors, means, share):
         index = group[0]
         mean, alike = means[index], _kind(tensors[index]) == _kind(means[index])
         if len(group) > 1:
             pieces = [[_Piece(index) for index in group]]
-        elif not cut:
-            pieces = [[_Piece(index)]]
         else:
             cache = _CACHE_NUMEL if mean.device.type == "cpu" else _ACCELERATOR_NUMEL
             copied = residuals or not alike or mean.device.type != "cpu"
@@ -135,6 +136,15 @@ def plan_batches(
             for p in pieces
         ]
     return batches
+
+
+def are_mostly_small(means: Sequence[Tensor]) -> bool:
+    """Whether gathering small tensors pays: beside large ones a call on each is lost in the time of those.
+
+    >>> are_mostly_small([torch.zeros(10)] * 3), are_mostly_small([torch.zeros(10), torch.zeros(1000, 1000)])
+    (True, False)
+    """
+    return sum(mean.numel() for mean in means) < _SMALL_NUMEL * len(means)
 
 
 def _groups(tensors: Sequence[Tensor], means: Sequence[Tensor], most: int) -> Iterator[list[int]]:

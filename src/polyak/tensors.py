@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, Literal, cast
 
 import torch
@@ -27,7 +27,9 @@ _WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 # Wrappers whose child is called `module`, a name that a user's own model may have as well.
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
-_description = attrgetter("shape", "dtype", "device")
+# Read one after the other: tuples of all three would be as many objects for the garbage collector to count.
+_DESCRIPTION = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
+_END = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,10 @@ class ModelTensors:
         self._dicts = [d for _, module in modules for d in (module._parameters, module._modules)]
         if watch_buffers:
             self._dicts += [module._buffers for _, module in modules]
-        # The values are held, so that no id below can be given to another object.
         self._held = list(self._walk())
-        self._held_ids = list(map(id, self._held))
         kinds = ("parameter", "buffer") if watch_buffers else ("parameter",)
         self._described = [e.tensor for e in self.values() if e.kind in kinds and _has_shape(e.tensor)]
-        self._descriptions = list(map(_description, self._described))
+        self._descriptions = [list(map(read, self._described)) for read in _DESCRIPTION]
 
     def __getitem__(self, name: str) -> NamedTensor:
         return self._entries[name]
@@ -115,9 +115,12 @@ class ModelTensors:
         tensors. Buffers are left out unless watched, since models may replace theirs at every step.
         """
         self.reshard()
-        if list(map(id, self._walk())) != self._held_ids:
+        if not all(map(is_, self._walk(), self._held)):
             return True
-        return list(map(_description, self._described)) != self._descriptions
+        return any(
+            list(map(read, self._described)) != before
+            for read, before in zip(_DESCRIPTION, self._descriptions, strict=True)
+        )
 
     def reshard(self) -> None:
         """Put sharded parameters back where FSDP gathered them for a forward pass."""
@@ -129,7 +132,8 @@ class ModelTensors:
         return [e.name for e in self.values() if e.kind == "parameter" and not _has_data(e.tensor)]
 
     def _walk(self) -> Iterator[object]:
-        return chain.from_iterable(map(dict.values, self._dicts))  # type: ignore[arg-type]
+        values = chain.from_iterable(map(dict.values, self._dicts))  # type: ignore[arg-type]
+        return chain(values, (_END,))  # so that a walk that goes on where another ends differs from it
 
 
 def bare_model(model: nn.Module) -> nn.Module:
