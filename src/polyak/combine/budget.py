@@ -60,12 +60,19 @@ class Budget:
     total_bytes: int
 
     @classmethod
-    def within(cls, max_memory: int | str, inputs: Sequence[Checkpoint], n_outputs: int) -> Budget:
+    def within(
+        cls,
+        max_memory: int | str,
+        inputs: Sequence[Checkpoint],
+        n_outputs: int,
+        most_workers: int | None = None,
+    ) -> Budget:
         """The fastest that fits. Raises ``OptionError``, with the least possible, where nothing does."""
         buffers = n_outputs + _BUFFERS_BESIDE_SUMS
         fixed_bytes = _RESERVE_BYTES + sum(map(_held_bytes, inputs))
         max_bytes = parse_bytes(max_memory)
-        workers, slice_bytes = min(_BEST_WORKERS, _usable_cores()), _BEST_SLICE_BYTES
+        workers = min(most_workers or _BEST_WORKERS, _usable_cores())
+        slice_bytes = _BEST_SLICE_BYTES
         while fixed_bytes + workers * buffers * slice_bytes > max_bytes:
             if slice_bytes > _LEAST_SLICE_BYTES:
                 slice_bytes //= 2

@@ -32,6 +32,7 @@ def combine(
     accumulate: torch.dtype | None = None,
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
+    workers: int | None = None,
 ) -> list[str]:
     """Write Σ_k a_k · input_k to each writer, in one pass over the inputs.
 
@@ -47,6 +48,7 @@ def combine(
         accumulate: ``torch.float64`` to sum everything in it; by default float32, and float64 for float64.
         progress: called with bytes done and bytes in all.
         share: ``(rank, ranks)``: do only the rank-th of so many parts; other processes do the others.
+        workers: the most threads; None: as many as pay.
 
     Returns:
         The names of copied tensors, of those in this share, that differ between the inputs.
@@ -72,7 +74,7 @@ def combine(
         raise OptionError(f"accumulate must be torch.float32 or torch.float64, got {accumulate}")
     if len(coefficients) != len(writers) or not writers:
         raise OptionError(f"{len(coefficients)} rows of coefficients for {len(writers)} writers")
-    budget = Budget.within(max_memory, inputs, len(writers))
+    budget = Budget.within(max_memory, inputs, len(writers), workers)
     job = _Job(inputs, coefficients, writers, accumulate)
     slices = share_of(list(cut(writers[0].layout.tensors, job.width, budget.slice_bytes)), *share)
     tally = _Tally(sum(job.traffic(piece) for piece in slices), progress)

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from polyak import checkpoints
@@ -48,7 +49,8 @@ def merge_files(sources: list[Path], counts: list[int], target: Path) -> int:
     layout = Layout(first_names, newest.ties, {_COPIED_KEY: json.dumps(sorted(copied))})
     with checkpoints.create(target, layout, overwrite=True) as writer:
         averaged = Part(writer, [name for name in first_names if name not in copied])
-        combine(inputs, [[count / total for count in counts]], [averaged])
+        # One thread: the training that goes on beside this has use for the other cores.
+        combine(inputs, [[count / total for count in counts]], [averaged], workers=1)
         for name in copied:
             writer.write(name, 0, newest.read(name).view(-1))
     return file_checksum(target)
@@ -87,16 +89,21 @@ def refuse_damaged(path: Path, block: Block) -> None:
 
 
 def file_checksum(path: Path) -> int:
-    """CRC-32 of a file.
+    """CRC-32 of the sums of a file's 64-bit words, one sum for each MiB: damage shows, at the speed of memory.
+
+    Words that changed places within a MiB would not show; a disk does no such thing.
 
     Raises:
         CheckpointError: it cannot be read.
     """
+    words = np.empty(_CHUNK_BYTES // 8, dtype=np.uint64)
+    memory = memoryview(words).cast("B")
     value = 0
     try:
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                value = zlib.crc32(chunk, value)
+            while nbytes := file.readinto(memory):
+                memory[nbytes : -(-nbytes // 8) * 8] = bytes(-nbytes % 8)
+                value = zlib.crc32(words[: -(-nbytes // 8)].sum().tobytes(), value)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     return value
