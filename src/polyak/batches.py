@@ -118,7 +118,7 @@ def plan_batches(
     [(8,), (524, 2000), (476, 2000)]
     """
     copies = 3 if residuals else 1  # Kahan's sum works on copies of all it changes
-    share = max(sum(mean.numel() for mean in means) // (100 * copies), _LEAST_COPIED_NUMEL)
+    share = max(sum(mean.numel() for mean in means) // 100, _LEAST_COPIED_NUMEL) // copies
     batches = []
     for group in _groups(tensors, means, share):
         index = group[0]
