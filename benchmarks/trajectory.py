@@ -1,11 +1,13 @@
-"""What recording a trajectory costs, all writes and merges included.
+"""What recording a trajectory costs, all writes and merges included, and what selecting from it does.
 
-    python benchmarks/trajectory.py [--rounds 5] [--only updates,training] [--output FILE]
+    python benchmarks/trajectory.py [--rounds 7] [--only updates,merging,training,selection] [--output FILE]
 
-``updates``: back-to-back updates with a block every 100, beside those of one ``Average``; there is no training
-in between behind which a write could hide. ``training``: the byte language model of the demo, 2,000 steps with a
-sample every 10, beside the same training alone; the recorder chooses the length of its blocks. Writes go to the
-folder of temporary files: point TMPDIR at the disk that counts. Run it on an idle machine.
+``updates``: back-to-back updates on the shapes of ResNet-50 with a block every 100, beside those of one
+``Average``; there is no training in between behind which a write could hide. ``merging``: the same where
+neighbours merge after every block, as they do for most of a long run. ``training``: the byte language model of
+the demo, 2,000 steps with a sample every 10, beside the same training alone; the recorder chooses the length of
+its blocks. ``selection``: choosing among 40 profiles of that run, beside 40 evaluations of its model. Writes go
+to the folder of temporary files: point TMPDIR at the disk that counts. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -15,81 +17,129 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import harness
 import polyak
 import shapes
 from harness import Spread
-from polyak.demo.data import batches
+from polyak.demo.data import Examples, batches
 from polyak.demo.tasks import TASKS
 
 THREADS = 2
 UPDATES, BLOCK_UPDATES = 400, 100
-# Few blocks, so that neighbours merge after every block, as they do for most of a long run.
-MAX_BLOCKS = 8
+# With few blocks neighbours merge after every block; with many, not in a run as short as this one.
+MERGING_MAX_BLOCKS, MAX_BLOCKS = 8, 1000
 TASK = TASKS["text"]
-SAMPLE_STEPS = 10
-TARGETS = {"updates": 1.10, "training": 1.05}
+SAMPLE_STEPS, BLOCK_STEPS = 10, 20
+PROFILES = [
+    *(polyak.Tail(share) for share in np.linspace(0.05, 1, 16).round(3)),
+    *(polyak.Decay(shape, share) for shape in ("sqrt", "linear") for share in (0.2, 0.4, 0.6, 0.8)),
+    *(polyak.EMA(half_life=float(steps)) for steps in (50, 100, 150, 200, 300, 400, 600, 800)),
+    *(polyak.Power(gamma=gamma) for gamma in (1, 2, 3, 4, 6, 8, 12, 16)),
+]
+TARGETS = {"updates": 1.10, "merging": 1.10, "training": 1.05, "selection": 1.3}
+Seconds = dict[str, list[float]]
 
 
-def updates(rounds: int) -> dict[str, list[float]]:
-    """Seconds per update of an ``Average`` and of a recorder, on the shapes of ResNet-50."""
+def updates(rounds: int, max_blocks: int = MAX_BLOCKS, least_blocks: int = 1) -> Seconds:
+    """Seconds per update of an ``Average`` and of a recorder, once there are ``least_blocks``."""
     model = shapes.module_of(shapes.resnet50(), torch.float32)
     average = polyak.Average(model, polyak.Uniform())
     with tempfile.TemporaryDirectory() as folder:
-        recorder = polyak.Recorder(model, folder, block=BLOCK_UPDATES, max_blocks=MAX_BLOCKS)
-        contenders = {"alone": average.update, "recorded": recorder.update}
+        recorder = polyak.Recorder(model, folder, block=BLOCK_UPDATES, max_blocks=max_blocks)
+        contenders = {"alone": average.update, "ours": recorder.update}
         for update in contenders.values():
             _timed(lambda update=update: _repeat(update, BLOCK_UPDATES))
-        while len(recorder.trajectory) < MAX_BLOCKS:
+        while len(recorder.trajectory) < least_blocks:
             _repeat(recorder.update, BLOCK_UPDATES)
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        seconds: Seconds = {name: [] for name in contenders}
         for _ in range(rounds):
             seconds["alone"].append(_timed(lambda: _repeat(average.update, UPDATES)) / UPDATES)
             # Opening the trajectory waits for the last write.
             run = _timed(lambda: (_repeat(recorder.update, UPDATES), recorder.trajectory))
-            seconds["recorded"].append(run / UPDATES)
+            seconds["ours"].append(run / UPDATES)
         recorder.close()
     return seconds
 
 
-def training(rounds: int) -> dict[str, list[float]]:
+def merging(rounds: int) -> Seconds:
+    """The same with a merge after every block."""
+    return updates(rounds, MERGING_MAX_BLOCKS, least_blocks=MERGING_MAX_BLOCKS)
+
+
+def training(rounds: int) -> Seconds:
     """Seconds of a whole run of the byte language model, with and without a recorder."""
-    seconds: dict[str, list[float]] = {"alone": [], "recorded": []}
+    seconds: Seconds = {"alone": [], "ours": []}
     for seed in range(rounds + 1):
-        alone, recorded = train(seed, record=False), train(seed, record=True)
-        if seed:  # the first round warms up
-            seconds["alone"].append(alone)
-            seconds["recorded"].append(recorded)
+        # Each goes first as often as the other, and the first round warms up.
+        for name in sorted(seconds, reverse=bool(seed % 2)):
+            with tempfile.TemporaryDirectory() as folder:
+                one = train(seed, Path(folder) if name == "ours" else None)
+            if seed:
+                seconds[name].append(one.seconds)
     return seconds
 
 
-def train(seed: int, record: bool) -> float:
-    """Seconds that the steps take, closing the recorder included."""
+def selection(rounds: int) -> Seconds:
+    """Seconds of choosing among the profiles, and of as many evaluations of the live weights."""
+    seconds: Seconds = {"alone": [], "ours": []}
+    with tempfile.TemporaryDirectory() as folder:
+        run = train(0, Path(folder), block=BLOCK_STEPS)
+        trajectory = polyak.Trajectory(folder)
+
+        def score(model: nn.Module) -> Tensor:
+            with torch.no_grad():
+                return cross_entropy(model(run.validation.inputs), run.validation.targets, reduction="none")
+
+        def evaluate() -> None:
+            _repeat(lambda: score(run.model), len(PROFILES))
+
+        def select() -> None:
+            polyak.select(trajectory, run.model, score=score, profiles=PROFILES, progress=False)
+
+        _timed(evaluate), _timed(select)
+        for _ in range(rounds):
+            seconds["alone"].append(_timed(evaluate))
+            seconds["ours"].append(_timed(select))
+    return seconds
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the byte language model that has ended, and the seconds of its steps and its recorder."""
+
+    seconds: float
+    model: nn.Module
+    validation: Examples
+
+
+def train(seed: int, folder: Path | None, block: int | None = None) -> Run:
+    """Train, and record into ``folder`` if there is one; closing the recorder is timed too."""
     torch.manual_seed(seed)
     split, model = TASK.load(seed), TASK.build_model()
     optimizer = TASK.optimizer(model.parameters(), **TASK.optimizer_options)
     generator = torch.Generator().manual_seed(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        recording: AbstractContextManager[polyak.Recorder | None] = nullcontext()
-        if record:
-            recording = polyak.Recorder(model, folder, every=SAMPLE_STEPS, optimizer=optimizer)
-        with recording as recorder:
-            for batch in batches(split.train, TASK.batch_size, TASK.steps, generator):
-                optimizer.zero_grad()
-                cross_entropy(model(batch.inputs), batch.targets).backward()
-                optimizer.step()
-                if recorder is not None:
-                    recorder.update()
-        return time.perf_counter() - started
+    started = time.perf_counter()
+    recording: AbstractContextManager[polyak.Recorder | None] = nullcontext()
+    if folder is not None:
+        recording = polyak.Recorder(model, folder, every=SAMPLE_STEPS, block=block, optimizer=optimizer)
+    with recording as recorder:
+        for batch in batches(split.train, TASK.batch_size, TASK.steps, generator):
+            optimizer.zero_grad()
+            cross_entropy(model(batch.inputs), batch.targets).backward()
+            optimizer.step()
+            if recorder is not None:
+                recorder.update()
+    return Run(time.perf_counter() - started, model, split.validation)
 
 
 def _repeat(call: Callable[[], object], times: int) -> None:
@@ -103,7 +153,7 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-MEASUREMENTS = {"updates": updates, "training": training}
+MEASUREMENTS = {"updates": updates, "merging": merging, "training": training, "selection": selection}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -111,23 +161,25 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(THREADS)
     environment = harness.environment(("polyak",))  # before the work, whose own load it would show
     table = Table(
-        "what", "alone, ms", "recorded, ms", "ratio (IQR)", "target", title="recording a trajectory"
+        "what", "alone, ms", "ours, ms", "ratio (IQR)", "aim", title="recording a run, selecting from it"
     )
     results: dict[str, object] = {}
     for name in options.only:
         seconds = MEASUREMENTS[name](options.rounds)
-        ratio = harness.ratios(seconds["recorded"], seconds["alone"])
-        medians = [f"{1000 * Spread.of(seconds[kind]).median:.2f}" for kind in ("alone", "recorded")]
+        ratio = harness.ratios(seconds["ours"], seconds["alone"])
+        medians = [f"{1000 * Spread.of(seconds[kind]).median:.2f}" for kind in ("alone", "ours")]
         table.add_row(name, *medians, str(ratio), f"{TARGETS[name]:.2f}")
-        results[name] = {"seconds": seconds, "ratio": asdict(ratio), "target": TARGETS[name]}
+        results[name] = {"seconds": seconds, "ratio": asdict(ratio), "aim": TARGETS[name]}
     Console().print(table)
     if options.output:
-        harness.write_json(options.output, {"environment": environment, "results": results})
+        harness.write_json(
+            options.output, {"benchmark": "trajectory", "environment": environment, "results": results}
+        )
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(MEASUREMENTS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)

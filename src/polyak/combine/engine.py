@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,9 @@ from polyak.combine.threads import run_on_threads
 from polyak.errors import OptionError
 
 __all__ = ["Progress", "combine"]
+
+# On smaller slices threads spend their time waiting for each other's turn in Python.
+_WORTH_THREADS_BYTES = 1 << 17
 
 # Called with the bytes done so far and in all, from one thread at a time.
 Progress = Callable[[int, int], object]
@@ -77,8 +80,9 @@ def combine(
     budget = Budget.within(max_memory, inputs, len(writers), workers)
     job = _Job(inputs, coefficients, writers, accumulate)
     slices = share_of(list(cut(writers[0].layout.tensors, job.width, budget.slice_bytes)), *share)
-    tally = _Tally(sum(job.traffic(piece) for piece in slices), progress)
-    run_on_threads(lambda: _Worker(job, budget.slice_bytes, tally), slices, budget.workers)
+    tally = _Tally(sum(map(job.traffic, slices)), progress)
+    workers = budget.workers if job.bytes_of(slices) >= _WORTH_THREADS_BYTES * len(slices) else 1
+    run_on_threads(lambda: _Worker(job, budget.slice_bytes, tally), slices, workers)
     return [name for name in writers[0].layout.tensors if name in job.differing]
 
 
@@ -113,6 +117,10 @@ class _Job:
             reals = source.itemsize // source.to_real().itemsize
             widths.append(reals * accumulation_dtype(source, self.accumulate).itemsize)
         return max(widths)
+
+    def bytes_of(self, slices: Iterable[Slice]) -> int:
+        """Bytes of one source in all ``slices``, in the widest form they pass through."""
+        return sum(piece.count * self.width(piece.name) for piece in slices)
 
     def traffic(self, piece: Slice) -> int:
         """Bytes read and written for a slice."""

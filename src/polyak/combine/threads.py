@@ -20,7 +20,7 @@ def run_on_threads(make_worker: Callable[[], Callable[[Item], None]], items: Ite
     Args:
         make_worker: called once in each thread; what it returns is called with one item after the other.
         items: the work.
-        n: how many threads.
+        n: how many threads; one is that of the caller.
 
     Raises what the first worker to fail raised, after the others have finished the item they were at; an
     interrupt stops them likewise.
@@ -37,6 +37,9 @@ def run_on_threads(make_worker: Callable[[], Callable[[Item], None]], items: Ite
 
     torch_threads = torch.get_num_threads()
     try:
+        if n == 1:
+            work()
+            return
         with ThreadPoolExecutor(n) as pool:
             try:
                 for finished in as_completed([pool.submit(work) for _ in range(n)]):

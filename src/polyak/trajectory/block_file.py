@@ -96,8 +96,8 @@ def file_checksum(path: Path) -> int:
     Raises:
         CheckpointError: it cannot be read.
     """
-    words = np.empty(_CHUNK_BYTES // 8, dtype=np.uint64)
-    memory = memoryview(words).cast("B")
+    memory = memoryview(bytearray(_CHUNK_BYTES))
+    words = np.frombuffer(memory, dtype=np.uint64)
     value = 0
     try:
         with path.open("rb") as file:

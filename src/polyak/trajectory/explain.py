@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,10 +51,25 @@ class Explanation:
     profile: Profile
     blocks: Sequence[Block]
     coefficients: Floats
-    misplaced_weight: float
-    partly_covered_weight: float
-    effective_samples: float
-    warnings: tuple[str, ...]
+
+    # Each is worked out when it is asked for: choosing among many profiles looks at few.
+
+    @cached_property
+    def misplaced_weight(self) -> float:
+        return _misplaced(self.profile, self.blocks)
+
+    @cached_property
+    def partly_covered_weight(self) -> float:
+        return float(np.abs(self.coefficients[_are_partly_covered(self.profile, self.blocks)]).sum())
+
+    @cached_property
+    def effective_samples(self) -> float:
+        counts = np.array([block.count for block in self.blocks])
+        return float(1 / (self.coefficients**2 / counts).sum())
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        return _warnings(self.profile, self.blocks, self.coefficients)
 
     @property
     def exact(self) -> bool:
@@ -89,19 +105,7 @@ def explain(profile: Profile, blocks: Sequence[Block]) -> Explanation:
     >>> found.coefficients.round(3).tolist(), found.exact, round(found.misplaced_weight, 3)
     ([0.2, 0.8], False, 0.167)
     """
-    found = block_coefficients(profile, blocks)
-    counts = np.array([block.count for block in blocks])
-    inside = _within_blocks(profile, blocks, np.full(len(blocks), _POSITIONS))
-    partly = [bool((w > _ROUNDING * w.sum()).any() and (w <= 0).any()) for w in inside]
-    return Explanation(
-        profile,
-        blocks,
-        found,
-        float(_misplaced(profile, blocks)),
-        float(np.abs(found[partly]).sum()),
-        float(1 / (found**2 / counts).sum()),
-        _warnings(profile, blocks, found),
-    )
+    return Explanation(profile, blocks, block_coefficients(profile, blocks))
 
 
 def block_coefficients(profile: Profile, blocks: Sequence[Block]) -> Floats:
@@ -133,13 +137,34 @@ def _refuse_unresolved(scheme: Scheme, blocks: Sequence[Block]) -> None:
     )
 
 
-def _within_blocks(profile: Profile, blocks: Sequence[Block], parts: NDArray[np.int64]) -> list[Floats]:
-    """The weights that ``profile`` gives to each block's parts, all of the same length within a block."""
+def _within_blocks(profile: Profile, blocks: Sequence[Block], parts: NDArray[np.int64]) -> Floats:
+    """The weights that ``profile`` gives to each block's parts, one block after the other.
+
+    Args:
+        profile: any profile.
+        blocks: K blocks.
+        parts: into how many parts of equal length each of the K is cut.
+    """
     starts, stops = _edges(profile, blocks)
-    fractions = [np.arange(n + 1) / n for n in parts]
-    positions = [a + (b - a) * f for a, b, f in zip(starts, stops, fractions, strict=True)]
-    shares = profile.cumulative(np.concatenate(positions).clip(0, stops[-1]), stops[-1])
-    return [np.diff(share) for share in np.split(shares, np.cumsum(parts + 1)[:-1])]
+    edges = parts + 1
+    which = np.repeat(np.arange(len(parts)), edges)
+    nth = np.arange(len(which)) - _firsts(edges)[which]
+    positions = starts[which] + (stops - starts)[which] * (nth / parts[which])
+    shares = profile.cumulative(positions.clip(0, stops[-1]), stops[-1])
+    return np.diff(shares)[which[1:] == which[:-1]]
+
+
+def _firsts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each run of so many elements begins."""
+    return np.cumsum(lengths) - lengths
+
+
+def _are_partly_covered(profile: Profile, blocks: Sequence[Block]) -> NDArray[np.bool_]:
+    """Which blocks have parts with weight and parts without."""
+    parts = np.full(len(blocks), _POSITIONS)
+    inside = _within_blocks(profile, blocks, parts).reshape(len(blocks), _POSITIONS)
+    weighs = inside > _ROUNDING * inside.sum(axis=1, keepdims=True)
+    return weighs.any(axis=1) & (inside <= 0).any(axis=1)
 
 
 def _edges(profile: Profile, blocks: Sequence[Block]) -> tuple[Floats, Floats]:
@@ -154,10 +179,10 @@ def _misplaced(profile: Profile, blocks: Sequence[Block]) -> float:
     """Half of Σ |a - b| over all samples, a being the weight asked for and b what the block gives it."""
     if profile.unit == "blocks":
         return 0.0
-    counts = np.array([min(block.count, _POSITIONS) for block in blocks])
-    inside = _within_blocks(profile, blocks, counts)
-    distances = [np.abs(weights - weights.mean()).sum() / 2 for weights in inside]
-    return float(np.sum(distances) / np.sum([weights.sum() for weights in inside]))
+    parts = np.array([min(block.count, _POSITIONS) for block in blocks])
+    inside = _within_blocks(profile, blocks, parts)
+    given = np.add.reduceat(inside, _firsts(parts))
+    return float(np.abs(inside - np.repeat(given / parts, parts)).sum() / 2 / given.sum())
 
 
 def _shortest(scheme: Scheme, blocks: Sequence[Block]) -> Scheme | None:
