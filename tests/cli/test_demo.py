@@ -18,6 +18,7 @@ def tiny(monkeypatch):
         TASKS["digits"],
         steps=60,
         eval_steps=20,
+        block_steps=10,
         averages={label: replace(spec, start=0) for label, spec in TASKS["digits"].averages.items()},
         decay_fractions=(0.5,),
         tuning_seeds=(1000,),

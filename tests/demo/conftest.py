@@ -5,7 +5,7 @@ import pytest
 
 from polyak.demo.candidates import Curve
 from polyak.demo.study import Study
-from polyak.demo.tasks import LIVE, TASKS, AverageSpec, Task
+from polyak.demo.tasks import CHOSEN, LIVE, TASKS, AverageSpec, Task
 from polyak.profiles import EMA, Uniform
 
 
@@ -16,6 +16,7 @@ def tiny_digits() -> Task:
         TASKS["digits"],
         steps=40,
         eval_steps=10,
+        block_steps=5,
         averages={
             "SWA, no update_bn": AverageSpec(Uniform(), start=20, every=5),
             "SWA + update_bn": AverageSpec(Uniform(), start=20, every=5, update_bn=True),
@@ -48,12 +49,18 @@ def made_up_study() -> Callable[..., Study]:
             )
 
         task = TASKS["digits"]
-        labels = [LIVE, "decay, last 40%", *task.averages]
+        labels = [LIVE, "decay, last 40%", *task.averages, CHOSEN]
         seeds = range(len(nll[LIVE]))
+        check = {"best_score": 0.3, "live_score": 0.4, "difference": -0.1, "low": -0.2, "high": -0.05}
+        found = {"best": "tail:0.5", "holdout": check, "candidates": [{}] * 30, "verdict": "tail:0.5 is best"}
         return Study(
             task,
             tuning_nll={0.1: [0.5, 0.6], 0.4: [0.4, 0.6], 1.0: [0.9, 0.1 + 0.8]},
             curves={seed: {label: curve(label, seed) for label in labels} for seed in seeds},
+            selections={
+                seed: found if seed else {**found, "best": "live", "holdout": None} for seed in seeds
+            },
+            first_selection="candidate  score",
         )
 
     return build

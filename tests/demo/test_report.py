@@ -7,7 +7,7 @@ from rich.console import Console
 
 from polyak.demo.figure import study_figure
 from polyak.demo.report import study_as_data, study_table
-from polyak.demo.tasks import LIVE
+from polyak.demo.tasks import CHOSEN, LIVE
 from polyak.demo.verdict import verdict
 
 LIVE_NLL = [0.50, 0.52, 0.48, 0.51, 0.49]
@@ -20,10 +20,10 @@ def shifted(by: float, wobble: float) -> list[float]:
 
 
 def test_verdict_when_averaging_helped_and_beat_the_decay(made_up_study):
-    study = made_up_study({LIVE: LIVE_NLL, SWA: shifted(-0.2, 0.01), DECAY: shifted(-0.1, 0.01)})
-    live, decay, *_ = verdict(study)
+    study = made_up_study({LIVE: LIVE_NLL, CHOSEN: shifted(-0.2, 0.01), DECAY: shifted(-0.1, 0.01)})
+    _, live, decay, *_ = verdict(study)
     assert live.startswith(
-        "Averaging helped: the test NLL of SWA + update_bn is 0.1980 below that of the live weights (95% interval"
+        "Averaging helped: the test NLL of what was chosen is 0.1980 below that of the live weights (95% interval"
     )
     assert "p < 0.001, lower on 5 of 5 seeds)" in live
     assert decay.startswith("It also beat the best tuned learning-rate decay: the test NLL is 0.1000 below")
@@ -31,10 +31,10 @@ def test_verdict_when_averaging_helped_and_beat_the_decay(made_up_study):
 
 
 def test_verdict_when_averaging_did_harm(made_up_study):
-    study = made_up_study({LIVE: LIVE_NLL, SWA: shifted(0.1, 0.01), DECAY: shifted(-0.1, 0.01)})
-    live, decay, *_ = verdict(study)
+    study = made_up_study({LIVE: LIVE_NLL, CHOSEN: shifted(0.1, 0.01), DECAY: shifted(-0.1, 0.01)})
+    _, live, decay, *_ = verdict(study)
     assert live.startswith(
-        "Averaging did not help, it did harm: the test NLL of SWA + update_bn is 0.1020 above"
+        "Averaging did not help, it did harm: the test NLL of what was chosen is 0.1020 above"
     )
     assert "lower on 0 of 5 seeds" in live
     assert decay.startswith(
@@ -43,8 +43,8 @@ def test_verdict_when_averaging_did_harm(made_up_study):
 
 
 def test_verdict_when_the_seeds_cannot_tell(made_up_study):
-    study = made_up_study({LIVE: LIVE_NLL, SWA: shifted(-0.01, 0.1), DECAY: shifted(-0.02, 0.0)})
-    live, decay, *_ = verdict(study)
+    study = made_up_study({LIVE: LIVE_NLL, CHOSEN: shifted(-0.01, 0.1), DECAY: shifted(-0.02, 0.0)})
+    _, live, decay, *_ = verdict(study)
     assert live.startswith("Not sure whether averaging helped: ")
     low, high = (float(bound) for bound in live.split("difference ")[1].split(",")[0].split(" to "))
     assert low < 0 < high
@@ -64,23 +64,30 @@ def test_verdict_when_the_seeds_cannot_tell(made_up_study):
 )
 def test_verdict_on_update_bn(made_up_study, raw, opening):
     study = made_up_study({LIVE: LIVE_NLL}, accuracy={RAW: raw, SWA: [0.90, 0.91, 0.92, 0.90, 0.91]})
-    sentence = verdict(study)[2]
+    sentence = verdict(study)[3]
     assert sentence.startswith(opening)
     assert "instead of 90.8%" in sentence
 
 
+def test_verdict_says_what_was_chosen_and_what_test_confirms(made_up_study):
+    assert verdict(made_up_study({LIVE: LIVE_NLL}))[0] == (
+        "After training, validation chose among up to 30 averages and the live weights, on so many seeds: "
+        "tail:0.5 (4), live (1). Of 4 averages chosen, test confirms 4 beyond the noise of its examples."
+    )
+
+
 def test_the_data_is_json_with_the_numbers_that_were_measured(made_up_study):
-    study = made_up_study({LIVE: LIVE_NLL, SWA: shifted(-0.2, 0.01), DECAY: shifted(-0.1, 0.01)})
+    study = made_up_study({LIVE: LIVE_NLL, CHOSEN: shifted(-0.2, 0.01), DECAY: shifted(-0.1, 0.01)})
     data = json.loads(json.dumps(study_as_data(study), allow_nan=False))
 
-    by_seed = [data["curves"][str(seed)][SWA]["test_nll"][-1] for seed in range(5)]
-    summary = data["summary"][SWA]["test_nll"]
+    by_seed = [data["curves"][str(seed)][CHOSEN]["test_nll"][-1] for seed in range(5)]
+    summary = data["summary"][CHOSEN]["test_nll"]
     assert summary["by_seed"] == by_seed == shifted(-0.2, 0.01)
     assert summary["mean"] == pytest.approx(np.mean(by_seed))
     assert summary["stderr"] == pytest.approx(np.std(by_seed, ddof=1) / 5**0.5)
     assert summary["minus_live"]["mean"] == pytest.approx(np.mean(by_seed) - np.mean(LIVE_NLL))
     assert summary["minus_tuned_decay"]["mean"] == pytest.approx(-0.1)
-    assert list(data["summary"]) == [LIVE, "live, early-stopped", DECAY, RAW, SWA, EMA]
+    assert list(data["summary"]) == [LIVE, "live, early-stopped", DECAY, RAW, SWA, EMA, CHOSEN]
     assert data["tuning"]["best_decay_fraction"] == 0.4
     assert data["settings"]["averages"][SWA] == {
         "scheme": "uniform",
@@ -93,15 +100,15 @@ def test_the_data_is_json_with_the_numbers_that_were_measured(made_up_study):
 
 
 def test_the_table_shows_every_candidate_uncut_on_a_terminal_of_80_columns(made_up_study):
-    study = made_up_study({LIVE: LIVE_NLL, SWA: shifted(-0.2, 0.01), DECAY: shifted(-0.1, 0.01)})
+    study = made_up_study({LIVE: LIVE_NLL, CHOSEN: shifted(-0.2, 0.01), DECAY: shifted(-0.1, 0.01)})
     console = Console(file=StringIO(), width=80)
     console.print(study_table(study))
     table = console.file.getvalue()
     assert "…" not in table
     lines = [line.split() for line in table.splitlines()]
-    swa = next(line for line in lines if line[:3] == SWA.split())
+    chosen = next(line for line in lines if line[:3] == CHOSEN.split())
     stderr = np.std(shifted(-0.2, 0.01), ddof=1) / 5**0.5
-    assert swa[3:] == ["0.3020", "±", f"{stderr:.4f}", "-0.1980", "(p<0.001)", "-0.1000", "(p<0.001)"]
+    assert chosen[3:] == ["0.3020", "±", f"{stderr:.4f}", "-0.1980", "(p<0.001)", "-0.1000", "(p<0.001)"]
     assert sum(line[:2] == ["live", "weights"] for line in lines) == 2
 
 

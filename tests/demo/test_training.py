@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from polyak.demo.data import batches, with_noise
-from polyak.demo.tasks import LIVE, TASKS, AverageSpec
+from polyak.demo.tasks import CHOSEN, LIVE, TASKS, AverageSpec
 from polyak.demo.training import learning_rate_factor, train
 from polyak.profiles import Uniform
 
@@ -39,7 +39,7 @@ def test_the_live_weights_and_swa_are_those_of_a_loop_written_out(tiny_digits):
     swa = test_nll()
     torch.set_num_threads(threads)
 
-    curves = train(tiny_digits, 5)
+    curves = train(tiny_digits, 5).curves
     assert curves[LIVE].steps == [10, 20, 30, 40]
     assert curves[LIVE].test_nll[-1] == live
     assert curves["SWA, no update_bn"].steps == [30, 40]
@@ -48,16 +48,16 @@ def test_the_live_weights_and_swa_are_those_of_a_loop_written_out(tiny_digits):
 
 
 def test_scoring_and_averaging_do_not_change_the_training(tiny_digits):
-    often = train(tiny_digits, 0)[LIVE]
-    once = train(replace(tiny_digits, averages={}), 0, eval_steps=40)[LIVE]
+    often = train(tiny_digits, 0).curves[LIVE]
+    once = train(replace(tiny_digits, averages={}), 0, eval_steps=40).curves[LIVE]
     assert once.steps == [40]
     assert once.test_nll[-1] == often.test_nll[-1]
     assert once.validation_accuracy[-1] == often.validation_accuracy[-1]
 
 
 def test_a_decayed_run_is_the_constant_one_until_the_decay_begins(tiny_digits):
-    constant = train(tiny_digits, 0)[LIVE]
-    decayed = train(tiny_digits, 0, decay_fraction=0.5)
+    constant = train(tiny_digits, 0).curves[LIVE]
+    decayed = train(tiny_digits, 0, decay_fraction=0.5).curves
     assert list(decayed) == [LIVE]
     assert decayed[LIVE].test_nll[:2] == constant.test_nll[:2]
     assert decayed[LIVE].test_nll[2:] != constant.test_nll[2:]
@@ -65,7 +65,7 @@ def test_a_decayed_run_is_the_constant_one_until_the_decay_begins(tiny_digits):
 
 def test_the_callers_random_state_and_threads_are_left_alone(tiny_digits):
     random_state, threads = torch.get_rng_state(), torch.get_num_threads()
-    train(replace(tiny_digits, steps=2, eval_steps=2), seed=123)
+    train(replace(tiny_digits, steps=4, eval_steps=4, record_every=1, block_steps=2), seed=123)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.get_num_threads() == threads
 
@@ -75,11 +75,12 @@ def test_the_text_task_trains():
         TASKS["text"],
         steps=30,
         eval_steps=30,
+        block_steps=10,
         warmup_steps=5,
         averages={"uniform tail": AverageSpec(Uniform(), start=20)},
     )
-    curves = train(task, 0)
-    assert set(curves) == {LIVE, "uniform tail"}
+    curves = train(task, 0).curves
+    assert set(curves) == {LIVE, "uniform tail", CHOSEN}
     # 256 bytes guessed evenly would cost ln 256 = 5.5 nats.
     assert curves[LIVE].test_nll[0] < 4.0
     assert curves["uniform tail"].test_nll[0] < 4.0

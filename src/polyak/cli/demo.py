@@ -27,10 +27,11 @@ def demo(
         "polyak-demo"
     ),
 ) -> None:
-    """Train on real data, average the weights, and say plainly whether that helped.
+    """Train on real data, average the weights, choose an average, and say plainly whether that helped.
 
     Every candidate is held against the live weights and against the best learning-rate decay, which is
-    tuned on other seeds; each difference comes with a paired t-test over seeds.
+    tuned on other seeds; each difference comes with a paired t-test over seeds. Each run is recorded, and what the
+    verdict is about is the average that select chose from the recording, by validation.
 
     \b
     polyak demo                       digits: SWA and EMA, with and without update_bn

@@ -14,8 +14,10 @@ from polyak.average import Average
 from polyak.batchnorm import update_bn
 from polyak.demo.data import Examples, Split
 from polyak.demo.tasks import LIVE, AverageSpec
+from polyak.selection import Selection, select
+from polyak.trajectory import Trajectory
 
-__all__ = ["Candidates", "Curve"]
+__all__ = ["Candidates", "Curve", "Scoring", "choose"]
 
 
 @dataclass
@@ -37,6 +39,18 @@ class Curve:
         self.test_accuracy.append(test[1])
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What weights are scored on, and the inputs that BatchNorm statistics are recomputed from."""
+
+    split: Split
+    update_bn_batches: list[Tensor]
+
+    def scores(self, model: nn.Module) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(NLL, accuracy) on validation and on test."""
+        return _score(model, self.split.validation), _score(model, self.split.test)
+
+
 class Candidates:
     """Follows ``model`` with every average of ``specs`` and scores them all without disturbing it."""
 
@@ -44,8 +58,7 @@ class Candidates:
         self,
         model: nn.Module,
         specs: Mapping[str, AverageSpec],
-        split: Split,
-        update_bn_batches: list[Tensor],
+        scoring: Scoring,
     ) -> None:
         self._model = model
         self._specs = specs
@@ -53,8 +66,7 @@ class Candidates:
             label: Average(model, spec.scheme, start=spec.start, every=spec.every)
             for label, spec in specs.items()
         }
-        self._split = split
-        self._update_bn_batches = update_bn_batches
+        self._scoring = scoring
         self.curves: dict[str, Curve] = {LIVE: Curve()} | {label: Curve() for label in specs}
 
     def update(self) -> None:
@@ -65,9 +77,7 @@ class Candidates:
     def score(self, step: int) -> None:
         """Append a point to the curve of each candidate that exists by now."""
         for label, weights in self._models():
-            self.curves[label].append(
-                step, _score(weights, self._split.validation), _score(weights, self._split.test)
-            )
+            self.curves[label].append(step, *self._scoring.scores(weights))
 
     def _models(self) -> Iterator[tuple[str, nn.Module]]:
         live = deepcopy(self._model)
@@ -77,8 +87,34 @@ class Candidates:
                 averaged = deepcopy(self._model)
                 average.copy_to(averaged)
                 if self._specs[label].update_bn:
-                    update_bn(self._update_bn_batches, averaged)
+                    update_bn(self._scoring.update_bn_batches, averaged)
                 yield label, averaged
+
+
+def choose(trajectory: Trajectory, model: nn.Module, scoring: Scoring, step: int) -> tuple[Curve, Selection]:
+    """Let validation choose from a recorded run; the choice's scores at its end, ``step``.
+
+    Test data only confirms the choice, as a holdout.
+    """
+    split = scoring.split
+    has_batchnorm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    selection = select(
+        trajectory,
+        model,
+        score=lambda m: _losses(m, split.validation),
+        holdout=lambda m: _losses(m, split.test),
+        recalibrate=scoring.update_bn_batches if has_batchnorm else None,
+        progress=False,
+    )
+    chosen = deepcopy(model)
+    selection.apply(chosen)
+    curve = Curve()
+    curve.append(step, *scoring.scores(chosen))
+    return curve, selection
+
+
+def _losses(model: nn.Module, examples: Examples) -> Tensor:
+    return cross_entropy(model(examples.inputs), examples.targets, reduction="none")
 
 
 @torch.no_grad()

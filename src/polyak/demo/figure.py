@@ -24,7 +24,8 @@ def study_figure(study: Study) -> Figure:
     labels = [LIVE, study.decay, *study.task.averages]
     nlls = [_line(study, label, "test_nll", 1) for label in labels]
     accuracies = [_line(study, label, "test_accuracy", 100) for label in labels]
-    worth_comparing = [line for line in nlls if line.label != study.task.without_update_bn]
+    without_update_bn = (study.task.update_bn_pair or (None,))[0]
+    worth_comparing = [line for line in nlls if line.label != without_update_bn]
     return line_panels(
         f"Test scores of {study.task.description}\nmean of {len(study.curves)} seeds ± standard error",
         study.task.time_unit,

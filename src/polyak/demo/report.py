@@ -51,6 +51,7 @@ def study_as_data(study: Study) -> dict[str, Any]:
             "validation_nll": {str(fraction): nll for fraction, nll in study.tuning_nll.items()},
             "best_decay_fraction": study.decay_fraction,
         },
+        "selections": {str(seed): found for seed, found in study.selections.items()},
         "curves": {
             str(seed): {label: asdict(curve) for label, curve in curves.items()}
             for seed, curves in study.curves.items()
@@ -112,7 +113,8 @@ def _settings(task: Task) -> dict[str, Any]:
             }
             for label, spec in task.averages.items()
         },
-        "headline": task.headline,
+        "record_every": task.record_every,
+        "block_steps": task.block_steps,
         "decay_fractions": list(task.decay_fractions),
         "tuning_seeds": list(task.tuning_seeds),
     }

@@ -9,17 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 
 from polyak.demo.candidates import Curve
-from polyak.demo.tasks import LIVE, LIVE_EARLY, Task
-from polyak.demo.training import train
+from polyak.demo.tasks import CHOSEN, LIVE, LIVE_EARLY, Task
+from polyak.demo.training import Run, train
 from polyak.errors import OptionError
 
 __all__ = ["Study", "check_seeds", "run_count", "run_study"]
 
-Runs = Iterable[dict[str, Curve]]
+Runs = Iterable[Run]
 Map = Callable[..., Runs]
 
 
@@ -27,12 +28,16 @@ Map = Callable[..., Runs]
 class Study:
     """Everything that was measured, by seed; ``curves`` holds the curve of each candidate of each seed.
 
-    ``tuning_nll`` is the validation NLL that each decay fraction reached on each of the tuning seeds.
+    ``tuning_nll`` is the validation NLL that each decay fraction reached on each of the tuning seeds;
+    ``selections`` is what `select` found in the recording of each seed, and ``first_selection`` how it
+    printed that of the first.
     """
 
     task: Task
     tuning_nll: dict[float, list[float]]
     curves: dict[int, dict[str, Curve]]
+    selections: dict[int, dict[str, Any]]
+    first_selection: str
 
     @property
     def decay_fraction(self) -> float:
@@ -47,7 +52,7 @@ class Study:
     @property
     def labels(self) -> list[str]:
         """All candidates, baselines first."""
-        return [LIVE, LIVE_EARLY, self.decay, *self.task.averages]
+        return [LIVE, LIVE_EARLY, self.decay, *self.task.averages, CHOSEN]
 
     def scores(self, label: str, measure: str) -> list[float]:
         """The test scores to report, one per seed; ``measure`` is ``"nll"`` or ``"accuracy"``.
@@ -92,22 +97,25 @@ def run_study(
     with _mapper(workers) as run_all:
         pairs = [(fraction, seed) for fraction in task.decay_fractions for seed in task.tuning_seeds]
         tuning_nll: dict[float, list[float]] = {fraction: [] for fraction in task.decay_fractions}
-        for (fraction, _), curves in zip(pairs, run_all(partial(_tuning_run, task), pairs), strict=True):
-            tuning_nll[fraction].append(curves[LIVE].validation_nll[-1])
+        for (fraction, _), run in zip(pairs, run_all(partial(_tuning_run, task), pairs), strict=True):
+            tuning_nll[fraction].append(run.curves[LIVE].validation_nll[-1])
             on_run("tuning the learning-rate decay")
 
-        study = Study(task, tuning_nll, {seed: {} for seed in range(seeds)})
-        for seed, curves in zip(study.curves, run_all(partial(train, task), study.curves), strict=True):
-            study.curves[seed].update(curves)
-            on_run("training at a constant learning rate, averaging")
+        runs = []
+        for run in run_all(partial(train, task), range(seeds)):
+            runs.append(run)
+            on_run("training at a constant learning rate, averaging, choosing")
+        selections = {seed: run.selection for seed, run in enumerate(runs) if run.selection is not None}
+        curves = {seed: run.curves for seed, run in enumerate(runs)}
+        study = Study(task, tuning_nll, curves, selections, runs[0].selection_text)
         decayed = run_all(partial(train, task, decay_fraction=study.decay_fraction), study.curves)
-        for seed, curves in zip(study.curves, decayed, strict=True):
-            study.curves[seed][study.decay] = curves[LIVE]
+        for seed, run in zip(study.curves, decayed, strict=True):
+            study.curves[seed][study.decay] = run.curves[LIVE]
             on_run("training with the best tuned decay")
     return study
 
 
-def _tuning_run(task: Task, pair: tuple[float, int]) -> dict[str, Curve]:
+def _tuning_run(task: Task, pair: tuple[float, int]) -> Run:
     fraction, seed = pair
     return train(task, seed, decay_fraction=fraction, eval_steps=task.steps)
 

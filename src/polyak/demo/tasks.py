@@ -12,10 +12,11 @@ from torch.optim import SGD, AdamW, Optimizer
 from polyak.demo import data, models
 from polyak.profiles import EMA, Power, Scheme, Uniform
 
-__all__ = ["LIVE", "LIVE_EARLY", "TASKS", "AverageSpec", "Task"]
+__all__ = ["CHOSEN", "LIVE", "LIVE_EARLY", "TASKS", "AverageSpec", "Task"]
 
 LIVE = "live weights"
 LIVE_EARLY = "live, early-stopped"
+CHOSEN = "chosen by select"
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class AverageSpec:
 class Task:
     """A data set, a model, how it is trained, and which averages of the run are compared.
 
-    ``averages`` maps the label of each to its spec; ``headline`` is the label that the verdict is about.
+    ``averages`` maps the label of each to its spec. Besides, the run is recorded, a sample every ``record_every``
+    optimizer steps and a block of ``block_steps``, and :func:`polyak.select` chooses from the recording at its end.
     ``decay_fractions`` are the shares of the run over which the learning rate may go linearly to zero: the
     best for validation on ``tuning_seeds`` is the baseline. Counts are optimizer steps; every ``eval_steps``
-    of them the weights are scored. ``without_update_bn`` is the label of the headline's twin whose BatchNorm
-    statistics are not recomputed, if there is one. Figures count time in ``time_unit`` of ``unit_steps``.
+    of them the weights are scored. ``update_bn_pair`` are the labels of one average with BatchNorm statistics that
+    are not recomputed, and that are, if the model has any. Figures count time in ``time_unit`` of ``unit_steps``.
     """
 
     name: str
@@ -49,13 +51,14 @@ class Task:
     steps: int
     eval_steps: int
     averages: Mapping[str, AverageSpec]
-    headline: str
+    record_every: int
+    block_steps: int
     decay_fractions: tuple[float, ...]
     seeds: int
     tuning_seeds: tuple[int, ...]
     warmup_steps: int = 0
     input_noise: float = 0.0
-    without_update_bn: str | None = None
+    update_bn_pair: tuple[str, str] | None = None
     time_unit: str = "optimizer steps"
     unit_steps: int = 1
 
@@ -78,8 +81,9 @@ _DIGITS = Task(
         "SWA + update_bn": AverageSpec(Uniform(), start=320, every=20, update_bn=True),
         "EMA + update_bn": AverageSpec(EMA(half_life=100), update_bn=True),
     },
-    headline="SWA + update_bn",
-    without_update_bn="SWA, no update_bn",
+    record_every=5,
+    block_steps=20,
+    update_bn_pair=("SWA, no update_bn", "SWA + update_bn"),
     decay_fractions=(0.05, 0.1, 0.2, 0.4, 0.7, 1.0),
     seeds=8,
     tuning_seeds=(1000, 1001, 1002),
@@ -101,7 +105,8 @@ _TEXT = Task(
         "EMA": AverageSpec(EMA(half_life=200)),
         "power, gamma 4": AverageSpec(Power(gamma=4)),
     },
-    headline="uniform tail",
+    record_every=10,
+    block_steps=20,
     decay_fractions=(0.2, 0.45, 0.7, 1.0),
     seeds=5,
     tuning_seeds=(1000, 1001),

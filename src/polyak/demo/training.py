@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
-from polyak.demo.candidates import Candidates, Curve
+from polyak.demo.candidates import Candidates, Curve, Scoring, choose
 from polyak.demo.data import batches, with_noise
-from polyak.demo.tasks import Task
+from polyak.demo.tasks import CHOSEN, Task
+from polyak.trajectory import Recorder
 
-__all__ = ["learning_rate_factor", "train"]
+__all__ = ["Run", "learning_rate_factor", "train"]
 
 # update_bn sees what training sees, noise included; several draws make the statistics exact enough.
 _UPDATE_BN_DRAWS = 4
 
 
-def train(
-    task: Task, seed: int, *, decay_fraction: float = 0.0, eval_steps: int | None = None
-) -> dict[str, Curve]:
-    """Train once; return the curve of the live weights and, at a constant learning rate, of each average.
+@dataclass(frozen=True)
+class Run:
+    """What came of one training run.
+
+    Attributes:
+        curves: of the live weights, of each average, and the end of the chosen one, by label.
+        selection: what :func:`polyak.select` found, as plain values; None where the run was not recorded.
+        selection_text: the same as it prints.
+    """
+
+    curves: dict[str, Curve]
+    selection: dict[str, Any] | None = None
+    selection_text: str = ""
+
+
+def train(task: Task, seed: int, *, decay_fraction: float = 0.0, eval_steps: int | None = None) -> Run:
+    """Train once, following the averages and recording the run where the learning rate is constant.
 
     The learning rate goes linearly to zero over the last ``decay_fraction`` of the run. Scoring changes
     nothing in the training, and the same arguments give the same numbers, bit for bit, on the same machine.
@@ -43,7 +60,9 @@ def train(
             with_noise(split.train.inputs, task.input_noise, scoring_generator)
             for _ in range(_UPDATE_BN_DRAWS)
         ]
-        candidates = Candidates(model, {} if decay_fraction else task.averages, split, update_bn_batches)
+        scoring = Scoring(split, update_bn_batches)
+        candidates = Candidates(model, {} if decay_fraction else task.averages, scoring)
+        recording = nullcontext() if decay_fraction else _recording(task, model)
 
         optimizer = task.optimizer(model.parameters(), **task.optimizer_options)
         factor = partial(
@@ -54,16 +73,23 @@ def train(
         )
         scheduler = LambdaLR(optimizer, factor)
         generator = torch.Generator().manual_seed(seed)
-        for step, batch in enumerate(batches(split.train, task.batch_size, task.steps, generator), 1):
-            inputs = with_noise(batch.inputs, task.input_noise, generator)
-            optimizer.zero_grad()
-            cross_entropy(model(inputs), batch.targets).backward()
-            optimizer.step()
-            scheduler.step()
-            candidates.update()
-            if step % (eval_steps or task.eval_steps) == 0:
-                candidates.score(step)
-    return candidates.curves
+        with recording as recorder:
+            for step, batch in enumerate(batches(split.train, task.batch_size, task.steps, generator), 1):
+                inputs = with_noise(batch.inputs, task.input_noise, generator)
+                optimizer.zero_grad()
+                cross_entropy(model(inputs), batch.targets).backward()
+                optimizer.step()
+                scheduler.step()
+                candidates.update()
+                if recorder is not None:
+                    recorder.update()
+                if step % (eval_steps or task.eval_steps) == 0:
+                    candidates.score(step)
+            if recorder is None:
+                return Run(candidates.curves)
+            recorder.close()
+            chosen, selection = choose(recorder.trajectory, model, scoring, task.steps)
+    return Run(candidates.curves | {CHOSEN: chosen}, selection.to_dict(), str(selection))
 
 
 def learning_rate_factor(steps_done: int, *, steps: int, warmup_steps: int, decay_steps: int) -> float:
@@ -75,6 +101,16 @@ def learning_rate_factor(steps_done: int, *, steps: int, warmup_steps: int, deca
     up = (steps_done + 1) / warmup_steps if warmup_steps else 1.0
     down = (steps - steps_done) / decay_steps if decay_steps else 1.0
     return min(up, 1.0, down)
+
+
+@contextmanager
+def _recording(task: Task, model: nn.Module) -> Iterator[Recorder]:
+    """A recorder in a folder that is gone afterwards."""
+    with (
+        TemporaryDirectory() as folder,
+        Recorder(model, folder, every=task.record_every, block=task.block_steps) as recorder,
+    ):
+        yield recorder
 
 
 def _initial_model(task: Task, seed: int) -> nn.Module:

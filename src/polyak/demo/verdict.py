@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from polyak.demo.statistics import Difference, paired_difference
 from polyak.demo.study import Study
-from polyak.demo.tasks import LIVE
+from polyak.demo.tasks import CHOSEN, LIVE
 
 __all__ = ["SIGNIFICANT", "format_p", "verdict"]
 
@@ -14,12 +16,12 @@ SIGNIFICANT = 0.05
 def verdict(study: Study) -> list[str]:
     """Whether averaging helped, by how much and how surely: one sentence per question.
 
-    A difference counts as real if its two-sided paired t-test has p < 0.05; otherwise the verdict is "not
-    sure". The average it is about was fixed before any result was seen.
+    It is about the weights that :func:`polyak.select` chose from the recording of each run, by validation. A
+    difference over seeds counts as real if its two-sided paired t-test has p < 0.05; otherwise it is "not sure".
     """
-    sentences = [_against_live(study), _against_decay(study)]
-    if study.task.without_update_bn:
-        sentences.append(_without_update_bn(study, study.task.without_update_bn))
+    sentences = [_choices(study), _against_live(study), _against_decay(study)]
+    if study.task.update_bn_pair:
+        sentences.append(_without_update_bn(study, *study.task.update_bn_pair))
     sentences.append(
         "The intervals are over seeds of one model on one data set: measure on your own before relying on it."
     )
@@ -34,6 +36,20 @@ def format_p(p_value: float) -> str:
     return f"p = {p_value:.3f}" if p_value >= 0.001 else "p < 0.001"
 
 
+def _choices(study: Study) -> str:
+    found = study.selections.values()
+    counts = Counter(selection["best"] for selection in found)
+    choices = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
+    checks = [selection["holdout"] for selection in found if selection["holdout"]]
+    confirmed = sum(check["high"] < 0 for check in checks)
+    candidates = max(len(selection["candidates"]) for selection in found)
+    return (
+        f"After training, validation chose among up to {candidates} averages and the live weights, on so many "
+        f"seeds: {choices}. Of {len(checks)} averages chosen, test confirms {confirmed} beyond the noise of its "
+        "examples."
+    )
+
+
 def _against_live(study: Study) -> str:
     difference = _nll_difference(study, LIVE)
     opening = _by_outcome(
@@ -42,7 +58,7 @@ def _against_live(study: Study) -> str:
         higher="Averaging did not help, it did harm",
         unsure="Not sure whether averaging helped",
     )
-    return f"{opening}: the test NLL of {study.task.headline} is {_size(difference, f'the {LIVE}')}."
+    return f"{opening}: the test NLL of what was chosen is {_size(difference, f'the {LIVE}')}."
 
 
 def _against_decay(study: Study) -> str:
@@ -60,8 +76,8 @@ def _against_decay(study: Study) -> str:
     )
 
 
-def _without_update_bn(study: Study, label: str) -> str:
-    raw, recomputed = (study.scores(name, "accuracy") for name in (label, study.task.headline))
+def _without_update_bn(study: Study, *labels: str) -> str:
+    raw, recomputed = (study.scores(label, "accuracy") for label in labels)
     difference = paired_difference(raw, recomputed)
     opening = _by_outcome(
         difference,
@@ -76,7 +92,7 @@ def _without_update_bn(study: Study, label: str) -> str:
 
 
 def _nll_difference(study: Study, baseline: str) -> Difference:
-    return paired_difference(study.scores(study.task.headline, "nll"), study.scores(baseline, "nll"))
+    return paired_difference(study.scores(CHOSEN, "nll"), study.scores(baseline, "nll"))
 
 
 def _by_outcome(difference: Difference, *, lower: str, higher: str, unsure: str) -> str:
