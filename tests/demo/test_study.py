@@ -28,7 +28,7 @@ def test_the_decay_is_tuned_on_the_tuning_seeds_and_validation_only(study, tiny_
 
 def test_every_candidate_is_scored_on_every_reported_seed(study, tiny_digits):
     assert list(study.curves) == [0, 1]
-    constant = train(tiny_digits, 1).curves
+    constant = train(tiny_digits, 1, record=True).curves
     decayed = train(tiny_digits, 1, decay_fraction=study.decay_fraction).curves[LIVE]
     for label in (LIVE, *tiny_digits.averages, CHOSEN):
         assert study.scores(label, "nll")[1] == constant[label].test_nll[-1]

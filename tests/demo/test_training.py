@@ -48,7 +48,7 @@ def test_the_live_weights_and_swa_are_those_of_a_loop_written_out(tiny_digits):
 
 
 def test_scoring_and_averaging_do_not_change_the_training(tiny_digits):
-    often = train(tiny_digits, 0).curves[LIVE]
+    often = train(tiny_digits, 0, record=True).curves[LIVE]
     once = train(replace(tiny_digits, averages={}), 0, eval_steps=40).curves[LIVE]
     assert once.steps == [40]
     assert once.test_nll[-1] == often.test_nll[-1]
@@ -79,7 +79,7 @@ def test_the_text_task_trains():
         warmup_steps=5,
         averages={"uniform tail": AverageSpec(Uniform(), start=20)},
     )
-    curves = train(task, 0).curves
+    curves = train(task, 0, record=True).curves
     assert set(curves) == {LIVE, "uniform tail", CHOSEN}
     # 256 bytes guessed evenly would cost ln 256 = 5.5 nats.
     assert curves[LIVE].test_nll[0] < 4.0

@@ -12,7 +12,6 @@ from polyak.extras import require
 
 __all__ = ["Examples", "Split", "batches", "digits", "help_text", "with_noise"]
 
-_DIGITS_TRAINED_ON, _DIGITS_VALIDATED_ON, _LABEL_NOISE = 500, 600, 0.2
 _CONTEXT_BYTES, _HELD_OUT_SHARE, _TEXT_SAMPLES = 8, 0.1, 10_000
 
 
@@ -36,10 +35,11 @@ class Split:
     test: Examples
 
 
-def digits(seed: int) -> Split:
-    """scikit-learn's digits, ``[N, 1, 8, 8]`` in [0, 1]: 500 to train on, 600 to validate, 697 to test.
+def digits(seed: int, trained_on: int = 500, validated_on: int = 600, label_noise: float = 0.2) -> Split:
+    """scikit-learn's 1,797 digits, ``[N, 1, 8, 8]`` in [0, 1]: to train on, to validate on, the rest to test.
 
-    A fifth of the training labels are replaced by random ones; those of validation and test are clean.
+    ``label_noise`` is the share of training labels that are replaced by random ones; those of validation and
+    test are clean.
     """
     bunch = require("sklearn.datasets", extra="demo", purpose="the digits demo").load_digits()
     everything = Examples(
@@ -47,11 +47,10 @@ def digits(seed: int) -> Split:
     )
     generator = torch.Generator().manual_seed(seed)
     shuffled = everything[torch.randperm(len(everything.targets), generator=generator)]
-    validation_end = _DIGITS_TRAINED_ON + _DIGITS_VALIDATED_ON
     return Split(
-        _with_noisy_labels(shuffled[:_DIGITS_TRAINED_ON], generator),
-        shuffled[_DIGITS_TRAINED_ON:validation_end],
-        shuffled[validation_end:],
+        _with_noisy_labels(shuffled[:trained_on], label_noise, generator),
+        shuffled[trained_on : trained_on + validated_on],
+        shuffled[trained_on + validated_on :],
     )
 
 
@@ -97,8 +96,8 @@ def with_noise(inputs: Tensor, deviation: float, generator: torch.Generator) -> 
     return inputs + deviation * torch.randn(inputs.shape, generator=generator)
 
 
-def _with_noisy_labels(examples: Examples, generator: torch.Generator) -> Examples:
+def _with_noisy_labels(examples: Examples, share: float, generator: torch.Generator) -> Examples:
     count = len(examples.targets)
-    replaced = torch.rand(count, generator=generator) < _LABEL_NOISE
+    replaced = torch.rand(count, generator=generator) < share
     random_labels = torch.randint(0, 10, (count,), generator=generator)
     return Examples(examples.inputs, torch.where(replaced, random_labels, examples.targets))

@@ -102,7 +102,7 @@ def run_study(
             on_run("tuning the learning-rate decay")
 
         runs = []
-        for run in run_all(partial(train, task), range(seeds)):
+        for run in run_all(partial(train, task, record=True), range(seeds)):
             runs.append(run)
             on_run("training at a constant learning rate, averaging, choosing")
         selections = {seed: run.selection for seed, run in enumerate(runs) if run.selection is not None}

@@ -40,8 +40,15 @@ class Run:
     selection_text: str = ""
 
 
-def train(task: Task, seed: int, *, decay_fraction: float = 0.0, eval_steps: int | None = None) -> Run:
-    """Train once, following the averages and recording the run where the learning rate is constant.
+def train(
+    task: Task,
+    seed: int,
+    *,
+    decay_fraction: float = 0.0,
+    record: bool = False,
+    eval_steps: int | None = None,
+) -> Run:
+    """Train once; the averages are followed where the learning rate is constant.
 
     The learning rate goes linearly to zero over the last ``decay_fraction`` of the run. Scoring changes
     nothing in the training, and the same arguments give the same numbers, bit for bit, on the same machine.
@@ -50,6 +57,7 @@ def train(task: Task, seed: int, *, decay_fraction: float = 0.0, eval_steps: int
         task: what to train.
         seed: of the split, the initial weights, the batches and the noise.
         decay_fraction: from 0 to 1; at 0 the learning rate stays constant and the averages are followed.
+        record: whether to record the run, and to choose from the recording at its end.
         eval_steps: optimizer steps between scores; by default the task's own.
     """
     with _one_thread():
@@ -62,7 +70,7 @@ def train(task: Task, seed: int, *, decay_fraction: float = 0.0, eval_steps: int
         ]
         scoring = Scoring(split, update_bn_batches)
         candidates = Candidates(model, {} if decay_fraction else task.averages, scoring)
-        recording = nullcontext() if decay_fraction else _recording(task, model)
+        recording = _recording(task, model) if record else nullcontext()
 
         optimizer = task.optimizer(model.parameters(), **task.optimizer_options)
         factor = partial(
