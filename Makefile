@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow coverage format bench clean
+.PHONY: demo test test-slow coverage format bench evidence clean
 
 demo: $(VENV)/.demo
 	$(BIN)/polyak demo
@@ -29,6 +29,17 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/update_cost.py --output benchmarks/results/update_cost.json
 	$(BIN)/python benchmarks/batchnorm_cost.py
 	$(BIN)/python benchmarks/offline.py
+	$(BIN)/python benchmarks/trajectory.py --output benchmarks/results/trajectory.json
+	$(BIN)/python benchmarks/tables.py
+
+# What averaging buys, rather than what it costs: half an hour of training on two cores.
+evidence: $(VENV)/.dev
+	$(BIN)/polyak demo --output polyak-demo
+	$(BIN)/polyak demo --task text --output polyak-demo
+	cp polyak-demo/digits.json benchmarks/results/demo_digits.json
+	cp polyak-demo/text.json benchmarks/results/demo_text.json
+	$(BIN)/python benchmarks/effect.py --output benchmarks/results/effect.json
+	$(BIN)/python benchmarks/no_harm.py --output benchmarks/results/no_harm.json
 	$(BIN)/python benchmarks/tables.py
 
 clean:

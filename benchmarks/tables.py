@@ -97,6 +97,98 @@ def batchnorm_cost(data: dict[str, Any]) -> str:
     return f"{data['settings']['model']}\n\n{table(('time / forward passes alone', *data['cases']), rows)}"
 
 
+def trajectory(data: dict[str, Any]) -> str:
+    what = {
+        "updates": "back-to-back updates, a block every 100 / those of an `Average`",
+        "merging": "the same with a merge after every block",
+        "training": "training the byte language model, a sample every 10 steps / without a recorder",
+        "selection": "choosing among 40 profiles / 40 evaluations",
+    }
+    rows = [
+        (what[name], spread(entry["ratio"]), f"at most {entry['aim']:g}", kept(entry["ratio"], entry["aim"]))
+        for name, entry in data["results"].items()
+    ]
+    return table(("time", "ratio", "aim", ""), rows)
+
+
+def kept(ratio: dict[str, float], aim: float) -> str:
+    return "kept" if ratio["median"] <= aim else "**not kept**"
+
+
+def effect(data: dict[str, Any]) -> str:
+    seeds = len(data["settings"]["seeds"])
+    found, horizons, fit = data["regret"], data["any_horizon"], data["fit"]
+    regrets, worse = found["mean_regret"], found["significantly_worse_cells"]
+    parts = [
+        f"Protocol C: the demo's byte language model on {seeds} seeds that nothing was tuned on. Test NLL in nats "
+        "per byte; profiles were chosen on validation; p-values are of paired t-tests over seeds.",
+        f"**A badly set rate or decay.** Mean regret against the best of the whole grid: {regrets['last']:.4f} for "
+        f"the last weights, {regrets['selected']:.4f} for the selected average, "
+        f"{found['share_removed']:.0%} less (aim: 80%). Cells in which the selected average is significantly "
+        f"worse: {', '.join(worse) or 'none'}.",
+        table(
+            ("learning rate, decay", "last weights", "selected", "difference"),
+            [
+                (name, mean(c["last"]), mean(c["selected"]), difference(c["selected_minus_last"]))
+                for name, c in found["cells"].items()
+            ],
+        ),
+        f"**Any horizon from one run.** Averages selected along one recorded run at the constant rate "
+        f"{horizons['constant_lr']:g}, against the decay (rate and share) tuned for each horizon on other seeds, at "
+        f"{horizons['training_of_decayed_runs_over_recorded']:.2g} times the training of the one run. "
+        f"Aim: {horizons['aim']}.",
+        table(
+            ("steps", "tuned rate, decay", "decayed", "selected", "difference"),
+            [
+                (
+                    steps,
+                    f"{row['tuned_lr']:g}, {row['tuned_decay']}",
+                    mean(row["decayed"]),
+                    mean(row["selected"]),
+                    difference(row["selected_minus_decayed"]),
+                )
+                for steps, row in horizons["horizons"].items()
+            ],
+        ),
+        f"**Fitted weights** (`polyak.fit`, {fit['extra_steps']} extra passes, {mean(fit['fitted'])}) against other "
+        "uses of the run and of the same extra compute:",
+        table(
+            ("against", "test NLL", "fitted minus it"),
+            [
+                (name, mean(row["test"]), difference(row["fitted_minus_it"]))
+                for name, row in fit["against"].items()
+            ],
+        ),
+    ]
+    return "\n\n".join(parts)
+
+
+def no_harm(data: dict[str, Any]) -> str:
+    cells = data["cells"]
+    worse = [name for name, cell in cells.items() if cell["significantly_worse"]]
+    seeds = next(iter(cells.values()))["best_minus_live"]["seeds"]
+    rows = [
+        (
+            name,
+            mean(cell["live"]),
+            mean(cell["best"]),
+            difference(cell["best_minus_live"]),
+            f"{cell['chosen'].get('live', 0)} of {seeds}",
+        )
+        for name, cell in cells.items()
+    ]
+    heading = ("protocol, decay", "live", "selected", "difference", "live weights chosen")
+    introduction = (
+        f"Protocols A and B on {seeds} seeds, test NLL of the live weights and of what `select` chose by validation. "
+        f"Significantly worse than the live weights: {', '.join(worse) or 'none'}."
+    )
+    return f"{introduction}\n\n{table(heading, rows)}"
+
+
+def mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.4f}"
+
+
 def offline(data: dict[str, Any]) -> str:
     rows = [
         (name, spread(case["over_limit"]), spread(case["over_polyak"]))
@@ -104,7 +196,11 @@ def offline(data: dict[str, Any]) -> str:
     ]
     times = table(("time", "over the limit", "over polyak"), rows)
     peaks = [(name, f"{peak / 1e6:,.0f}") for name, peak in data["peak_anonymous_bytes"].items()]
-    return f"{times}\n\n{table(('anonymous memory beyond the interpreter with torch', 'peak, MB'), peaks)}"
+    settings = data["settings"]
+    model = (
+        f"{settings['inputs']} {settings['dtype']} checkpoints of {settings['elements'] / 1e6:.0f}M numbers."
+    )
+    return f"{model}\n\n{times}\n\n{table(('anonymous memory beyond the interpreter with torch', 'peak, MB'), peaks)}"
 
 
 def spread(entry: dict[str, float]) -> str:
@@ -116,6 +212,9 @@ def spread(entry: dict[str, float]) -> str:
 SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Does it help? Digits, BatchNorm", "demo_digits.json", "polyak demo", demo),
     ("Does it help? Text", "demo_text.json", "polyak demo --task text", demo),
+    ("What is choosing afterwards worth?", "effect.json", "python benchmarks/effect.py", effect),
+    ("Does choosing ever do harm?", "no_harm.json", "python benchmarks/no_harm.py", no_harm),
+    ("What recording and choosing cost", "trajectory.json", "python benchmarks/trajectory.py", trajectory),
     ("What an update costs", "update_cost.json", "python benchmarks/update_cost.py", update_cost),
     ("What averaging checkpoint files costs", "offline.json", "python benchmarks/offline.py", offline),
     ("What update_bn costs", "batchnorm_cost.json", "python benchmarks/batchnorm_cost.py", batchnorm_cost),
