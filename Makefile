@@ -53,7 +53,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 # timm depends on torchvision, which has no build beside this torch; what is used of it does without.
-$(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[$*]'
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps timm
+	touch $@
+
+# Nor does mergekit's linear merge use most of what mergekit asks for.
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) -e '.[bench]'
+	$(PIP) --no-deps mergekit peft
 	touch $@

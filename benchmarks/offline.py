@@ -10,6 +10,7 @@ beyond an interpreter that has imported torch, each case in a process of its own
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from rich.table import Table
 
 import harness
 import shapes
-from offline_peers import CONTENDERS, LIMIT, LOAD_AND_ADD, POLYAK, POLYAK_PT
+from offline_peers import CONTENDERS, LIMIT, LOAD_AND_ADD, MERGEKIT, MERGEKIT_INSTALLED, POLYAK, POLYAK_PT
 from polyak import checkpoints
 
 N_INPUTS = 8
@@ -42,13 +43,23 @@ def make_inputs(folder: Path) -> None:
     """``0.safetensors``, ``0.pt``, …: a random model and seven that lie near it."""
     generator = torch.Generator().manual_seed(0)
     model = {
-        f"layer_{index}.weight": torch.randn(shape, generator=generator)
-        for index, shape in enumerate(MODEL())
+        name: torch.randn(shape, generator=generator)
+        for name, shape in zip(shapes.gpt2_names(), MODEL(), strict=False)
     }
     for number in range(N_INPUTS):
         near = {name: tensor + 0.01 * number for name, tensor in model.items()}
         for suffix in (".safetensors", ".pt"):
             checkpoints.write(folder / f"{number}{suffix}", near)
+        if MERGEKIT_INSTALLED:
+            _make_huggingface_folder(folder / f"{number}.hf", folder / f"{number}.safetensors")
+
+
+def _make_huggingface_folder(folder: Path, weights: Path) -> None:
+    """The same bytes as a model of transformers' GPT-2."""
+    folder.mkdir()
+    (folder / "model.safetensors").hardlink_to(weights)
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def inputs_of(folder: Path, suffix: str) -> list[Path]:
@@ -90,6 +101,7 @@ def memory_cases(folder: Path) -> dict[str, tuple[list[Path], str]]:
         "2 inputs of one 1.6 GB tensor": (large, POLYAK),
         "8 inputs, .pt": (inputs_of(folder, ".pt"), POLYAK_PT),
         **{f"8 inputs, {name}": (inputs_of(folder, ".pt"), name) for name in CONTENDERS if "way" in name},
+        **({"8 inputs, mergekit linear": (inputs_of(folder, ".hf"), MERGEKIT)} if MERGEKIT_INSTALLED else {}),
     }
 
 

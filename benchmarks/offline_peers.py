@@ -1,11 +1,12 @@
 """Ways to average checkpoint files: polyak's, the limit, and what other projects do.
 
-The others are written anew from what the projects' scripts do, as those cannot be imported. Each of them syncs its
-output, as polyak does and as the limit must.
+mergekit is the installed one, where there is one. The others are written anew from what the projects' scripts do, as
+those cannot be imported. Each of them syncs its output, as polyak does and as the limit must.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import polyak
 
-__all__ = ["CONTENDERS", "LIMIT", "LOAD_AND_ADD", "POLYAK", "POLYAK_PT"]
+__all__ = ["CONTENDERS", "LIMIT", "LOAD_AND_ADD", "MERGEKIT", "MERGEKIT_INSTALLED", "POLYAK", "POLYAK_PT"]
 
 Average = Callable[[Sequence[Path], Path], None]
 
@@ -89,6 +90,19 @@ def fairseq_way(inputs: Sequence[Path], output: Path) -> None:
     _save(total, output)
 
 
+def mergekit_linear(inputs: Sequence[Path], output: Path) -> None:
+    """mergekit's linear merge of Hugging Face folders with equal weights, as ``mergekit-yaml`` runs it."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in inputs]
+    config = {"merge_method": "linear", "dtype": "float32", "models": models}
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+    run_merge(MergeConfiguration.model_validate(config), str(output), options)
+    _sync(output / "model.safetensors")
+
+
 def _save(state: dict[str, Tensor], output: Path) -> None:
     torch.save(state, output)
     _sync(output)
@@ -103,6 +117,8 @@ LIMIT = "read all, write one (the limit)"
 POLYAK = "polyak, .safetensors"
 POLYAK_PT = "polyak, .pt in, .safetensors out"
 LOAD_AND_ADD = "load and add, .pt"
+MERGEKIT = "mergekit linear, .safetensors"
+MERGEKIT_INSTALLED = importlib.util.find_spec("mergekit") is not None
 # How it averages, the suffix of its inputs and that of its output.
 CONTENDERS: dict[str, tuple[Average, str, str]] = {
     LIMIT: (read_and_write, ".safetensors", ".safetensors"),
@@ -112,3 +128,5 @@ CONTENDERS: dict[str, tuple[Average, str, str]] = {
     "fairseq's way, .pt": (fairseq_way, ".pt", ".pt"),
     "timm's way, .pt": (timm_way, ".pt", ".pt"),
 }
+if MERGEKIT_INSTALLED:
+    CONTENDERS[MERGEKIT] = (mergekit_linear, ".hf", ".hf")

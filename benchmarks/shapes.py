@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-__all__ = ["Shape", "gpt2_small", "many_small", "module_of", "number_of_elements", "resnet50"]
+__all__ = ["Shape", "gpt2_names", "gpt2_small", "many_small", "module_of", "number_of_elements", "resnet50"]
 
 Shape = tuple[int, ...]
 
@@ -41,6 +41,14 @@ def gpt2_small() -> list[Shape]:
     feed_forward = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
     layer = [*norm, *attention, *norm, *feed_forward]
     return [(50257, width), (1024, width), *(12 * layer), *norm]
+
+
+def gpt2_names() -> list[str]:
+    """The names of its tensors in transformers, in the order of :func:`gpt2_small`."""
+    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    layers = [f"h.{layer}.{part}" for layer in range(12) for part in parts]
+    both = [f"{module}.{kind}" for module in (*layers, "ln_f") for kind in ("weight", "bias")]
+    return [f"transformer.{name}" for name in ("wte.weight", "wpe.weight", *both)]
 
 
 def many_small() -> list[Shape]:

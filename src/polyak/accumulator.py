@@ -150,6 +150,9 @@ class Accumulator:
     def restart(self, n_averaged: int = 0, n_skipped: int = 0, position: float = 0.0) -> None:
         """Forget every sample, or set the counters to those of a saved state whose means the caller fills."""
         self._set_counters(n_averaged, n_skipped, position)
+        if self._masked and not n_averaged:
+            # There the first sample is added to what is left of the samples before, not copied over it.
+            torch._foreach_zero_(self.means + self.residuals)
         self._warned = False
 
     @torch.no_grad()

@@ -189,14 +189,21 @@ def test_only_a_writer_cleans_up(tmp_path: Path) -> None:
     run = RecordedWalk(tmp_path, block=4)
     run.run(8)
     run.recorder.close()
-    strays = [tmp_path / name for name in ("block-7-9.safetensors", ".polyak-0123.tmp", "live-9.safetensors")]
-    mine = tmp_path / "notes.txt"
-    for path in (*strays, mine):
+    strays = [
+        tmp_path / name
+        for name in (
+            "block-000000000007-000000000009.safetensors",
+            ".polyak-0123456789ab.tmp",
+            "live-000000000009.safetensors",
+        )
+    ]
+    mine = [tmp_path / name for name in ("notes.txt", "block-best.safetensors", "live-old.safetensors")]
+    for path in (*strays, *mine):
         path.touch()
     polyak.Trajectory(tmp_path)
     assert all(path.exists() for path in strays)
     resumed(run, tmp_path).recorder.close()
-    assert not any(path.exists() for path in strays) and mine.exists()
+    assert not any(path.exists() for path in strays) and all(path.exists() for path in mine)
     assert polyak.Trajectory(tmp_path).live()
 
 

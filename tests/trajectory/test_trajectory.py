@@ -160,7 +160,7 @@ def test_a_decay_after_a_decay_is_warned_about(tmp_path: Path) -> None:
     run.recorder.close()
     trajectory = run.recorder.trajectory
     assert "learning rate was not constant" in trajectory.explain(polyak.Decay("sqrt", 0.4)).warnings[0]
-    assert trajectory.explain(polyak.Decay("sqrt", 0.1)).warnings == ()
+    assert not any("rate" in warning for warning in trajectory.explain(polyak.Decay("sqrt", 0.1)).warnings)
     assert trajectory.explain(polyak.Tail(0.4)).warnings == ()
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from polyak.checkpoints.formats import FORMATS, recognise
 from polyak.errors import CheckpointError
 
-__all__ = ["checkpoint_paths", "is_checkpoint_folder", "natural_order"]
+__all__ = ["RECORDING_NAME", "checkpoint_paths", "is_checkpoint_folder", "is_recording", "natural_order"]
+
+# The list of the blocks of a recorded trajectory.
+RECORDING_NAME = "manifest.json"
 
 _SUFFIXES = {suffix for format in FORMATS.values() for suffix in format.suffixes if suffix}
 
@@ -19,6 +22,11 @@ def is_checkpoint_folder(path: Path) -> bool:
         return path.is_dir() and bool(recognise(path))
     except CheckpointError:
         return False
+
+
+def is_recording(folder: Path) -> bool:
+    """Whether a folder is what a :class:`polyak.Recorder` wrote."""
+    return (folder / RECORDING_NAME).is_file() and any(folder.glob("block-*.safetensors"))
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:

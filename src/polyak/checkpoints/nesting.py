@@ -23,6 +23,7 @@ _Path = tuple[str, ...]
 
 # Where the tools put weights, averaged ones first: who saved an average wants it used.
 _WEIGHT_KEYS = (
+    "average",  # in the state of polyak.Average, wherever that lies
     "state_dict_ema",
     "ema_state_dict",
     "model_ema",

@@ -151,7 +151,11 @@ class SafetensorsWriter(Writer):
         self._output = AtomicOutput(path, overwrite)
         nbytes = len(header) + sum(info.nbytes for info in layout.tensors.values())
         self._file = self._output.create_file(nbytes)
-        self._file.write(0, memoryview(header))
+        try:
+            self._file.write(0, memoryview(header))
+        except BaseException:
+            self.abort()
+            raise
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
         self._file.write(self._offsets[name] + start * values.element_size(), byte_view(values))

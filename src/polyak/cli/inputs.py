@@ -40,7 +40,7 @@ def imported(option: str, text: str) -> Any:
     from polyak.errors import OptionError
 
     module_name, colon, name = text.partition(":")
-    if not (module_name and colon and name):
+    if not (module_name and colon and name) or module_name.startswith("."):
         raise OptionError(f"{option} takes package.module:function, got {text!r}")
     here = str(Path.cwd())
     if here not in sys.path:

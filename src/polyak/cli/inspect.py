@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint (file or folder), or a folder of checkpoints.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint (file or folder), a folder of them, or a recorded trajectory."),
+    ],
     other: Annotated[Path | None, typer.Argument(help="A second checkpoint to compare with.")] = None,
     key: Annotated[
         list[str] | None,
@@ -25,13 +28,14 @@ def inspect(
     show_all: Annotated[bool, typer.Option("--all", help="List everything, however long.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, always complete.")] = False,
 ) -> None:
-    """Say what is in a checkpoint, what a folder holds, or how two checkpoints differ.
+    """Say what is in a checkpoint, a folder or a recorded trajectory, or how two checkpoints differ.
 
     \b
     polyak inspect model.safetensors             what it is, tensors, dtypes, sizes, ties, metadata
     polyak inspect last.pth --key state_dict     other weights than those chosen by default
     polyak inspect checkpoints/                  a row for each: step, size, same layout or not
     polyak inspect checkpoints/ --movement       also: does the run drift on, or circle around one place?
+    polyak inspect run/trajectory                blocks, steps, metrics, and how the run moved between them
     polyak inspect a.safetensors b.pt            what differs, and by how much, in any formats
     polyak inspect last.pth last.pth --key state_dict --key state_dict_ema
 

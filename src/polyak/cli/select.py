@@ -126,10 +126,12 @@ def _built(text: str, build: Any) -> Any:
 def _refuse_output(output: Path | None, force: bool) -> None:
     """Say that nothing can be written there before anything is scored."""
     from polyak.checkpoints.formats import format_for
-    from polyak.errors import OutputExistsError
+    from polyak.errors import CheckpointError, OutputExistsError
 
     if output is None:
         return
     format_for(output, None)
+    if not output.absolute().parent.is_dir():
+        raise CheckpointError(f"cannot write {output}: there is no folder {output.parent}; make it first")
     if output.exists() and not force:
         raise OutputExistsError(f"{output} exists: give another name, or --force to replace it")

@@ -6,6 +6,7 @@ from polyak.combine.inputs import in_step_order, known_steps, open_inputs
 from polyak.combine.memory import MemoryWriter
 from polyak.combine.offline import average_checkpoints
 from polyak.combine.plan import AverageReport, Plan, plan_average
+from polyak.combine.running import is_averaged
 from polyak.combine.spans import Span, coefficients, spans_of_steps
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "combine",
     "common_layout",
     "in_step_order",
+    "is_averaged",
     "known_steps",
     "open_inputs",
     "plan_average",

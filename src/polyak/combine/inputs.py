@@ -9,14 +9,17 @@ from pathlib import Path
 
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
-from polyak.checkpoints.folders import checkpoint_paths, is_checkpoint_folder
+from polyak.checkpoints.folders import checkpoint_paths, is_checkpoint_folder, is_recording
 from polyak.checkpoints.formats import recognise
 from polyak.errors import OptionError
 
 __all__ = ["in_step_order", "known_steps", "open_inputs"]
 
-_AFTER_STEP = re.compile(r"step\D?(\d{1,18})(?!\d)", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<!\d)\d{1,18}(?!\d)")
+# A number after one of these words, the first that all names have; else one that stands by itself, not in 0.90.
+_AFTER_WORDS = [
+    re.compile(rf"{word}\D?(\d{{1,18}})(?!\d)", re.IGNORECASE) for word in ("step", "iter(?:ation)?", "epoch")
+]
+_NUMBER = re.compile(r"(?<!\d)(?<!\d\.)\d{1,18}(?!\d)(?!\.\d)")
 
 
 def open_inputs(
@@ -37,6 +40,11 @@ def open_inputs(
 def _expanded(path: Path) -> list[Path]:
     if not path.is_dir() or is_checkpoint_folder(path):
         return [path]
+    if is_recording(path):
+        raise OptionError(
+            f"{path} is a recorded trajectory, whose blocks stand for unlike numbers of samples: take averages of it "
+            f"with polyak.Trajectory({str(path)!r}).write(profile, output), or let polyak select choose one"
+        )
     files = checkpoint_paths(path)
     if not files:
         recognise(path)  # says what the folder holds instead
@@ -56,19 +64,21 @@ def known_steps(inputs: Sequence[Checkpoint]) -> list[int] | None:
 
 
 def steps_in_names(paths: Sequence[Path]) -> list[int] | None:
-    """The number that tells the names apart: the one after ``step``, else the last one that is always different.
+    """The number that tells the names apart: after ``step``, ``iter`` or ``epoch``, else the last that always differs.
 
     A name without numbers, such as ``model.safetensors``, is taken with that of its folder.
 
     >>> steps_in_names([Path("epoch=1-step=500.ckpt"), Path("epoch=2-step=1000.ckpt")])
     [500, 1000]
+    >>> steps_in_names([Path("epoch1_loss0.90.pt"), Path("epoch2_loss0.50.pt")])
+    [1, 2]
     >>> steps_in_names([Path("run/9/model_bf16.pt"), Path("run/10/model_bf16.pt")])
     [9, 10]
     >>> steps_in_names([Path("best.pt"), Path("last.pt")])
     """
     for names in ([path.stem for path in paths], [path.absolute().parent.name for path in paths]):
-        matches = [match for name in names if (match := _AFTER_STEP.search(name))]
-        columns = [tuple(match[1] for match in matches)] if len(matches) == len(names) else []
+        named = [[match[1] for name in names if (match := word.search(name))] for word in _AFTER_WORDS]
+        columns = [tuple(found) for found in named if len(found) == len(names)]
         numbers = [_NUMBER.findall(name) for name in names]
         if len({len(found) for found in numbers}) == 1:
             columns += reversed(list(zip(*numbers, strict=True)))

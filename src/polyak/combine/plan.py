@@ -24,7 +24,7 @@ from polyak.combine.provenance import input_names, provenance
 from polyak.combine.running import is_averaged
 from polyak.combine.spans import Span, coefficients, spans_of_steps
 from polyak.errors import OptionError, name_list
-from polyak.profiles import Profile, Uniform, Weights, parse
+from polyak.profiles import Profile, Uniform, Weights, as_profile
 
 __all__ = ["AverageReport", "Paths", "Plan", "plan_average"]
 
@@ -152,7 +152,7 @@ def plan_average(
         chosen = Uniform() if weights is None else Weights(weights)
     else:
         opened, steps = in_step_order(opened)
-        chosen = parse(profile) if isinstance(profile, str) else profile
+        chosen = as_profile(profile)
     target = None if dtype is None else parse_dtype(dtype)
     plan = Plan(
         inputs=opened,

@@ -19,12 +19,14 @@ from os import PathLike
 from pathlib import Path
 
 from polyak import checkpoints
+from polyak.checkpoints.folders import is_checkpoint_folder, is_recording
 from polyak.errors import OptionError
 from polyak.inspection.comparison import Comparison, TensorDifference, compare_checkpoints
 from polyak.inspection.contents import CheckpointSummary, TensorSummary, summarise_checkpoint
-from polyak.inspection.folder import FolderRow, FolderSummary, is_checkpoint_folder, summarise_folder
+from polyak.inspection.folder import FolderRow, FolderSummary, summarise_folder
 from polyak.inspection.layouts import LayoutDifference, compare_layouts
 from polyak.inspection.movement import Movement, Neighbour, measure_movement
+from polyak.inspection.trajectory import TrajectorySummary, summarise_trajectory
 
 __all__ = [
     "CheckpointSummary",
@@ -37,6 +39,7 @@ __all__ = [
     "Summary",
     "TensorDifference",
     "TensorSummary",
+    "TrajectorySummary",
     "compare",
     "compare_checkpoints",
     "compare_layouts",
@@ -44,25 +47,32 @@ __all__ = [
     "measure_movement",
     "summarise_checkpoint",
     "summarise_folder",
+    "summarise_trajectory",
 ]
 
-Summary = CheckpointSummary | FolderSummary | Comparison
+Summary = CheckpointSummary | FolderSummary | TrajectorySummary | Comparison
 
 
 def describe(
     path: str | PathLike[str], key: str | None = None, *, movement: bool = False
-) -> CheckpointSummary | FolderSummary:
-    """Say what is at a path: one checkpoint, or a folder of them.
+) -> CheckpointSummary | FolderSummary | TrajectorySummary:
+    """Say what is at a path: one checkpoint, a folder of them, or a recorded trajectory.
 
     Args:
         path: a file or folder.
         key: the nested key to take weights from.
-        movement: for a folder, also read all weights and measure how they moved.
+        movement: for a folder, also read all weights and measure how they moved; for a trajectory always.
 
     Raises ``CheckpointError`` for what is no whole, safe checkpoint, ``OptionError`` for a key that is not there
     and for ``movement`` of a single checkpoint, ``StructureError`` for ``movement`` between different models.
     """
     path = Path(path)
+    if is_recording(path):
+        if key is not None:
+            raise OptionError(
+                f"{path} is a recorded trajectory, whose blocks have no nested keys: leave the key out"
+            )
+        return summarise_trajectory(path)
     if path.is_dir() and not is_checkpoint_folder(path):
         return summarise_folder(path, key, movement=movement)
     if movement:

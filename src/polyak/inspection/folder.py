@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
-from polyak.checkpoints.formats import FORMATS, recognise
-from polyak.errors import CheckpointError, PolyakError
+from polyak.checkpoints.folders import checkpoint_paths
+from polyak.checkpoints.formats import recognise
+from polyak.combine.inputs import steps_in_names
+from polyak.errors import PolyakError
 from polyak.inspection.contents import summarise_checkpoint
 from polyak.inspection.layouts import LayoutDifference, compare_layouts
 from polyak.inspection.movement import Movement, measure_movement
 
-__all__ = ["FolderRow", "FolderSummary", "is_checkpoint_folder", "summarise_folder"]
-
-_SUFFIXES = {suffix for format in FORMATS.values() for suffix in format.suffixes if suffix}
+__all__ = ["FolderRow", "FolderSummary", "summarise_folder"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def summarise_folder(path: Path, key: str | None = None, *, movement: bool = Fal
         recognise(path)  # says what the folder holds instead
     rows = list(_rows(paths, key))
     reference = next((row.name for row in rows if row.error is None), None)
-    rows = _in_step_order(rows)
+    rows = _in_step_order(_with_steps(rows))
     opened = [checkpoints.open(path / row.name, key) for row in rows if movement and row.error is None]
     return FolderSummary(str(path), reference, tuple(rows), measure_movement(opened) if opened else None)
 
@@ -129,35 +128,20 @@ def _rows(paths: list[Path], key: str | None) -> Iterator[FolderRow]:
             yield FolderRow(path.name, " ".join(str(error).split()))
 
 
+def _with_steps(rows: list[FolderRow]) -> list[FolderRow]:
+    """Where the checkpoints do not say their steps, those in the names, as averaging reads them."""
+    readable = [row for row in rows if row.error is None]
+    if any(row.step is not None for row in readable):
+        return rows
+    steps = steps_in_names([Path(row.name) for row in readable])
+    known = {} if steps is None else dict(zip((row.name for row in readable), steps, strict=True))
+    return [replace(row, step=known.get(row.name)) for row in rows]
+
+
 def _in_step_order(rows: list[FolderRow]) -> list[FolderRow]:
     if any(row.step is None for row in rows if row.error is None):
         return rows
     return sorted(rows, key=lambda row: (row.step is None, row.step))
-
-
-def checkpoint_paths(folder: Path) -> list[Path]:
-    """What looks like a checkpoint directly inside a folder, in the order people count: ``step-9``, ``step-10``."""
-    try:
-        found = [item for item in folder.iterdir() if not item.name.startswith(".") and _is_candidate(item)]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from error
-    return sorted(found, key=lambda item: _natural(item.name))
-
-
-def _is_candidate(path: Path) -> bool:
-    return is_checkpoint_folder(path) if path.is_dir() else path.suffix in _SUFFIXES
-
-
-def is_checkpoint_folder(path: Path) -> bool:
-    """Whether a folder is itself one checkpoint."""
-    try:
-        return path.is_dir() and bool(recognise(path))
-    except CheckpointError:
-        return False
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part or 0) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _row(checkpoint: Checkpoint, reference: Checkpoint) -> FolderRow:

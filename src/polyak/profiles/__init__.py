@@ -20,7 +20,7 @@ The first four are schemes. :func:`parse` reads the written form and ``str`` giv
 """
 
 from polyak.profiles.base import Profile, Scheme
-from polyak.profiles.parsing import parse
+from polyak.profiles.parsing import as_profile, parse
 from polyak.profiles.schemes import EMA, Polynomial, Power, Uniform
 from polyak.profiles.windows import Decay, Tail, Weights, Window
 
@@ -35,5 +35,6 @@ __all__ = [
     "Uniform",
     "Weights",
     "Window",
+    "as_profile",
     "parse",
 ]

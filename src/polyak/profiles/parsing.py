@@ -44,6 +44,19 @@ def parse(text: str) -> Profile:
         raise OptionError(f"cannot read the profile {text!r}: {error}. For example: {example}") from None
 
 
+def as_profile(given: object) -> Profile:
+    """A profile as it is, text parsed. Raises ``OptionError`` for anything else.
+
+    >>> as_profile("uniform")
+    Uniform()
+    """
+    if isinstance(given, str):
+        return parse(given)
+    if not isinstance(given, Profile):
+        raise OptionError(f"a profile is needed, such as polyak.Tail(0.4) or 'tail:0.4', got {given!r}")
+    return given
+
+
 def _build(name: str, rest: str | None) -> Profile:
     if name not in _CLASSES:
         raise ValueError(f"there is no profile {name!r}; {suggestion(name, _CLASSES)}")

@@ -161,7 +161,8 @@ def _stacked_blocks(trajectory: Trajectory, model: nn.Module) -> dict[str, Tenso
     for index in range(count):
         one_block = trajectory.average(Weights([float(k == index) for k in range(count)]))
         for entry, value in matched(model, one_block):
-            if entry.kind == "parameter" and entry.tensor.is_floating_point():
+            numeric = entry.tensor.is_floating_point() or entry.tensor.is_complex()
+            if entry.kind == "parameter" and numeric:
                 if index == 0:
                     stacks[entry.name] = torch.empty(
                         (count, *value.shape), dtype=mean_dtype(value.dtype), device=entry.tensor.device

@@ -10,7 +10,7 @@ from torch import nn
 
 from polyak.distributed import is_main_rank
 from polyak.errors import NotStartedError, OptionError
-from polyak.profiles import Profile, parse
+from polyak.profiles import Profile, as_profile
 from polyak.selection.candidates import coarse_grid, fine_grid
 from polyak.selection.selection import Selection, ranked
 from polyak.selection.stream import averages
@@ -86,6 +86,11 @@ def select(
     """
     refuse_unknown_mode(mode)
     refuse_one_pass(recalibrate)
+    if not isinstance(trajectory, Trajectory):
+        raise OptionError(
+            f"the first argument must be a Trajectory, got {trajectory!r}: open it with polyak.Trajectory(directory), "
+            "or checkpoints with polyak.Trajectory.from_checkpoints(paths)"
+        )
     if not trajectory.blocks:
         raise NotStartedError(f"{trajectory} has no block to average yet: its first one is not full")
     steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
@@ -112,9 +117,9 @@ def select(
 
 def _given(trajectory: Trajectory, profiles: Iterable[Profile | str]) -> list[Explanation]:
     """The user's own profiles; one that the blocks cannot resolve is refused before any is scored."""
-    if isinstance(profiles, str):
-        raise OptionError(f"profiles must be a list, got the text {profiles!r}: write [{profiles!r}]")
-    given = dict.fromkeys(parse(p) if isinstance(p, str) else p for p in profiles)
+    if isinstance(profiles, str | Profile):
+        raise OptionError(f"profiles must be a list, got {profiles!r}: write [{profiles!r}]")
+    given = dict.fromkeys(map(as_profile, profiles))
     if not given:
         raise OptionError("profiles is empty: give at least one, or None for the default grid")
     return [trajectory.explain(profile) for profile in given]

@@ -124,10 +124,10 @@ def soup(
     first, *others = sorted(paths, key=lambda path: badness(singles[path], mode))
     ingredients, best = [first], singles[first]
     mean: dict[str, Tensor] = {}
-    fold_in(mean, alone(first), 1.0)
+    fold_in(mean, alone(first), 1.0, trajectory.averaged_names)
     for path in others:
         wider = {name: tensor.clone() for name, tensor in mean.items()}
-        fold_in(wider, alone(path), 1 / (len(ingredients) + 1))
+        fold_in(wider, alone(path), 1 / (len(ingredients) + 1), trajectory.averaged_names)
         value = tried(wider)
         if badness(value, mode) <= badness(best, mode):
             ingredients, best, mean = [*ingredients, path], value, wider

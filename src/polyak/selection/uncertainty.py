@@ -66,7 +66,9 @@ def read_score(result: object) -> Score:
     """
     if isinstance(result, torch.Tensor):
         result = result.detach().cpu().to(torch.float64).numpy()
-    if result is None or isinstance(result, str):  # NumPy would make a NaN or a number of them
+    if result is None or isinstance(
+        result, str | tuple
+    ):  # NumPy would make numbers of them, or of (loss, accuracy)
         raise OptionError(_not_a_score(f"a {type(result).__name__}"))
     try:
         losses = np.asarray(result, dtype=np.float64)

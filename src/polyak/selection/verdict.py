@@ -69,6 +69,8 @@ def verdict(
 ) -> str:
     """What the table, best candidate first, says about the live weights, as one paragraph."""
     best = table[0]
+    if math.isnan(best.score):
+        return "No candidate has a score that is a number: look at what score returns for the live weights first."
     if best is live:
         sentences = [
             f"Keep the live weights: none of {len(table) - 1} averages scored better than their {live.score:.5g}."

@@ -13,7 +13,7 @@ from polyak import checkpoints
 from polyak.batchnorm import update_bn
 from polyak.errors import OptionError, StructureError, name_list
 from polyak.swap import Swap, copy_into
-from polyak.tensors import ModelTensors, NamedTensor
+from polyak.tensors import ModelTensors, NamedTensor, local
 
 __all__ = ["apply_weights", "averaged", "evaluation", "matched", "refuse_one_pass", "write_weights"]
 
@@ -35,8 +35,17 @@ def averaged(
     pairs = matched(model, weights)
     parameters = [(entry.tensor, value) for entry, value in pairs if entry.kind == "parameter"]
     buffers = [(entry.tensor, value) for entry, value in pairs if entry.kind == "buffer"]
-    places = [(entry.place, entry.key, entry.tensor) for entry in ModelTensors(model).values()]
-    swap = Swap([target for target, _ in parameters], keep=_buffers(model), places=places)
+    entries = list(ModelTensors(model).values())
+    places = [(entry.place, entry.key, entry.tensor) for entry in entries]
+    targets = [target for target, _ in parameters]
+    # Also what is not exchanged comes back, should a trial change it; frozen parameters are left to its care.
+    swapped = set(map(id, targets))
+    keep = [
+        e.tensor
+        for e in entries
+        if e.kind == "buffer" or (e.tensor.requires_grad and id(e.tensor) not in swapped)
+    ]
+    swap = Swap(targets, keep=local(keep), places=places)
     try:
         swap.put_in([value for _, value in parameters])
         copy_into([target for target, _ in buffers], [value for _, value in buffers])

@@ -69,7 +69,13 @@ class Explanation:
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        return _warnings(self.profile, self.blocks, self.coefficients)
+        found = list(_warnings(self.profile, self.blocks, self.coefficients))
+        if self.misplaced_weight > _MOST_MISPLACED:
+            found.append(
+                f"the blocks are too long for {self.profile}: {self.misplaced_weight:.0%} of its weight lies on other "
+                "samples than it asks for"
+            )
+        return tuple(found)
 
     @property
     def exact(self) -> bool:

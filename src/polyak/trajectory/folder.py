@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from polyak import checkpoints
 from polyak.checkpoints.atomic import writing
@@ -23,7 +27,9 @@ from polyak.trajectory.snapshot import Snapshot
 __all__ = ["FROZEN_NAME", "TrajectoryFolder"]
 
 FROZEN_NAME = "frozen.safetensors"
-_TRANSIENT = re.compile(r"(block|live)-.*\.safetensors|\.polyak-.*")
+_TRANSIENT = re.compile(r"(block-\d{12}-\d{12}|live-\d{12})\.safetensors|\.polyak-[0-9a-f]{12}\.tmp")
+
+Shape = tuple[int, ...]
 
 _log = logging.getLogger("polyak")
 
@@ -43,10 +49,13 @@ class TrajectoryFolder:
 
     def __init__(self, path: Path, fresh: Manifest, given_block_steps: int | None):
         self.path = path
+        self._damaged: set[str] = set()
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(path)
         try:
+            if not Manifest.exists(path):
+                self._refuse_orphans()
             self.manifest = Manifest.read(path) if Manifest.exists(path) else fresh
             if self.manifest.blocks:
                 self._refuse_other_law(fresh.law, given_block_steps)
@@ -62,14 +71,18 @@ class TrajectoryFolder:
         """Let other writers in; more than once is harmless."""
         self._lock.release()
 
-    def refuse_other_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Compare what a model averages, name to shape, with the newest block that can be read.
+    def refuse_other_model(self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]) -> None:
+        """Compare a model, name to shape, with the newest block that can be read and the frozen parameters.
 
         Raises:
             StateError: the folder holds the trajectory of another model.
         """
         recorded = self._averaged_shapes()
-        if recorded is None or recorded == shapes:
+        if recorded is None:
+            return
+        shapes = {**averaged, **{f"{name} (frozen)": shape for name, shape in frozen.items()}}
+        recorded |= {f"{name} (frozen)": shape for name, shape in self._frozen_shapes().items()}
+        if recorded == shapes:
             return
         other = [name for name in {**recorded, **shapes} if recorded.get(name) != shapes.get(name)]
         raise StateError(
@@ -123,25 +136,44 @@ class TrajectoryFolder:
             kept_edges: optimizer steps at which a border between blocks stays.
         """
         if snapshot.frozen and not self.manifest.blocks:
-            ties = snapshot.ties_of(snapshot.frozen)
-            checkpoints.write(self.path / FROZEN_NAME, snapshot.frozen, ties=ties, overwrite=True)
+            self._write_frozen(snapshot)
         block = replace(block, checksum=write_file(self._file(block), snapshot))
         manifest = replace(self.manifest, has_frozen=bool(snapshot.frozen)).with_block(block)
         try:
             manifest = self._merged(manifest, max_blocks, kept_edges)
         finally:
-            # Also where an old block turns out to be damaged: the new one is not lost with it.
+            # Also where a merge fails, as on a full disk: the new block is not lost with it.
             self._save(manifest)
         self._remove_unlisted()
 
     def write_live(self, snapshot: Snapshot, step: int) -> None:
-        """Keep the live weights of ``step``, in the place of those before."""
+        """Keep the live weights of ``step``, in the place of those before.
+
+        Parameters that the optimizer leaves alone may have been moved by hand, as a momentum encoder is; they are
+        kept once, as they are now.
+        """
+        if snapshot.frozen and not self._has_frozen(snapshot):
+            self._write_frozen(snapshot)
         manifest = replace(self.manifest, live_step=step)
         write_file(self.path / str(manifest.live_name), snapshot)
         self._save(manifest)
         self._remove_unlisted()
 
-    def _averaged_shapes(self) -> dict[str, tuple[int, ...]] | None:
+    def _write_frozen(self, snapshot: Snapshot) -> None:
+        ties = snapshot.ties_of(snapshot.frozen)
+        checkpoints.write(self.path / FROZEN_NAME, snapshot.frozen, ties=ties, overwrite=True)
+
+    def _has_frozen(self, snapshot: Snapshot) -> bool:
+        with checkpoints.open(self.path / FROZEN_NAME) as stored:
+            return all(torch.equal(stored.read(name), value.cpu()) for name, value in snapshot.frozen.items())
+
+    def _frozen_shapes(self) -> dict[str, Shape]:
+        if not self.manifest.has_frozen:
+            return {}
+        with checkpoints.open(self.path / FROZEN_NAME) as stored:
+            return {name: info.shape for name, info in stored.tensors.items() if name not in stored.ties}
+
+    def _averaged_shapes(self) -> dict[str, Shape] | None:
         for block in reversed(self.manifest.blocks):
             with suppress(CheckpointError), checkpoints.open(self._file(block)) as checkpoint:
                 others = {*copied_names(checkpoint), *checkpoint.ties}
@@ -150,15 +182,34 @@ class TrajectoryFolder:
 
     def _merged(self, manifest: Manifest, max_blocks: int, kept_edges: Collection[int]) -> Manifest:
         """``manifest`` after merges, whose files are written; those that were merged are left in place."""
-        while (index := _pair_to_merge(manifest.blocks, max_blocks, kept_edges)) is not None:
+        while (index := self._pair_to_merge(manifest.blocks, max_blocks, kept_edges)) is not None:
             first, second = manifest.blocks[index : index + 2]
-            for block in (first, second):
-                refuse_damaged(self._file(block), block)
+            if self._found_damage(first) or self._found_damage(second):
+                continue
             both = first + second
             sources, counts = [self._file(first), self._file(second)], [first.count, second.count]
             checksum = merge_files(sources, counts, self._file(both))
             manifest = manifest.with_merged(index, replace(both, checksum=checksum))
         return manifest
+
+    def _pair_to_merge(
+        self, blocks: Sequence[Block], max_blocks: int, kept_edges: Collection[int]
+    ) -> int | None:
+        kept = {
+            index
+            for index, (block, later) in enumerate(pairwise(blocks))
+            if block.stop in kept_edges or self._damaged & {block.file_name, later.file_name}
+        }
+        return pair_to_merge([block.steps for block in blocks], max_blocks, kept)
+
+    def _found_damage(self, block: Block) -> bool:
+        """Whether a block is not what was written; it is kept as it is, and the recording goes on without it."""
+        try:
+            refuse_damaged(self._file(block), block)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; it is left alone, and the recording goes on", UserWarning, stacklevel=2)
+            self._damaged.add(block.file_name)
+        return block.file_name in self._damaged
 
     def _save(self, manifest: Manifest) -> None:
         manifest.save(self.path)
@@ -173,6 +224,14 @@ class TrajectoryFolder:
             if _TRANSIENT.fullmatch(name) and name not in listed:
                 (self.path / name).unlink(missing_ok=True)
 
+    def _refuse_orphans(self) -> None:
+        orphans = [name for name in sorted(os.listdir(self.path)) if name.startswith("block-")]
+        if orphans := [name for name in orphans if _TRANSIENT.fullmatch(name)]:
+            raise CheckpointError(
+                f"{self.path} holds the blocks of a recording, {name_list(orphans)}, but its manifest is missing: "
+                "restore manifest.json, move the blocks away, or record into a new folder"
+            )
+
     def _refuse_other_law(self, law: Mapping[str, Any], given_block_steps: int | None) -> None:
         recorded: dict[str, Any] = {**self.manifest.law, "block": self.manifest.block_steps}
         asked = {**law, "block": given_block_steps or self.manifest.block_steps}
@@ -186,8 +245,3 @@ class TrajectoryFolder:
                 f"{self.path} was recorded with {'; '.join(other)}: use the same options to go on, "
                 "or record into a new folder"
             )
-
-
-def _pair_to_merge(blocks: Sequence[Block], max_blocks: int, kept_edges: Collection[int]) -> int | None:
-    kept = {index for index, block in enumerate(blocks[:-1]) if block.stop in kept_edges}
-    return pair_to_merge([block.steps for block in blocks], max_blocks, kept)

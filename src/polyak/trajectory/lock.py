@@ -15,16 +15,18 @@ _FILE = "lock"
 
 
 class FolderLock:
-    """An advisory lock on a folder.
+    """An advisory lock on a folder, until ``release()``, which may be called more than once.
 
     Raises:
         StateError: somebody else, in this process or another, holds it.
     """
 
     def __init__(self, folder: Path):
-        self._descriptor: int | None = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        # At most once, and at the latest when a recorder that was never closed, as in a notebook, is collected.
+        self.release = weakref.finalize(self, os.close, descriptor)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
             raise StateError(
@@ -32,12 +34,6 @@ class FolderLock:
                 "of its own, and in a job of several processes record on rank 0 only"
             ) from None
         _held.add(self)
-
-    def release(self) -> None:
-        """Let go; more than once is harmless."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from polyak.checkpoints.atomic import AtomicOutput
+from polyak.checkpoints.folders import RECORDING_NAME
 from polyak.errors import CheckpointError
 from polyak.trajectory.summaries import Summary, merged
 
 __all__ = ["Block", "Manifest"]
 
-_FILE = "manifest.json"
 _FORMAT = "polyak trajectory 1"
 
 
@@ -120,7 +120,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write it, whole or not at all."""
-        path = folder / _FILE
+        path = folder / RECORDING_NAME
         # Compact and without asdict's deep copies: a small model may write hundreds of blocks a minute.
         entries = {**vars(self), "law": dict(self.law), "blocks": [_entry(block) for block in self.blocks]}
         data = json.dumps({"format": _FORMAT, **entries}, allow_nan=False).encode()
@@ -136,7 +136,7 @@ class Manifest:
     @classmethod
     def exists(cls, folder: Path) -> bool:
         """Whether ``folder`` holds a trajectory."""
-        return (folder / _FILE).is_file()
+        return (folder / RECORDING_NAME).is_file()
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -145,11 +145,11 @@ class Manifest:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        path = folder / _FILE
+        path = folder / RECORDING_NAME
         if not cls.exists(folder):
             raise CheckpointError(
-                f"{folder} holds no trajectory: there is no {_FILE} in it. Give the folder that a Recorder wrote, "
-                "or use Trajectory.from_checkpoints for checkpoints of other tools"
+                f"{folder} holds no trajectory: there is no {RECORDING_NAME} in it. Give the folder that a Recorder "
+                "wrote, or use Trajectory.from_checkpoints for checkpoints of other tools"
             )
         try:
             return _parsed(path.read_bytes())

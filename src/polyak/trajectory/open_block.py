@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyak.accumulator import Accumulator
 from polyak.binding import Binding
+from polyak.errors import OptionError, name_list
 from polyak.profiles import Uniform
 from polyak.swap import copy_into
 from polyak.trajectory.manifest import Block
@@ -35,6 +36,18 @@ class OpenBlock:
             Accumulator(binding.live, binding.names, Uniform(), dtype=dtype, device=device) for _ in range(2)
         )
         self.begin(0)
+
+    def refuse_unstorable(self) -> None:
+        """Raise OptionError for means that the blocks' format cannot hold."""
+        wide = [
+            n
+            for n, m in zip(self._binding.names, self._filling.means, strict=True)
+            if m.dtype == torch.complex128
+        ]
+        if wide:
+            raise OptionError(
+                f"{name_list(wide)} would be complex128, which blocks cannot hold: pass dtype=torch.float32"
+            )
 
     def begin(self, start: int) -> None:
         """Empty it, for a block after ``start``."""

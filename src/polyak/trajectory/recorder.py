@@ -179,15 +179,17 @@ class Recorder:
         """Write the block that is being filled and the live weights, and let go of the directory.
 
         Calling it again does nothing. Raises CheckpointError as :meth:`update` does; the directory is let go
-        all the same.
+        all the same. While averaged weights are in the model it raises SwapError, and stays open.
         """
         if not self._is_open:
             return
+        refuse_swapped(self._binding.live)
         try:
             if self._open_block is not None and self._open_block.count:
                 self._hand_over(self._open_block)
             self._writer.wait()
             if self._step > self._began_at and self._folder.manifest.blocks:
+                self._follow_model()
                 self._folder.write_live(Snapshot.of(self._binding, self._binding.live), self._step)
         finally:
             self._release()
@@ -304,9 +306,14 @@ class Recorder:
 
     def _allocate(self) -> OpenBlock:
         _refuse_sharded(self._binding)
-        shapes = [tuple(tensor.shape) for tensor in self._binding.live]
-        self._folder.refuse_other_model(dict(zip(self._binding.names, shapes, strict=True)))
+        shapes = {
+            e.name: tuple(e.tensor.shape) for e in self._binding.tensors.values() if e.kind == "parameter"
+        }
+        averaged = dict(zip(self._binding.names, map(_shape, self._binding.live), strict=True))
+        frozen = {name: shape for name, shape in shapes.items() if name not in averaged}
+        self._folder.refuse_other_model(averaged, frozen)
         self._open_block = OpenBlock(self._binding, **self._accumulation)
+        self._open_block.refuse_unstorable()
         self._open_block.begin(self._folder.manifest.stop)
         return self._open_block
 
@@ -328,6 +335,10 @@ def _refuse_sharded(binding: Binding) -> None:
             "a Recorder cannot record a model that is sharded over ranks: use polyak.Average, or save checkpoints "
             "while training and read them with Trajectory.from_checkpoints"
         )
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
 
 
 def _given_steps(block: int | None, every: int) -> int | None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from polyak.checkpoints import Checkpoint
+from polyak.combine import known_steps
 from polyak.errors import OptionError, name_list
 
 __all__ = ["checkpoint_steps"]
-
-_NAMED_STEP = re.compile(r"step[=_-]?(\d+)", re.IGNORECASE)
-_NUMBER = re.compile(r"\d+")
 
 
 def checkpoint_steps(
@@ -28,7 +24,7 @@ def checkpoint_steps(
         OptionError: steps of another number than the checkpoints, or the same one twice; or no steps, and
             paths whose order means nothing.
     """
-    chosen = list(steps) if steps is not None else _own_steps(inputs)
+    chosen = list(steps) if steps is not None else known_steps(inputs)
     if chosen is None and not ordered:
         raise OptionError(
             f"no step is known for {name_list([c.path.name for c in inputs])}, and the paths come in no order: give "
@@ -44,23 +40,3 @@ def checkpoint_steps(
                 f"{first.path} and {second.path} are both of step {step}: give steps, or one of them"
             )
     return found
-
-
-def _own_steps(inputs: Sequence[Checkpoint]) -> list[int] | None:
-    for candidates in ([c.step for c in inputs], [step_in_name(c.path) for c in inputs]):
-        steps = [step for step in candidates if step is not None]
-        if len(set(steps)) == len(inputs):
-            return steps
-    return None
-
-
-def step_in_name(path: Path) -> int | None:
-    """The step in a file's name: the number after "step", or the last one.
-
-    >>> step_in_name(Path("epoch=3-step=1200-v1.ckpt")), step_in_name(Path("checkpoint-500")), step_in_name(Path("a"))
-    (1200, 500, None)
-    """
-    named = _NAMED_STEP.findall(path.name)
-    # The suffix of a file may hold a digit, as in `.h5`; that of a folder is a part of its name.
-    numbers = named or _NUMBER.findall(path.stem if path.is_file() else path.name)
-    return int(numbers[-1]) if numbers else None

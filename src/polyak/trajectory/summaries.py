@@ -20,7 +20,7 @@ _MOST_WAITING = 4096
 
 @dataclass(frozen=True)
 class Summary:
-    """The finite values of one number over a block: how many, their sum, the least and the greatest.
+    """The finite values of one number over a block: how many, their mean, the least and the greatest.
 
     >>> summary = Summary.of(1.0) + Summary.of(3.0)
     >>> summary.count, summary.mean, summary.min, summary.max
@@ -28,7 +28,7 @@ class Summary:
     """
 
     count: int
-    total: float
+    mean: float
     min: float
     max: float
 
@@ -38,17 +38,14 @@ class Summary:
         return cls(1, value, value, value)
 
     def __add__(self, later: Summary) -> Summary:
+        count = self.count + later.count
         return Summary(
-            self.count + later.count,
-            self.total + later.total,
+            count,
+            # Not sums divided in the end: those of huge values would overflow.
+            self.mean + (later.mean - self.mean) * (later.count / count),
             min(self.min, later.min),
             max(self.max, later.max),
         )
-
-    @property
-    def mean(self) -> float:
-        """The mean of the values."""
-        return self.total / self.count
 
 
 def merged(earlier: Mapping[str, Summary], later: Mapping[str, Summary]) -> dict[str, Summary]:

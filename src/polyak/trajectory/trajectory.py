@@ -12,11 +12,11 @@ from torch import Tensor
 
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
-from polyak.combine import MemoryWriter, common_layout, spans_of_steps
+from polyak.combine import MemoryWriter, common_layout, is_averaged, spans_of_steps
 from polyak.errors import CheckpointError, NotStartedError, OptionError
-from polyak.profiles import Profile
+from polyak.profiles import Profile, as_profile
 from polyak.trajectory.assembly import Assembly
-from polyak.trajectory.block_file import refuse_damaged
+from polyak.trajectory.block_file import copied_names, refuse_damaged
 from polyak.trajectory.explain import Explanation, block_coefficients, explain
 from polyak.trajectory.folder import FROZEN_NAME
 from polyak.trajectory.manifest import Block, Manifest
@@ -91,6 +91,10 @@ class Trajectory:
             CheckpointError: one is corrupt.
             StructureError: they do not hold the same tensors.
         """
+        if isinstance(paths, str | PathLike):
+            raise OptionError(
+                f"paths must be a list, got {str(paths)!r}: write [...] or Path({str(paths)!r}).glob('*.pt')"
+            )
         ordered = isinstance(paths, Sequence)
         inputs = [checkpoints.open(path, key) for path in paths]
         if not inputs:
@@ -118,13 +122,13 @@ class Trajectory:
         rest.damaged, rest._unchecked = {}, set()
         return rest
 
-    def average(self, profile: Profile, *, max_memory: int | str = _MAX_MEMORY) -> dict[str, Tensor]:
+    def average(self, profile: Profile | str, *, max_memory: int | str = _MAX_MEMORY) -> dict[str, Tensor]:
         """The averaged model under ``profile``: name to tensor on the host, tied names sharing one.
 
         Averaged tensors have the dtype of the blocks; the rest is as in the newest block that counts.
 
         Args:
-            profile: any profile.
+            profile: any profile, or its text such as ``"tail:0.4"``.
             max_memory: bytes, or text such as ``"512MB"``: the most memory used beside the result.
 
         Raises:
@@ -135,7 +139,7 @@ class Trajectory:
         return self.average_many([profile], max_memory=max_memory)[0]
 
     def average_many(
-        self, profiles: Sequence[Profile], *, max_memory: int | str = _MAX_MEMORY
+        self, profiles: Sequence[Profile | str], *, max_memory: int | str = _MAX_MEMORY
     ) -> list[dict[str, Tensor]]:
         """As :meth:`average` for each profile, in one pass over the blocks."""
         rows = [self._coefficients(profile) for profile in profiles]
@@ -145,7 +149,7 @@ class Trajectory:
 
     def write(
         self,
-        profile: Profile,
+        profile: Profile | str,
         path: str | PathLike[str],
         *,
         overwrite: bool = False,
@@ -166,7 +170,7 @@ class Trajectory:
         with checkpoints.create(path, layout, overwrite=overwrite) as writer:
             self._assembly.fill([row], [writer], max_memory)
 
-    def explain(self, profile: Profile) -> Explanation:
+    def explain(self, profile: Profile | str) -> Explanation:
         """Where the weight of ``profile`` lies, and how far the blocks are from what it asks for.
 
         Raises:
@@ -174,7 +178,19 @@ class Trajectory:
             NotStartedError: there are no blocks yet.
         """
         self._refuse_empty()
-        return explain(profile, self.blocks)
+        return explain(as_profile(profile), self.blocks)
+
+    @property
+    def averaged_names(self) -> frozenset[str]:
+        """Names of the tensors that are averaged, tied ones under each name; the rest are those of one block."""
+        self._refuse_empty()
+        newest = next(checkpoint for checkpoint in reversed(self._inputs) if checkpoint is not None)
+        copied = copied_names(newest)
+        return frozenset(
+            name
+            for name, info in newest.tensors.items()
+            if is_averaged(info.dtype) and newest.ties.get(name, name) not in copied
+        )
 
     def live(self) -> dict[str, Tensor]:
         """The weights of the last step as they were, kept when the recorder was closed.
@@ -200,9 +216,9 @@ class Trajectory:
 
     # How it works inside.
 
-    def _coefficients(self, profile: Profile) -> list[float]:
+    def _coefficients(self, profile: Profile | str) -> list[float]:
         self._refuse_empty()
-        found = block_coefficients(profile, self.blocks).tolist()
+        found = block_coefficients(as_profile(profile), self.blocks).tolist()
         used = [index for index, a in enumerate(found) if a]
         self._check(used)
         broken = [index for index in used if index in self.damaged]
@@ -216,14 +232,26 @@ class Trajectory:
 
     def _check(self, indices: Iterable[int]) -> None:
         """Compare files with their checksums, each once: what lies on a disk for long may change."""
-        for index in self._unchecked.intersection(indices):
+        for index in sorted(self._unchecked.intersection(indices)):
             checkpoint = self._inputs[index]
             assert checkpoint is not None, "what could not be opened is not checked"
             try:
                 refuse_damaged(checkpoint.path, self.blocks[index])
             except CheckpointError as error:
+                self._refuse_outdated()
                 self.damaged[index] = str(error)
             self._unchecked.remove(index)
+
+    def _refuse_outdated(self) -> None:
+        """A missing block is no damage where the recording has gone on and merged it into another."""
+        folder = Path(self._place)
+        if not Manifest.exists(folder):
+            return
+        if not {block.file_name for block in self.blocks} <= Manifest.read(folder).file_names:
+            raise CheckpointError(
+                f"{self._place} is being recorded, and its blocks have merged since this trajectory was opened: "
+                "open it again"
+            )
 
     @property
     def _assembly(self) -> Assembly:

@@ -1,0 +1,221 @@
+"""What goes wrong around a recording, each found by somebody who tried."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import polyak
+from polyak.accumulator import Accumulator
+from polyak.errors import CheckpointError, NonFiniteError, OptionError, StateError, SwapError
+from polyak.profiles import Uniform
+
+
+def line(value: float = 0.0) -> nn.Linear:
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(value)
+    return model
+
+
+def record(recorder, model, values):
+    for value in values:
+        model.weight.data.fill_(value)
+        recorder.update()
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = line(), line()
+        self.b.weight = self.a.weight
+
+
+def test_tied_weights_are_scored_as_they_are_averaged(tmp_path):
+    model = Tied()
+    with polyak.Recorder(model, tmp_path, block=1) as run:
+        record(run, model.a, [0.0, 0.0, 8.0, 8.0])
+    choice = polyak.select(
+        run.trajectory,
+        model,
+        profiles=["tail:0.5", "tail:1"],
+        score=lambda m: m.a.weight.item(),
+        progress=False,
+    )
+    assert {c.name: c.score for c in choice.table} == {"live": 8, "tail:0.5": 8, "tail:1": 4}
+
+
+def test_tails_in_steps_and_in_samples_of_uneven_runs_are_scored_as_they_are_averaged(tmp_path):
+    for step, value in ((100, 1.0), (1000, 2.0), (1100, 4.0)):
+        torch.save({"weight": torch.full((1, 1), value)}, tmp_path / f"step-{step}.pt")
+    trajectory = polyak.Trajectory.from_checkpoints(sorted(tmp_path.glob("*.pt")))
+    profiles = ["tail:steps=1000", "tail:0.5", "tail:0.9", "tail:1"]
+    choice = polyak.select(
+        trajectory, line(), profiles=profiles, score=lambda m: m.weight.item(), progress=False
+    )
+    for candidate in choice.table:
+        if candidate.profile is not None:
+            expected = trajectory.average(candidate.profile)["weight"].item()
+            assert candidate.score == pytest.approx(expected, abs=1e-6)
+
+
+def test_buffers_that_are_copied_are_scored_as_they_are_shipped(tmp_path):
+    model = nn.Sequential(line(), nn.BatchNorm1d(1))
+    with polyak.Recorder(model, tmp_path, block=1) as run:
+        for value in (0.0, 0.0, 8.0, 6.0):
+            model[1].running_mean.fill_(value)
+            run.update()
+    choice = polyak.select(
+        run.trajectory,
+        model,
+        profiles=["tail:0.25", "tail:1"],
+        score=lambda m: m[1].running_mean.item(),
+        progress=False,
+    )
+    assert {c.score for c in choice.table} == {6.0}
+
+
+def test_frozen_parameters_that_are_moved_by_hand_are_those_of_the_end(tmp_path):
+    model = nn.Sequential(line(), line())
+    model[1].requires_grad_(False)
+    with polyak.Recorder(model, tmp_path, block=1) as run:
+        for value in (1.0, 2.0, 3.0):
+            model[0].weight.data.fill_(value)
+            model[1].weight.data.fill_(10 * value)
+            run.update()
+    assert run.trajectory.live()["1.weight"].item() == 30
+    assert run.trajectory.average(Uniform())["1.weight"].item() == 30
+
+
+def test_a_model_with_other_frozen_parameters_is_another_model(tmp_path):
+    model = nn.Sequential(line())
+    with polyak.Recorder(model, tmp_path, block=1) as run:
+        run.update()
+    wider = nn.Sequential(line(), line())
+    wider[1].requires_grad_(False)
+    with pytest.raises(StateError, match=r"1.weight \(frozen\)"):
+        polyak.Recorder(wider, tmp_path, block=1)
+    assert len(polyak.Trajectory(tmp_path)) == 1
+
+
+def test_a_score_that_changes_the_live_weights_is_undone_and_said(tmp_path):
+    model = line()
+    with polyak.Recorder(model, tmp_path, block=1) as run:
+        record(run, model, [1.0, 2.0])
+
+    def score(m):
+        m.weight.data = m.weight.data * 0.5
+        with torch.no_grad():
+            m.weight.mul_(0.5)
+        return 1.0
+
+    with pytest.warns(UserWarning, match="weights were changed"):
+        polyak.select(run.trajectory, model, score=score, profiles=["uniform"], progress=False)
+    assert model.weight.item() == 2
+
+
+def test_close_refuses_averaged_weights_and_follows_replaced_ones(tmp_path):
+    model = line()
+    swa = polyak.Average(model, Uniform())
+    run = polyak.Recorder(model, tmp_path, block=1)
+    for value in (1.0, 3.0):
+        model.weight.data.fill_(value)
+        run.update(), swa.update()
+    with swa.applied(), pytest.raises(SwapError):
+        run.close()
+    model.weight = nn.Parameter(torch.full((1, 1), 7.0))
+    run.close()
+    assert run.trajectory.live()["weight"].item() == 7
+
+
+def test_a_trajectory_that_the_recording_has_outgrown_asks_to_be_opened_again(tmp_path):
+    model = line()
+    run = polyak.Recorder(model, tmp_path, block=1, max_blocks=8)
+    record(run, model, range(8))
+    early = run.trajectory
+    record(run, model, range(32))
+    run.close()
+    with pytest.raises(CheckpointError, match="open it again"):
+        early.average(Uniform())
+
+
+def test_huge_metrics_and_a_damaged_block_do_not_end_a_recording(tmp_path):
+    model = line()
+    with polyak.Recorder(model, tmp_path, block=2, max_blocks=8) as run:
+        for step in range(16):
+            model.weight.data.fill_(step)
+            run.update(loss=1e308)
+        assert run.trajectory.blocks[0].metrics["loss"].mean == 1e308
+        oldest = tmp_path / run.trajectory.blocks[0].file_name
+        oldest.write_bytes(oldest.read_bytes()[:-1] + b"!")
+        with pytest.warns(UserWarning, match="is corrupt.*the recording goes on"):
+            for step in range(16, 64):
+                model.weight.data.fill_(step)
+                run.update()
+    trajectory = run.trajectory
+    assert (trajectory.blocks[-1].stop, len(trajectory) <= 10) == (64, True)
+    assert trajectory.usable.average(polyak.Tail(steps=2))["weight"].item() == 62.5
+    with pytest.raises(CheckpointError, match="corrupt"):
+        trajectory.average(Uniform())
+
+
+def test_blocks_without_their_manifest_are_not_thrown_away(tmp_path):
+    model = line()
+    with polyak.Recorder(model, tmp_path, block=1) as run:
+        record(run, model, [1.0, 2.0])
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="its manifest is missing"):
+        polyak.Recorder(model, tmp_path, block=1)
+    assert len(list(tmp_path.glob("block-*"))) == 2
+
+
+def test_a_recorder_that_was_never_closed_lets_go_when_it_is_collected(tmp_path):
+    model = line()
+    run = polyak.Recorder(model, tmp_path, block=1)
+    run.update()
+    run._writer.wait()
+    del run
+    gc.collect()
+    polyak.Recorder(model, tmp_path, block=1).close()
+
+
+def test_what_blocks_cannot_hold_is_refused_at_once(tmp_path):
+    model = nn.Linear(1, 1, dtype=torch.complex128)
+    with pytest.raises(OptionError, match="complex128"):
+        polyak.Recorder(model, tmp_path, dtype=None)
+
+
+def test_misused_arguments_are_named(tmp_path):
+    model = line()
+    with polyak.Recorder(model, tmp_path, block=1) as run:
+        record(run, model, [1.0, 3.0])
+    trajectory = run.trajectory
+    assert trajectory.average("tail:1")["weight"].item() == 2
+    assert trajectory.explain("tail:1").exact
+    score = lambda m: 0.0  # noqa: E731
+    for profiles in ("uniform", polyak.Tail(0.4), [0.4]):
+        with pytest.raises(OptionError, match="list|profile is needed"):
+            polyak.select(trajectory, model, score=score, profiles=profiles, progress=False)
+    with pytest.raises(OptionError, match="must be a Trajectory"):
+        polyak.select(str(tmp_path), model, score=score)
+    with pytest.raises(OptionError, match="must be a list"):
+        polyak.Trajectory.from_checkpoints(tmp_path)
+    with pytest.raises(OptionError, match="a tuple"):
+        polyak.select(trajectory, model, score=lambda m: (0.5, 0.9), progress=False)
+    with pytest.raises(OptionError, match="recorded trajectory"):
+        polyak.average_checkpoints([tmp_path], tmp_path / "average.pt")
+
+
+def test_an_accumulator_on_an_accelerator_forgets_what_it_held(monkeypatch):
+    """The masked path on the host: its first sample is added to what was there, so that must be nothing."""
+    weight = torch.tensor([1e8])
+    mean = Accumulator([weight], ["w"], Uniform(), check_finite="raise")
+    mean.add([weight])
+    mean._masked = True
+    monkeypatch.setattr(mean, "_set_counters", lambda *counters: None)
+    mean.restart()
+    assert mean.means[0].item() == 0
+    with pytest.raises(NonFiniteError):
+        Accumulator([weight], ["w"], Uniform(), check_finite="raise").add([weight * float("nan")])
