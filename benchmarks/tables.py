@@ -133,6 +133,12 @@ def effect(data: dict[str, Any]) -> str:
                 for name, c in found["cells"].items()
             ],
         ),
+        "The same by learning rate: an average takes out the noise of the last steps, not what a rate that is too low "
+        "or a decay that began too early has left unlearned.",
+        table(
+            ("learning rate", "regret of the last weights", "of the selected", "removed"),
+            [(rate, *row) for rate, row in regrets_by_rate(found).items()],
+        ),
         f"**Any horizon from one run.** Averages selected along one recorded run at the constant rate "
         f"{horizons['constant_lr']:g}, against the decay (rate and share) tuned for each horizon on other seeds, at "
         f"{horizons['training_of_decayed_runs_over_recorded']:.2g} times the training of the one run. "
@@ -161,6 +167,20 @@ def effect(data: dict[str, Any]) -> str:
         ),
     ]
     return "\n\n".join(parts)
+
+
+def regrets_by_rate(found: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """Mean regret of the last weights and of the selected ones over the decays of each learning rate."""
+    cells: dict[str, list[tuple[float, float]]] = {}
+    for name, cell in found["cells"].items():
+        last, selected = (
+            sum(cell[kind]) / len(cell[kind]) - found["best_mean_test"] for kind in ("last", "selected")
+        )
+        cells.setdefault(name.partition(",")[0], []).append((last, selected))
+    sums = {
+        rate: [sum(column) / len(rows) for column in zip(*rows, strict=True)] for rate, rows in cells.items()
+    }
+    return {rate: (f"{a:.4f}", f"{b:.4f}", f"{1 - b / a:.0%}") for rate, (a, b) in sums.items()}
 
 
 def no_harm(data: dict[str, Any]) -> str:

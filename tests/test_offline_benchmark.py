@@ -17,6 +17,10 @@ def offline(monkeypatch):
     module = import_module("offline")
     monkeypatch.setattr(module, "MODEL", lambda: [(300, 400), (7,)])
     monkeypatch.setattr(module, "LARGE_TENSOR", (2, 1_000_000))
+    # A peer of hundreds of megabytes, which warns where it is imported, is for the benchmark itself.
+    monkeypatch.setattr(module, "MERGEKIT_INSTALLED", False)
+    contenders = {name: how for name, how in module.CONTENDERS.items() if name != module.MERGEKIT}
+    monkeypatch.setattr(module, "CONTENDERS", contenders)
     return module
 
 
