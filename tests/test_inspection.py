@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from io import StringIO
 from itertools import pairwise
 
 import numpy as np
@@ -12,12 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch.optim.swa_utils import AveragedModel
 
+import polyak
 from polyak import checkpoints
 from polyak.checkpoints.formats import FORMATS
 from polyak.errors import CheckpointError, OptionError, StructureError
 from polyak.inspection import CheckpointSummary, FolderSummary, compare, describe, products
+from polyak.inspection.views import view
 
 SUFFIXES = {"safetensors": ".safetensors", "pt": ".pt", "npz": ".npz"}
 DTYPES = (
@@ -408,3 +412,35 @@ print(peak - before)
         [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
     )
     assert 0 < int(result.stdout) * 1024 < 64_000_000
+
+
+def test_a_recorded_trajectory_shows_its_blocks_and_how_they_lie(tmp_path):
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with polyak.Recorder(model, tmp_path, block=2, optimizer=optimizer) as run:
+        for step, value in enumerate((1.0, 3.0, 4.0, 4.0, 2.0, 2.0), 1):
+            model.weight.data.fill_(value)
+            optimizer.param_groups[0]["lr"] = 0.5 if step < 5 else 0.25
+            run.update(loss=1 / value)
+    summary = describe(tmp_path)
+    data = json.loads(json.dumps(summary.to_dict(), allow_nan=False))
+    assert [(b["start"], b["stop"], b["count"]) for b in data["blocks"]] == [(0, 2, 2), (2, 4, 2), (4, 6, 2)]
+    assert [n["relative_distance"] for n in data["movement"]["neighbours"]] == [1.0, 0.5]
+    assert data["movement"]["neighbours"][1]["turn"] == pytest.approx(-1)
+    console = Console(file=StringIO(), width=100)
+    console.print(view(summary))
+    shown = " ".join(console.file.getvalue().split())
+    assert "optimizer steps 0 to 6, 3 blocks, 6 samples, 24 bytes" in shown
+    assert "(4, 6] 2 0.25 0.5 0.5 1.000000 -1.00" in shown and "Circling" in shown
+    with pytest.raises(OptionError, match="no nested keys"):
+        describe(tmp_path, "model")
+
+    (tmp_path / summary.blocks[1].file_name).unlink()
+    console.print(view(describe(tmp_path)))
+    assert "damaged" in console.file.getvalue()
+
+
+def test_steps_are_read_from_names_as_averaging_reads_them(tmp_path):
+    for step in (9, 10):
+        save(tmp_path / f"step-{step}.safetensors", w=torch.ones(1))
+    assert [row.step for row in describe(tmp_path).rows] == [9, 10]

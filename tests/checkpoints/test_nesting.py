@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import polyak
+from polyak import checkpoints
 from polyak.checkpoints.base import Contents, LoadedTensor
 from polyak.checkpoints.nesting import find_weights
 from polyak.errors import CheckpointError, OptionError
@@ -129,3 +131,14 @@ def test_damaged_nesting_ends(monkeypatch):
         wide = [wide] * 10
     with pytest.raises(CheckpointError, match="too widely"):
         find({"w": torch.zeros(1), "wide": wide})
+
+
+def test_the_state_of_an_average_holds_its_weights_under_their_names(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    ema = polyak.Average(model, polyak.EMA(decay=0.9), compensated=True)
+    ema.update()
+    saved = {"model": model.state_dict(), "ema": ema.state_dict()}
+    torch.save(saved, tmp_path / "run.pt")
+    found = checkpoints.open(tmp_path / "run.pt")
+    assert set(found.tensors) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert "weights found under 'ema.average'" in found.note

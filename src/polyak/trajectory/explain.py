@@ -111,7 +111,9 @@ def explain(profile: Profile, blocks: Sequence[Block]) -> Explanation:
     >>> found.coefficients.round(3).tolist(), found.exact, round(found.misplaced_weight, 3)
     ([0.2, 0.8], False, 0.167)
     """
-    return Explanation(profile, blocks, block_coefficients(profile, blocks))
+    explanation = Explanation(profile, blocks, _fractions(profile, blocks))
+    _refuse_unresolved(profile, blocks, explanation.misplaced_weight)
+    return explanation
 
 
 def block_coefficients(profile: Profile, blocks: Sequence[Block]) -> Floats:
@@ -121,13 +123,17 @@ def block_coefficients(profile: Profile, blocks: Sequence[Block]) -> Floats:
         OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
     """
     if isinstance(profile, Scheme):
-        _refuse_unresolved(profile, blocks)
+        _refuse_unresolved(profile, blocks, _misplaced(profile, blocks))
+    return _fractions(profile, blocks)
+
+
+def _fractions(profile: Profile, blocks: Sequence[Block]) -> Floats:
     return np.array(coefficients(profile, [Span(b.start, b.stop, b.count) for b in blocks]))
 
 
-def _refuse_unresolved(scheme: Scheme, blocks: Sequence[Block]) -> None:
-    misplaced = _misplaced(scheme, blocks)
-    if misplaced <= _MOST_MISPLACED:
+def _refuse_unresolved(scheme: Profile, blocks: Sequence[Block], misplaced: float) -> None:
+    """Profiles that are no schemes say themselves what part of a run they cover, and are warned about."""
+    if misplaced <= _MOST_MISPLACED or not isinstance(scheme, Scheme):
         return
     shortest = _shortest(scheme, blocks)
     if shortest is None:
