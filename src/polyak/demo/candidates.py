@@ -103,7 +103,8 @@ def choose(trajectory: Trajectory, model: nn.Module, scoring: Scoring, step: int
         model,
         score=lambda m: _losses(m, split.validation),
         holdout=lambda m: _losses(m, split.test),
-        recalibrate=scoring.update_bn_batches if has_batchnorm else None,
+        # One draw of the noise is enough to tell candidates apart, and each of them needs a pass of its own.
+        recalibrate=scoring.update_bn_batches[:1] if has_batchnorm else None,
         progress=False,
     )
     chosen = deepcopy(model)
