@@ -98,17 +98,23 @@ def batchnorm_cost(data: dict[str, Any]) -> str:
 
 
 def trajectory(data: dict[str, Any]) -> str:
-    what = {
+    meanings = {
         "updates": "back-to-back updates, a block every 100 / those of an `Average`",
         "merging": "the same with a merge after every block",
         "training": "training the byte language model, a sample every 10 steps / without a recorder",
         "selection": "choosing among 40 profiles / 40 evaluations",
     }
     rows = [
-        (what[name], spread(entry["ratio"]), f"at most {entry['aim']:g}", kept(entry["ratio"], entry["aim"]))
+        (
+            meanings[name],
+            spread(entry["ratio"]),
+            f"at most {entry['aim']:g}",
+            kept(entry["ratio"], entry["aim"]),
+        )
         for name, entry in data["results"].items()
     ]
-    return table(("time", "ratio", "aim", ""), rows)
+    what = "Of a recorder of ResNet-50's shapes, and of protocol C."
+    return f"{what}\n\n{table(('time', 'ratio', 'aim', ''), rows)}"
 
 
 def kept(ratio: dict[str, float], aim: float) -> str:
