@@ -179,7 +179,8 @@ class Recorder:
         """Write the block that is being filled and the live weights, and let go of the directory.
 
         Calling it again does nothing. Raises CheckpointError as :meth:`update` does; the directory is let go
-        all the same. While averaged weights are in the model it raises SwapError, and stays open.
+        all the same. While averaged weights are in the model it raises SwapError, and stays open. A
+        model that is no longer the recorded one raises StructureError once its blocks are written.
         """
         if not self._is_open:
             return
