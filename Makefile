@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A worker of the tests takes a gigabyte or two, so there are four at most.
+ON_ALL_CORES := -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-slow coverage format bench evidence clean
 
@@ -13,13 +15,13 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ON_ALL_CORES)
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
 coverage: $(VENV)/.dev
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest $(ON_ALL_CORES) --cov --cov-report=term-missing:skip-covered
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

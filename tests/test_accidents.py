@@ -208,7 +208,7 @@ def test_parameters_left_out_on_purpose_may_be_thawed():
 
 
 @pytest.mark.parametrize("shape", [(2, 2000, 1500), (3, 1, 2, 1000, 1000)])
-@pytest.mark.parametrize("options", [{"compensated": True}, {}], ids=str)
+@pytest.mark.parametrize("options", [{"compensated": True}, {}])
 def test_an_update_takes_little_memory_also_where_the_outermost_dimension_is_small(shape, options):
     weight = torch.randn(shape, dtype=torch.float32 if options else torch.bfloat16)
     mean = Accumulator([weight], ["w"], Uniform(), **options)
@@ -232,7 +232,6 @@ def test_copy_to_a_model_without_data_is_refused():
 @pytest.mark.parametrize(
     "options",
     [{"dtype": "float32"}, {"dtype": torch.float8_e4m3fn}, {"dtype": torch.complex64}, {"device": "meta"}],
-    ids=str,
 )
 def test_options_that_cannot_work_are_refused_at_once(options):
     with pytest.raises(OptionError, match=next(iter(options))):

@@ -52,7 +52,7 @@ def mask(mean):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["host", "masked"])
 @pytest.mark.parametrize("gap", [1, 7])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_means_equal_the_float64_oracle(scheme, dtype, gap, masked):
     law, oracle = SCHEMES[scheme]
@@ -66,9 +66,9 @@ def test_means_equal_the_float64_oracle(scheme, dtype, gap, masked):
 
 
 @pytest.mark.parametrize(
-    "options", [{"check_finite": False}, {"compensated": True}, {"dtype": torch.float64}], ids=str
+    "options", [{"check_finite": False}, {"compensated": True}, {"dtype": torch.float64}]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_option_gives_the_same_mean(dtype, options):
     samples = samples_of(SHAPES, dtype, 25)
     mean = accumulated(samples, EMA(decay=0.9), **options)
@@ -100,7 +100,7 @@ def test_complex_weights_are_averaged():
 
 @pytest.mark.parametrize("masked", [False, True], ids=["host", "masked"])
 @pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_identical_samples_come_back_bit_for_bit(dtype, compensated, masked):
     sample = samples_of(SHAPES, dtype, 1)[0]
     for scheme, _ in SCHEMES.values():
@@ -196,7 +196,7 @@ def test_unchecked_means_take_what_they_are_given():
 
 
 @pytest.mark.parametrize(
-    "options", [{"check_finite": "maybe"}, {"check_finite": 1.5}, {"dtype": torch.int64}], ids=str
+    "options", [{"check_finite": "maybe"}, {"check_finite": 1.5}, {"dtype": torch.int64}]
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(OptionError, match=next(iter(options))):

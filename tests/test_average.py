@@ -49,7 +49,6 @@ def same(one, other):
         (polyak.Power(sigma_rel=0.1), oracles.power(polyak.Power(sigma_rel=0.1).exponent - 1)),
         (polyak.Polynomial(eta=8), oracles.polynomial(8)),
     ],
-    ids=str,
 )
 def test_samples_follow_the_schedule_and_the_scheme(scheme, oracle, every):
     _, average, walk = walked(scheme, steps=50, start=10, every=every)
@@ -471,10 +470,8 @@ def test_copy_to_the_live_model_is_for_good():
 
 
 @pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize(
-    "scheme", [polyak.Uniform(), polyak.EMA(half_life=9), polyak.Power(gamma=2)], ids=str
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", [polyak.Uniform(), polyak.EMA(half_life=9), polyak.Power(gamma=2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resuming_is_bitwise_the_uninterrupted_run(scheme, dtype, compensated):
     options = {"start": 3, "every": 2, "compensated": compensated}
     model, whole, walk = walked(scheme, 13, model=mlp(dtype), **options)
@@ -599,7 +596,7 @@ def ramp(scheme, every, steps=1000):
 
 
 @pytest.mark.parametrize("every", [2, 10, 50])
-@pytest.mark.parametrize("scheme", [polyak.Power(gamma=6.94), polyak.Power(sigma_rel=0.2)], ids=str)
+@pytest.mark.parametrize("scheme", [polyak.Power(gamma=6.94), polyak.Power(sigma_rel=0.2)])
 def test_a_power_average_keeps_its_mean_position_when_sampled_rarely(scheme, every):
     """ema-pytorch's Karras EMA is off by 2 to 12 times with update_every."""
     lag, reference = 1000 - ramp(scheme, every), 1000 - ramp(scheme, 1)

@@ -67,7 +67,7 @@ def format(request):
     return request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_distance_and_cosine_of_every_dtype(tmp_path, dtype, monkeypatch):
     monkeypatch.setattr(products, "_SLICE_ELEMENTS", 8)
     first, second = random(dtype, seed=1), random(dtype, seed=2)

@@ -15,7 +15,7 @@ from polyak.errors import OptionError
 from profile_examples import ANY_PROFILE, PROFILES
 
 
-@pytest.mark.parametrize("profile", PROFILES, ids=str)
+@pytest.mark.parametrize("profile", PROFILES)
 def test_cumulative_rises_from_0_to_1(profile):
     t = np.linspace(0, 1000, 3001)
     share = profile.cumulative(t, 1000)
@@ -41,7 +41,7 @@ def test_cumulative_rises_for_any_hyper_parameters(profile, total, parts):
     assert np.all(np.diff(share) >= -1e-12)
 
 
-@pytest.mark.parametrize("profile", PROFILES, ids=str)
+@pytest.mark.parametrize("profile", PROFILES)
 def test_weights_of_coarse_blocks_add_up_the_fine_ones(profile):
     fine = profile.weights(np.arange(1001))
     edges = np.array([0, 3, 100, 555, 999, 1000])
@@ -126,7 +126,7 @@ def test_tail():
     assert (Tail(0.4).unit, Tail(steps=20).unit) == ("samples", "steps")
 
 
-@pytest.mark.parametrize("profile", [Tail(0.55), Decay("linear", 0.55)], ids=str)
+@pytest.mark.parametrize("profile", [Tail(0.55), Decay("linear", 0.55)])
 def test_a_part_of_the_run_reaches_no_further_than_it_says(profile):
     # In floats 0.55 * 100 is a little more than 55.
     assert np.count_nonzero(profile.weights(np.arange(101))) == 55

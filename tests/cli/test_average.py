@@ -40,7 +40,6 @@ def weight(path):
         (["ckpts/step11.pt", "ckpts/step9.pt", "--weights", "3,1"], 10.5),
         (["ckpts", "--key", "model", "--max-memory", "1GB", "--dtype", "bf16", "--hash"], 10),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("output", ["out.pt", "out.safetensors", "out"])
 def test_averages(run, capsys, arguments, expected, output):
@@ -136,7 +135,6 @@ def test_bad_inputs_are_one_line_and_code_2(run, capsys, name, message):
         (["ckpts", "-o", "out.pt", "--key", "ema"], "choose from 'model'"),
         (["ckpts", "-o", "no/where/out.pt"], "there is no folder no/where"),
     ],
-    ids=str,
 )
 def test_wrong_use_is_one_line_and_code_2(run, capsys, arguments, message):
     assert_refused(run, capsys, ["average", *arguments], message)

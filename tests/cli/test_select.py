@@ -50,7 +50,7 @@ def chosen(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("inputs", [["ckpts"], ["ckpts/*.pt"], ["ckpts", "--key", "model"]], ids=str)
+@pytest.mark.parametrize("inputs", [["ckpts"], ["ckpts/*.pt"], ["ckpts", "--key", "model"]])
 def test_the_newest_checkpoint_is_live_and_the_best_average_is_written(folder, capsys, inputs):
     profiles = ["--profiles", "window:10,11 tail:steps=1", "--profiles", "uniform"]
     found = chosen(capsys, *inputs, *profiles, "-o", "best.safetensors")
@@ -100,7 +100,6 @@ def test_the_table_and_the_verdict_are_printed(folder, capsys):
         (["ckpts", *USE, "-o", "best.doc"], "suffix of no known format"),
         (["ckpts", *USE, "-o", "user_code.py"], "user_code.py"),
     ],
-    ids=str,
 )
 def test_bad_input_is_one_line(folder, capsys, arguments, message):
     before = sorted(folder.rglob("*.safetensors"))

@@ -38,8 +38,8 @@ def reference(models, coefficients, name="w"):
     return sum(a * wide(model[name]) for a, model in zip(coefficients, models, strict=True))
 
 
-@pytest.mark.parametrize("coefficients", COEFFICIENTS, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_equals_the_float64_sum(tmp_path, dtype, coefficients):
     models = [{"w": random(dtype, seed)} for seed in range(4)]
     average = combined(saved(tmp_path, models), coefficients)["w"]
@@ -48,7 +48,7 @@ def test_equals_the_float64_sum(tmp_path, dtype, coefficients):
     assert error <= 2 * ROUNDING[dtype] * sum(map(abs, coefficients))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2])
 def test_half_precision_is_summed_in_float32(tmp_path, dtype):
     models = [{"w": random(dtype, seed)} for seed in range(4)]
     average = combined(saved(tmp_path, models), [0.25] * 4, dtype=torch.float32)["w"]
@@ -75,8 +75,8 @@ def every_number(dtype):
     )
 
 
-@pytest.mark.parametrize("coefficients", COEFFICIENTS, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_identical_inputs_come_back_bit_for_bit(tmp_path, dtype, coefficients):
     part = dtype.to_real()
     values = torch.cat([every_number(part), torch.tensor([0.0, -0.0]).to(part)])
@@ -85,7 +85,7 @@ def test_identical_inputs_come_back_bit_for_bit(tmp_path, dtype, coefficients):
     assert same_bits(combined(saved(tmp_path, [model] * 4), coefficients)["w"], values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e5m2, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e5m2, torch.complex64])
 def test_infinities_that_all_inputs_share_stay(tmp_path, dtype):
     models = [{"w": random(dtype, seed)} for seed in range(3)]
     for model in models:
@@ -206,7 +206,7 @@ def test_progress_ends_at_the_total(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "coefficients", [[0.5, 0.4], [1.0], [float("nan"), 1.0], [float("inf"), -float("inf")]], ids=str
+    "coefficients", [[0.5, 0.4], [1.0], [float("nan"), 1.0], [float("inf"), -float("inf")]]
 )
 def test_coefficients_that_are_no_average_are_refused(tmp_path, coefficients):
     with pytest.raises(OptionError, match="coefficients"):

@@ -11,7 +11,7 @@ BAD = {"nan": torch.nan, "infinity": torch.inf}
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
 @pytest.mark.parametrize("culprit", [0, 2])
 def test_file_and_tensor_are_named_and_nothing_is_written(tmp_path, dtype, bad, culprit):
     models = [{"fine": random(dtype, seed), "layer.w": random(dtype, seed)} for seed in range(3)]
@@ -37,7 +37,7 @@ def test_infinities_of_different_sign_are_not_shared(tmp_path):
         combined(saved(tmp_path, models), [0.5, 0.5])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_values_too_large_for_the_chosen_dtype_are_refused(tmp_path, dtype):
     inputs = saved(tmp_path, [{"w": torch.tensor([1.0, 1e5])}] * 2)
     with pytest.raises(NonFiniteError, match=rf"'w' is too large for {dtype}, it comes out as 1e\+05"):

@@ -34,7 +34,7 @@ SCHEMES = [
 N_SAMPLES = 60
 
 
-@pytest.fixture(params=SCHEMES, ids=str)
+@pytest.fixture(params=SCHEMES)
 def scheme(request) -> Scheme:
     return request.param
 
@@ -159,7 +159,6 @@ def test_tensors_are_not_read_back(scheme):
         (EMA(decay=0.5), lambda n: 0.5),
         (EMA(decay=0.5, debias=False), lambda n: 0.5),
     ],
-    ids=str,
 )
 def test_coefficients_stay_accurate_in_long_runs(scheme, exact, n):
     assert math.isclose(scheme.coefficient(n), exact(n), rel_tol=1e-14)

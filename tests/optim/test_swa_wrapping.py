@@ -63,7 +63,7 @@ def dense(model: nn.Module, step: int) -> float:
     return loss.item()
 
 
-@pytest.mark.parametrize(("name", "options"), dense_optimizers(), ids=str)
+@pytest.mark.parametrize(("name", "options"), dense_optimizers())
 def test_every_optimizer_of_torch_steps_as_alone(name: str, options: dict[str, Any]) -> None:
     check_against_the_bare_optimizer(lambda m: getattr(torch.optim, name)(m.parameters(), **options), dense)
 

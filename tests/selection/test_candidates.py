@@ -19,7 +19,7 @@ def test_half_lives_follow_the_length_of_the_run():
     assert half_lives == [20, 50, 100, 200, 400]
 
 
-@pytest.mark.parametrize("best", coarse_grid(2000), ids=str)
+@pytest.mark.parametrize("best", coarse_grid(2000))
 def test_finer_values_lie_around_the_best_and_in_its_family(best):
     near = fine_grid(best, 2000)
     assert len(set(near)) == len(near) >= 2

@@ -27,7 +27,7 @@ def to(target):
 POINTS = [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
 
 
-@pytest.mark.parametrize("start", [None, polyak.Uniform(), polyak.Tail(steps=1)], ids=str)
+@pytest.mark.parametrize("start", [None, polyak.Uniform(), polyak.Tail(steps=1)])
 def test_positive_weights_reach_a_target_inside_the_hull(tmp_path, start):
     model = nn.Linear(2, 1, bias=False)
     trajectory = recorded_points(tmp_path, POINTS, model)
@@ -130,7 +130,6 @@ def test_a_fit_brings_the_loss_down_and_select_takes_its_weights(tmp_path):
         ({"start": polyak.Weights([1, 2])}, OptionError, "2 weights"),
         ({"model": nn.Linear(3, 1)}, StructureError, "do not fit this model"),
     ],
-    ids=lambda value: str(value)[:40],
 )
 def test_what_cannot_be_fitted_is_refused(tmp_path, options, error, message):
     model = nn.Linear(2, 1, bias=False)
