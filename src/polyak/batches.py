@@ -70,7 +70,8 @@ class Batch:
 
     def _gathered(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | list[Tensor]:
         parts = self.pick(tensors)
-        return parts if self.flat else [part.reshape(-1) for part in parts]  # views cost more than they look
+        # Making a view costs more than it looks, and most small tensors are of one dimension.
+        return parts if self.flat else [part if part.ndim == 1 else part.reshape(-1) for part in parts]
 
 
 def allocate(
