@@ -123,12 +123,10 @@ def write(
             f"{path}: {name_list(unwritable)} are sparse or on the meta device: make them dense"
         )
     shared = _shared(tensors)
-    first = {name: tensor.detach() for name, tensor in tensors.items() if name not in shared}
-    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in first.items()}
+    infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items() if name not in shared}
     layout = Layout(infos, {**shared, **(ties or {})}, metadata or {})
     with create(path, layout, format=format, overwrite=overwrite) as writer:
-        for name, tensor in first.items():
-            writer.write(name, 0, tensor.cpu().resolve_conj().resolve_neg().reshape(-1))
+        writer.fill(tensors)
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -11,19 +11,22 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
+from polyak.checkpoints.passing import LEAST_PASSING_BYTES, write_all
 from polyak.errors import CheckpointError, OutputExistsError, name_list
 
-__all__ = ["AtomicOutput", "OutputFile", "write_all", "writing"]
+__all__ = ["AtomicOutput", "Observer", "OutputFile", "writing"]
 
-# Smaller writes are left to the system, which gathers them.
-_WRITE_BACK_BYTES = 1 << 18
 # What the writers put into folders. A folder with anything else in it is somebody's, and is not replaced.
 _OURS = ("*.safetensors", "*.bin", "*.index.json", "*.distcp", ".metadata", "polyak.json")
+
+
+# Called with the offset and the bytes of what was written.
+Observer = Callable[[int, memoryview], object]
 
 
 @contextmanager
@@ -38,19 +41,14 @@ def writing(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write {path}: {reason}; nothing was changed there") from error
 
 
-def write_all(number: int, data: memoryview, offset: int) -> None:
-    """``os.pwrite`` until all is written: the system may take less at a time."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(number, data[done:], offset + done)
-
-
 class OutputFile:
     """A new file of known size, written at offsets from any number of threads."""
 
-    def __init__(self, path: Path, output: Path, nbytes: int) -> None:
+    def __init__(self, path: Path, output: Path, nbytes: int, observe: Observer | None = None) -> None:
         self.path = path
         self._output = output
+        self._observe = observe
+        self._is_large = nbytes >= LEAST_PASSING_BYTES
         with writing(output):
             # A full disk shows here, before hours of work, rather than at the last tensor.
             if shutil.disk_usage(path.parent).free < nbytes:
@@ -66,10 +64,9 @@ class OutputFile:
         """Write all of ``data`` at ``offset``."""
         assert self._number is not None, "the file is closed"
         with writing(self._output):
-            write_all(self._number, data, offset)
-            if len(data) >= _WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
-                # Linux begins to write the range to disk, so that the sync at the end finds little left to do.
-                os.posix_fadvise(self._number, offset, len(data), os.POSIX_FADV_DONTNEED)
+            write_all(self._number, data, offset, passing=self._is_large)
+        if self._observe is not None:
+            self._observe(offset, data)
 
     def close(self) -> None:
         """Close it; more than once is harmless."""
@@ -110,10 +107,10 @@ class AtomicOutput:
                     f"name a new folder"
                 )
 
-    def create_file(self, nbytes: int) -> OutputFile:
+    def create_file(self, nbytes: int, observe: Observer | None = None) -> OutputFile:
         """The temporary file, at its full size."""
         try:
-            return OutputFile(self.temporary, self.path, nbytes)
+            return OutputFile(self.temporary, self.path, nbytes, observe)
         except BaseException:
             self.abort()
             raise

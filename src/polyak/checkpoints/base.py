@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        """What a checkpoint will hold of ``tensor``."""
+        return cls(tuple(tensor.shape), tensor.dtype)
 
     @property
     def numel(self) -> int:
@@ -70,7 +75,7 @@ class LoadedTensor(StoredTensor):
     """A tensor that its format could only give in memory."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.info = TensorInfo(tuple(tensor.shape), tensor.dtype)
+        self.info = TensorInfo.of(tensor)
         self._flat = tensor.reshape(-1)
 
     def read_into(self, start: int, out: Tensor) -> None:

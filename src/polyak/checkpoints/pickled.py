@@ -107,7 +107,7 @@ class _Archived:
         if offset is None or end is None:
             raise CheckpointError(f"{self._file.path} is corrupt: a tensor has no data")
         begin = self._start + offset + tensor.storage_offset() * tensor.element_size()
-        info = TensorInfo(tuple(tensor.shape), tensor.dtype)
+        info = TensorInfo.of(tensor)
         region = (begin, info, tensor.stride())
         if region not in self._regions:
             self._regions[region] = StridedRegion(self._file, begin, info, tensor.stride(), limit=end)

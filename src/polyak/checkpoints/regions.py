@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from polyak.checkpoints.base import Location, StoredTensor, TensorInfo, byte_view
+from polyak.checkpoints.passing import read_into
 from polyak.errors import CheckpointError
 
 __all__ = ["DataFile", "StridedRegion", "Window", "contiguous_stride"]
@@ -51,11 +52,14 @@ def _descriptor(path: Path, fingerprint: tuple[int, ...]) -> _Descriptor:
 class DataFile:
     """A file read at byte offsets, from any number of threads.
 
+    If ``passing``, what has to come from the disk does not stay in the page cache.
+
     Raises ``CheckpointError`` if the file cannot be opened, is empty, shrinks, or is replaced meanwhile.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, passing: bool = False) -> None:
         self.path = path
+        self._passing = passing
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
@@ -74,7 +78,7 @@ class DataFile:
         try:
             descriptor = _descriptor(self.path, self._fingerprint)
             while done < len(buffer):
-                count = os.preadv(descriptor.number, [buffer[done:]], offset + done)
+                count = read_into(descriptor.number, buffer[done:], offset + done, passing=self._passing)
                 if count == 0:
                     raise CheckpointError(
                         f"{self.path} ends before byte {offset + len(buffer)}: it is truncated; use another copy"

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.atomic import AtomicOutput
+from polyak.checkpoints.atomic import AtomicOutput, Observer
 from polyak.checkpoints.base import Contents, Location, StoredTensor, TensorInfo, byte_view
 from polyak.checkpoints.regions import DataFile, StridedRegion
 from polyak.checkpoints.writer import Layout, Writer
 from polyak.errors import CheckpointError, StructureError, name_list
 
-__all__ = ["SafetensorsWriter", "read"]
+__all__ = ["SafetensorsWriter", "read", "read_file"]
 
 # https://huggingface.co/docs/safetensors: 8 bytes of little-endian header length, at most 100 MB of header.
 _LENGTH = struct.Struct("<Q")
@@ -56,7 +56,12 @@ def read(path: Path) -> Contents:
     Raises ``CheckpointError`` if the header is not what the format allows: every byte must belong to just one
     tensor.
     """
-    file = DataFile(path)
+    return read_file(DataFile(path))
+
+
+def read_file(file: DataFile) -> Contents:
+    """The same of a file that is open."""
+    path = file.path
     header, data_start = _header(file)
     metadata = header.pop(_METADATA, {})
     if not _is_text_map(metadata):
@@ -143,14 +148,19 @@ def _check_coverage(path: Path, spans: dict[str, tuple[TensorInfo, int, int]], d
 
 
 class SafetensorsWriter(Writer):
-    """Writes slices at their places in the file; any process may do so at ``location``."""
+    """Writes slices at their places in the file; any process may do so at ``location``.
 
-    def __init__(self, path: Path, layout: Layout, overwrite: bool = False) -> None:
+    ``observe`` is called with the offset and the bytes of all that is written here.
+    """
+
+    def __init__(
+        self, path: Path, layout: Layout, overwrite: bool = False, observe: Observer | None = None
+    ) -> None:
         super().__init__(layout)
         header, self._offsets = _laid_out(path, layout)
         self._output = AtomicOutput(path, overwrite)
         nbytes = len(header) + sum(info.nbytes for info in layout.tensors.values())
-        self._file = self._output.create_file(nbytes)
+        self._file = self._output.create_file(nbytes, observe)
         try:
             self._file.write(0, memoryview(header))
         except BaseException:

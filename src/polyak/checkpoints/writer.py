@@ -15,8 +15,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.atomic import AtomicOutput, write_all, writing
+from polyak.checkpoints.atomic import AtomicOutput, writing
 from polyak.checkpoints.base import Location, TensorInfo, byte_view
+from polyak.checkpoints.passing import write_all
 from polyak.errors import CheckpointError, OptionError, StructureError
 
 __all__ = ["SIDECAR", "Layout", "SpooledWriter", "Writer", "read_sidecar", "sidecar_text"]
@@ -84,6 +85,11 @@ class Writer(ABC):
         """
         self.layout.check_slice(name, start, values)
         self._write(name, start, values)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write whole tensors, of any device; those that the layout has by these names."""
+        for name in self.layout.tensors:
+            self.write(name, 0, tensors[name].detach().cpu().resolve_conj().resolve_neg().reshape(-1))
 
     @abstractmethod
     def _write(self, name: str, start: int, values: Tensor) -> None:

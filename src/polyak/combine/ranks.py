@@ -13,8 +13,9 @@ from torch import Tensor
 
 from polyak import checkpoints
 from polyak.checkpoints import Layout, Location, Writer
-from polyak.checkpoints.atomic import write_all, writing
+from polyak.checkpoints.atomic import writing
 from polyak.checkpoints.base import byte_view
+from polyak.checkpoints.passing import write_all
 from polyak.combine.engine import Progress
 from polyak.combine.plan import AverageReport, Plan
 from polyak.distributed import all_or_none, gather, is_main_rank
@@ -120,7 +121,9 @@ class _PartWriter(Writer):
     def _write(self, name: str, start: int, values: Tensor) -> None:
         path, offset = self._locations[name]
         with writing(self._output):
-            write_all(self._numbers[path], byte_view(values), offset + start * values.element_size())
+            write_all(
+                self._numbers[path], byte_view(values), offset + start * values.element_size(), passing=True
+            )
 
     def location(self, name: str) -> Location:
         return self._locations[name]

@@ -17,7 +17,7 @@ import torch
 
 from polyak import checkpoints
 from polyak.checkpoints.atomic import writing
-from polyak.errors import CheckpointError, StateError, name_list
+from polyak.errors import CheckpointError, PolyakError, StateError, name_list
 from polyak.trajectory.block_file import copied_names, merge_files, refuse_damaged, write_file
 from polyak.trajectory.lock import FolderLock
 from polyak.trajectory.manifest import Block, Manifest
@@ -183,12 +183,14 @@ class TrajectoryFolder:
     def _merged(self, manifest: Manifest, max_blocks: int, kept_edges: Collection[int]) -> Manifest:
         """``manifest`` after merges, whose files are written; those that were merged are left in place."""
         while (index := self._pair_to_merge(manifest.blocks, max_blocks, kept_edges)) is not None:
-            first, second = manifest.blocks[index : index + 2]
-            if self._found_damage(first) or self._found_damage(second):
+            pair = manifest.blocks[index : index + 2]
+            both = pair[0] + pair[1]
+            try:
+                checksum = merge_files({self._file(block): block for block in pair}, self._file(both))
+            except PolyakError:
+                if not any(self._found_damage(block) for block in pair):
+                    raise
                 continue
-            both = first + second
-            sources, counts = [self._file(first), self._file(second)], [first.count, second.count]
-            checksum = merge_files(sources, counts, self._file(both))
             manifest = manifest.with_merged(index, replace(both, checksum=checksum))
         return manifest
 
