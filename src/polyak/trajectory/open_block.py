@@ -62,7 +62,8 @@ class OpenBlock:
 
     def note(self, metrics: Mapping[str, Any], lr: float | Tensor | None) -> None:
         """Take the numbers of one optimizer step."""
-        self._metrics.add(metrics)
+        if metrics:
+            self._metrics.add(metrics)
         if lr is not None:
             self._lr.add({"lr": lr})
 
