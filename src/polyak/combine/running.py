@@ -72,18 +72,19 @@ def _check(row: Sequence[float], n_inputs: int) -> None:
         raise OptionError(f"coefficients must be finite and sum to 1, got {sum(row)}")
 
 
-def fold(mean: Tensor, values: Tensor, ratio: float, difference: Tensor) -> None:
-    """``mean -= ratio * (mean - values)`` in place, with ``difference`` as scratch; ratio 1 replaces ``mean``.
+def fold(mean: Tensor, values: Tensor, ratio: float) -> None:
+    """``mean -= ratio * (mean - values)`` in place; ratio 1 replaces ``mean``.
 
-    Where both are equal the result is ``mean`` to the bit: the sign of the zero that is added is that of -0.0
-    in either form, and adding -0.0 changes nothing.
+    Where both are equal the result is ``mean`` to the bit, the sign of zero included. torch's lerp adds a
+    multiple of the difference to the side that weighs at least half; taken so that the multiple is negative, a
+    difference of 0.0 becomes -0.0, and adding that changes nothing.
     """
     if ratio == 1:
         mean.copy_(values)
-    elif ratio > 0:
-        mean.sub_(torch.sub(mean, values, out=difference), alpha=ratio)
+    elif 0 < ratio <= 0.5:
+        torch.lerp(values, mean, 1 - ratio, out=mean)
     else:
-        mean.add_(torch.sub(values, mean, out=difference), alpha=ratio)
+        mean.lerp_(values, ratio)
 
 
 def is_averaged(dtype: torch.dtype) -> bool:
