@@ -79,8 +79,12 @@ def time_rounds(
     rounds: int,
     least_seconds: float,
     description: str = "",
+    pause_seconds: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds per call of each entry of ``calls``, once a round; the order is rotated by one each round.
+
+    ``pause_seconds`` pass before each, so that one does not begin with what another leaves behind, such as memory
+    that it has freed and the system has not taken back yet.
 
     A measurement is the mean over enough calls in a row to last ``least_seconds``, so that short calls are
     not lost in the clock's noise.
@@ -91,6 +95,7 @@ def time_rounds(
     for round_index in track(range(rounds), description=description, transient=True):
         first = round_index % len(names)
         for name in names[first:] + names[:first]:
+            time.sleep(pause_seconds)
             seconds[name].append(_seconds_per_call(calls[name], repeats[name]))
     return seconds
 
