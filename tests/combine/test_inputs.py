@@ -25,6 +25,9 @@ from polyak.errors import CheckpointError, OptionError
         (["step_100_bf16.pt", "step_200_bf16.pt"], [100, 200]),
         (["gpt2-100.pt", "gpt2-200.pt"], [100, 200]),
         (["gpt2-a.pt", "gpt2-b.pt"], None),
+        (["epoch_0.pt", "epoch_1.pt"], [1, 2]),
+        (["model0.pt", "model1.pt"], [1, 2]),
+        (["step0.pt", "step50.pt"], [0, 50]),
         (["best.pt", "last.pt"], None),
         (["1.pt", "last.pt"], None),
         (["7/1.pt", "8/1.pt"], [7, 8]),
@@ -152,3 +155,25 @@ def test_a_file_that_must_be_loaded_whole_counts(tmp_path):
 def test_dtypes_that_cannot_be_asked_for(dtype):
     with pytest.raises(OptionError, match="no floating-point dtype"):
         parse_dtype(dtype)
+
+
+def test_an_average_among_what_it_was_made_of_is_refused(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir(), elsewhere.mkdir()
+    for step in (1, 2):
+        checkpoints.write(run / f"step{step}.safetensors", {"w": torch.full((2,), float(step))})
+    polyak.average_checkpoints(run, elsewhere / "average.safetensors")
+    polyak.average_checkpoints(run, run / "average.safetensors")
+    with pytest.raises(
+        OptionError, match=r"average\.safetensors is itself an average, of 'step1\.safetensors'"
+    ):
+        polyak.average_checkpoints(run, tmp_path / "again.safetensors")
+    polyak.average_checkpoints(elsewhere, tmp_path / "again.safetensors")
+
+
+def test_batchnorm_statistics_are_told(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    for step in (1, 2):
+        torch.save(model.state_dict(), tmp_path / f"step{step}.pt")
+    report = polyak.average_checkpoints(tmp_path, tmp_path / "average.pt")
+    assert any("'1.running_mean'" in note and "update_bn" in note for note in report.notes)

@@ -108,11 +108,11 @@ def test_a_disk_that_fills_up_midway(tmp_path, monkeypatch, suffix):
 
     def write(number, data, offset, pwrite=os.pwrite):
         written.append(offset)
-        if len(written) > 4:
+        if len(written) > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         return pwrite(number, data, offset)
 
     monkeypatch.setattr(os, "pwrite", write)
     with pytest.raises(CheckpointError, match="cannot write .*No space left on device"):
         polyak.average_checkpoints(tmp_path, tmp_path / f"average{suffix}")
-    assert len(written) > 4 and names(tmp_path) == ["step1.pt", "step2.pt"]
+    assert len(written) > 2 and names(tmp_path) == ["step1.pt", "step2.pt"]

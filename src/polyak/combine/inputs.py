@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
 from polyak.checkpoints.folders import checkpoint_paths, is_checkpoint_folder, is_recording
 from polyak.checkpoints.formats import recognise
-from polyak.errors import OptionError
+from polyak.combine.provenance import averaged_inputs, input_names
+from polyak.errors import OptionError, name_list
 
 __all__ = ["in_step_order", "known_steps", "open_inputs"]
 
@@ -19,6 +20,7 @@ __all__ = ["in_step_order", "known_steps", "open_inputs"]
 _AFTER_WORDS = [
     re.compile(rf"{word}\D?(\d{{1,18}})(?!\d)", re.IGNORECASE) for word in ("step", "iter(?:ation)?", "epoch")
 ]
+_AFTER_EPOCH = _AFTER_WORDS[-1]
 _NUMBER = re.compile(r"(?<!\d)(?<!\d\.)\d{1,18}(?!\d)(?!\.\d)")
 
 
@@ -27,14 +29,29 @@ def open_inputs(
 ) -> list[Checkpoint]:
     """Open checkpoints, and all those in folders of checkpoints.
 
-    Raises ``OptionError`` if there is none, and what ``polyak.checkpoints.open`` raises.
+    Raises ``OptionError`` if there is none, or one is an average of others here, and what
+    ``polyak.checkpoints.open`` raises.
     """
     if isinstance(paths, str | PathLike):
         paths = [paths]
     files = [file for path in paths for file in _expanded(Path(path))]
     if not files:
         raise OptionError("there is nothing to average: name one or more checkpoints, or a folder of them")
-    return [checkpoints.open(file, key) for file in files]
+    opened = [checkpoints.open(file, key) for file in files]
+    _refuse_average_of_others(opened)
+    return opened
+
+
+def _refuse_average_of_others(inputs: Sequence[Checkpoint]) -> None:
+    """Refuse the output of an earlier call, found in the folder of what it was made of: these would count twice."""
+    names = set(input_names(inputs))
+    for checkpoint, name in zip(inputs, input_names(inputs), strict=True):
+        made_of = names.intersection(averaged_inputs(checkpoint)) - {name}
+        if made_of:
+            raise OptionError(
+                f"{checkpoint.path} is itself an average, of {name_list(sorted(made_of))} among others that are "
+                "here too: move it to another folder, or name the checkpoints to average"
+            )
 
 
 def _expanded(path: Path) -> list[Path]:
@@ -66,7 +83,9 @@ def known_steps(inputs: Sequence[Checkpoint]) -> list[int] | None:
 def steps_in_names(paths: Sequence[Path]) -> list[int] | None:
     """The number that tells the names apart: after ``step``, ``iter`` or ``epoch``, else the last that always differs.
 
-    A name without numbers, such as ``model.safetensors``, is taken with that of its folder.
+    A name without numbers, such as ``model.safetensors``, is taken with that of its folder. Where epochs, or
+    numbers that nothing says to be steps, begin at 0, the first stands for one that was trained: they are
+    counted from 1.
 
     >>> steps_in_names([Path("epoch=1-step=500.ckpt"), Path("epoch=2-step=1000.ckpt")])
     [500, 1000]
@@ -74,19 +93,28 @@ def steps_in_names(paths: Sequence[Path]) -> list[int] | None:
     [1, 2]
     >>> steps_in_names([Path("run/9/model_bf16.pt"), Path("run/10/model_bf16.pt")])
     [9, 10]
+    >>> steps_in_names([Path("epoch0.pt"), Path("epoch1.pt")])
+    [1, 2]
     >>> steps_in_names([Path("best.pt"), Path("last.pt")])
     """
     for names in ([path.stem for path in paths], [path.absolute().parent.name for path in paths]):
-        named = [[match[1] for name in names if (match := word.search(name))] for word in _AFTER_WORDS]
-        columns = [tuple(found) for found in named if len(found) == len(names)]
-        numbers = [_NUMBER.findall(name) for name in names]
-        if len({len(found) for found in numbers}) == 1:
-            columns += reversed(list(zip(*numbers, strict=True)))
-        for column in columns:
-            steps = [int(number) for number in column]
-            if len(set(steps)) == len(steps):
-                return steps
+        for column, are_steps in _columns(names):
+            numbers = [int(number) for number in column]
+            if len(set(numbers)) == len(numbers):
+                return numbers if are_steps or min(numbers) > 0 else [number + 1 for number in numbers]
     return None
+
+
+def _columns(names: Sequence[str]) -> Iterator[tuple[Sequence[str], bool]]:
+    """Numbers that all ``names`` have, those that most likely are steps first, and whether a word says so."""
+    for word in _AFTER_WORDS:
+        found = [match[1] for name in names if (match := word.search(name))]
+        if len(found) == len(names):
+            yield found, word is not _AFTER_EPOCH
+    numbers = [_NUMBER.findall(name) for name in names]
+    if len({len(found) for found in numbers}) == 1:
+        for column in reversed(list(zip(*numbers, strict=True))):
+            yield column, False
 
 
 def in_step_order(inputs: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[int] | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -95,7 +95,7 @@ class Plan:
             copied=tuple(name for name, info in tensors.items() if not is_averaged(info.dtype)),
             differing=tuple(differing),
             ignored=tuple(dict.fromkeys(entry for opened in self.inputs for entry in opened.ignored)),
-            notes=tuple(_notes(self.inputs)),
+            notes=(*_notes(self.inputs), *_batchnorm_note(tensors)),
             bytes_read=counted * sum(info.nbytes for info in tensors.values()),
             bytes_written=sum(info.nbytes for info in self.layout.tensors.values()),
             memory_bytes=Budget.within(self.max_memory, self.inputs, 1).total_bytes,
@@ -178,6 +178,15 @@ def _notes(inputs: Sequence[Checkpoint]) -> list[str]:
     return [
         note if len(those) == len(inputs) else f"{name_list(those)}: {note}" for note, those in names.items()
     ]
+
+
+def _batchnorm_note(names: Iterable[str]) -> Iterator[str]:
+    statistics = [name for name in names if name.endswith(("running_mean", "running_var"))]
+    if statistics:
+        yield (
+            f"{name_list(statistics)} are BatchNorm statistics: their averages do not fit the averaged weights, so "
+            "recompute them with polyak.update_bn"
+        )
 
 
 def _spans(inputs: Sequence[Checkpoint], steps: Sequence[int] | None) -> list[Span]:

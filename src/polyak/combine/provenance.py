@@ -11,7 +11,7 @@ from polyak._version import __version__
 from polyak.checkpoints import Checkpoint
 from polyak.errors import CheckpointError
 
-__all__ = ["METADATA_KEY", "input_names", "provenance"]
+__all__ = ["METADATA_KEY", "averaged_inputs", "input_names", "provenance"]
 
 # The one entry of the output's metadata that is ours: JSON.
 METADATA_KEY = "polyak"
@@ -59,6 +59,14 @@ def input_names(inputs: Sequence[Checkpoint]) -> list[str]:
     if len(set(names)) == len(names):
         return names
     return [f"{checkpoint.path.absolute().parent.name}/{checkpoint.path.name}" for checkpoint in inputs]
+
+
+def averaged_inputs(checkpoint: Checkpoint) -> list[str]:
+    """What the checkpoint was made of, as :func:`provenance` noted it; nothing where it did not."""
+    try:
+        return [str(name) for name in json.loads(checkpoint.metadata[METADATA_KEY])["inputs"]]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return []
 
 
 def _agreed(inputs: Sequence[Checkpoint]) -> dict[str, str]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Selection"]
 
 _ROWS_SHOWN = 10
-_COLUMNS = 100
+_COLUMNS = 80
+# A profile with a weight for each block has a name longer than the page.
+_MOST_NAME = 19
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,8 +149,12 @@ def _as_table(candidates: Sequence[Candidate]) -> Table:
     for heading in ("score", "± error", f"minus {LIVE}", "95% interval", "samples"):
         table.add_column(heading, justify="right", no_wrap=True)
     for candidate in candidates:
-        table.add_row(candidate.name, *_cells(candidate))
+        table.add_row(_shortened(candidate.name), *_cells(candidate))
     return table
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MOST_NAME else f"{name[: _MOST_NAME - 1]}…"
 
 
 def _cells(candidate: Candidate) -> list[str]:
@@ -157,8 +163,8 @@ def _cells(candidate: Candidate) -> list[str]:
     return [
         f"{candidate.score:.5g}",
         "" if candidate.stderr is None else f"{candidate.stderr:.2g}",
-        "" if is_live else f"{candidate.difference:+.4g}",
-        f"{candidate.low:+.4g} to {candidate.high:+.4g}" if has_interval else "",
+        "" if is_live else f"{candidate.difference:+.3g}",
+        f"{candidate.low:+.3g} to {candidate.high:+.3g}" if has_interval else "",
         f"{candidate.effective_samples:.4g}",
     ]
 
