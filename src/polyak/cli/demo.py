@@ -18,7 +18,7 @@ class TaskName(StrEnum):
 
 def demo(
     task: Annotated[
-        TaskName, typer.Option(help="What to train: digits and text take one to two minutes each.")
+        TaskName, typer.Option(help="What to train: digits and text take half a minute to two minutes each.")
     ] = TaskName.digits,
     seeds: Annotated[
         int | None, typer.Option(help="Seeds to report on, 2 or more; by default 8 for digits, 5 for text.")

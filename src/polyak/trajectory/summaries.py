@@ -93,6 +93,8 @@ class Meter:
 
 
 def _scalar(name: str, value: Any) -> float | Tensor:
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         # The caller may go on writing into the tensor, as into a running loss.
         return value.detach().clone()
