@@ -171,6 +171,34 @@ def test_an_average_among_what_it_was_made_of_is_refused(tmp_path):
     polyak.average_checkpoints(elsewhere, tmp_path / "again.safetensors")
 
 
+def test_an_average_that_is_named_is_taken(tmp_path):
+    for step in (1, 2):
+        checkpoints.write(tmp_path / f"step{step}.safetensors", {"w": torch.full((2,), float(step))})
+    named = [tmp_path / "step1.safetensors", tmp_path / "average.safetensors"]
+    polyak.average_checkpoints(tmp_path, named[1])
+    report = polyak.average_checkpoints(named, tmp_path / "between.safetensors")
+    assert report.coefficients == (0.5, 0.5)
+
+
+def test_epochs_from_zero_count_from_one(tmp_path):
+    for epoch in range(3):
+        torch.save({"model": {"w": torch.ones(2)}, "epoch": epoch}, tmp_path / f"{epoch}.pt")
+    report = polyak.average_checkpoints(tmp_path, tmp_path / "average.pt", profile="ema:half_life=1")
+    assert report.steps == (1, 2, 3) and report.coefficients == pytest.approx((1 / 7, 2 / 7, 4 / 7))
+
+
+def test_steps_that_only_some_have_are_refused(tmp_path):
+    for name in ("epoch_1", "epoch_2", "best"):
+        torch.save({"w": torch.ones(2)}, tmp_path / f"{name}.pt")
+    paths = sorted(tmp_path.iterdir())
+    with pytest.raises(OptionError, match=r"no training step is known of 'best\.pt'"):
+        polyak.average_checkpoints(tmp_path, tmp_path / "average.pt", profile="tail:0.5")
+    with pytest.raises(OptionError, match=r"no training step is known of 'best\.pt'"):
+        polyak.Trajectory.from_checkpoints(paths)
+    assert len(polyak.Trajectory.from_checkpoints(paths, steps=[3, 1, 2]).blocks) == 3
+    polyak.average_checkpoints(tmp_path, tmp_path / "average.pt")  # without a profile order means nothing
+
+
 def test_batchnorm_statistics_are_told(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     for step in (1, 2):

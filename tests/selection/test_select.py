@@ -216,11 +216,20 @@ def test_a_score_that_raises_leaves_the_model(recorded):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_no_number_of_the_table_is_cut(recorded):
+    def score(m):
+        return 0.0123 + 1e-5 * Losses()(m)
+
+    weights = ",".join(["0.123456789"] * len(recorded[1]))
+    text = str(select(recorded, score=score, profiles=["uniform", f"weights:{weights}"]))
+    assert text.count("…") <= 1  # the name of a profile with a number for each block
+
+
 def test_the_table_can_be_printed_drawn_stored_and_written(recorded, tmp_path):
     choice = select(recorded, score=Losses())
     lines = str(choice).splitlines()
     assert lines[2].startswith(choice.best.name) and lines[12].startswith("live")
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 80
     assert repr(choice) == f"Selection(best={choice.best.name!r}, candidates={len(choice.table)})"
 
     data = json.loads(json.dumps(choice.to_dict(), allow_nan=False))

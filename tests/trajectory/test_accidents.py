@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +161,47 @@ def test_huge_metrics_and_a_damaged_block_do_not_end_a_recording(tmp_path):
     assert trajectory.usable.average(polyak.Tail(steps=2))["weight"].item() == 62.5
     with pytest.raises(CheckpointError, match="corrupt"):
         trajectory.average(Uniform())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.replace(b'"weight"', b'"weighs"'),
+        lambda data: data.replace(b'"polyak.copied":"[]"', b'"polyak.copied":"[!"'),
+        lambda data: data.replace(b'"polyak.copied":"[]"', b'"polyak.copied":"17"'),
+        lambda data: data + bytes(8),
+        lambda data: data[:-4] + b"\xff\xff\xff\x7f",  # a NaN
+        lambda data: data[:40],
+    ],
+)
+@pytest.mark.parametrize("index", [0, 1])
+def test_no_damage_ends_a_recording(tmp_path, damage, index):
+    model = line()
+    with polyak.Recorder(model, tmp_path, block=1, max_blocks=8) as run:
+        record(run, model, range(8))
+        path = tmp_path / run.trajectory.blocks[index].file_name
+        data = path.read_bytes()
+        path.write_bytes(damage(data))
+        assert path.read_bytes() != data
+        with pytest.warns(UserWarning, match="the recording goes on"):
+            record(run, model, range(8, 24))
+    trajectory = run.trajectory
+    good = trajectory.usable
+    assert trajectory.blocks[-1].stop == 24 and len(good) == len(trajectory) - 1
+    blocks = [block for block in trajectory.blocks if block.file_name != path.name]
+    weights = good.average(Uniform())["weight"].item()
+    values = [step - 1 for block in blocks for step in range(block.start + 1, block.stop + 1)]
+    assert weights == pytest.approx(sum(values) / len(values))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux lists the files that are open")
+def test_blocks_that_were_merged_away_are_let_go(tmp_path):
+    model = line()
+    with polyak.Recorder(model, tmp_path, block=1, max_blocks=8) as run:
+        record(run, model, range(40))
+        assert len(run.trajectory) == 8
+        open_files = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert not [file for file in open_files if str(tmp_path) in file and file.endswith("(deleted)")]
 
 
 def test_blocks_without_their_manifest_are_not_thrown_away(tmp_path):

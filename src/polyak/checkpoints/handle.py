@@ -31,6 +31,7 @@ class Checkpoint:
         ties: further name to first name, for tensors that are one; reading the first names reads each once.
         metadata: text beside the weights.
         step: the training step, where the checkpoint says it in a plain integer.
+        step_key: the entry that says it, such as ``"global_step"`` or ``"epoch"``.
         is_lazy: False if the format forced the whole file into memory (torch files from before 1.6).
     """
 
@@ -43,7 +44,9 @@ class Checkpoint:
         self.note = weights.note
         self.ignored = weights.ignored
         self.metadata = contents.metadata
-        self.step = _text_step(contents.metadata) if weights.step is None else weights.step
+        self.step, self.step_key = weights.step, weights.step_key
+        if self.step is None:
+            self.step, self.step_key = _text_step(contents.metadata)
         self.is_lazy = contents.is_lazy
         self.tensors: dict[str, TensorInfo] = {name: stored.info for name, stored in weights.tensors.items()}
         self._stored = weights.tensors
@@ -114,6 +117,9 @@ def _ties(tensors: dict[str, StoredTensor]) -> dict[str, str]:
     return ties
 
 
-def _text_step(metadata: dict[str, str]) -> int | None:
-    texts = (metadata[key] for key in STEP_KEYS if metadata.get(key, "").isdecimal())
-    return next((int(text) for text in texts if len(text) < 19), None)
+def _text_step(metadata: dict[str, str]) -> tuple[int, str] | tuple[None, None]:
+    for key in STEP_KEYS:
+        text = metadata.get(key, "")
+        if text.isdecimal() and len(text) < 19:
+            return int(text), key
+    return None, None

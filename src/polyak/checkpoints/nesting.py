@@ -55,6 +55,7 @@ class Weights:
     ignored: tuple[str, ...] = ()
     dropped_prefix: str = ""
     step: int | None = None
+    step_key: str | None = None
 
     @property
     def note(self) -> str:
@@ -93,13 +94,15 @@ def find_weights(contents: Contents, key: str | None, path: Path) -> Weights:
         raise CheckpointError(
             f"{path} holds no weights; its entries are {name_list([*map(str, contents.tree)])}"
         )
+    step, step_key = _step(entries, place)
     return Weights(
         tensors={name: contents.stored(entries[parts]) for name, parts in named.items()},
         key=".".join(place) or None,
         found_keys=tuple(".".join(other) for other in found),
         ignored=_ignored(entries, set(named.values())),
         dropped_prefix=prefix,
-        step=_step(entries, place),
+        step=step,
+        step_key=step_key,
     )
 
 
@@ -197,10 +200,10 @@ def _ignored(entries: dict[_Path, Any], taken: set[_Path]) -> tuple[str, ...]:
     return tuple(tops)
 
 
-def _step(entries: dict[_Path, Any], place: _Path) -> int | None:
+def _step(entries: dict[_Path, Any], place: _Path) -> tuple[int, str] | tuple[None, None]:
     for depth in range(len(place) + 1):
         for key in STEP_KEYS:
             value = entries.get((*place[:depth], key))
             if type(value) is int and value >= 0:
-                return value
-    return None
+                return value, key
+    return None, None

@@ -20,6 +20,8 @@ _LEAST_PIECE_BYTES = 1 << 18
 # Linux 6.14 and later, on the file systems that have it; all others answer with one of these errors.
 _RWF_DONTCACHE = 0x80
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+# A Python that was built for an older system knows no flags.
+_ERRORS = (OSError, NotImplementedError)
 
 
 def write_all(number: int, data: memoryview, offset: int, *, passing: bool = False) -> None:
@@ -41,19 +43,22 @@ def read_into(number: int, buffer: memoryview, offset: int, *, passing: bool = F
     if passing and sys.platform == "linux":
         try:
             return os.preadv(number, [buffer], offset, _RWF_DONTCACHE)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
+        except _ERRORS as error:
+            _raise_unless_unsupported(error)
     return os.preadv(number, [buffer], offset)
+
+
+def _raise_unless_unsupported(error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
+        raise error
 
 
 def _write_passing(number: int, data: memoryview, offset: int) -> int:
     if sys.platform == "linux":
         try:
             return os.pwritev(number, [data], offset, _RWF_DONTCACHE)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
+        except _ERRORS as error:
+            _raise_unless_unsupported(error)
     written = os.pwrite(number, data, offset)
     if hasattr(os, "posix_fadvise"):
         # An older Linux only begins to write, so that the sync at the end finds little left to do.

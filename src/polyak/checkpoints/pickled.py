@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,19 @@ def load_archive(
             raise CheckpointError(
                 f"{file.path} is big-endian: load it on the machine that wrote it and convert it"
             )
-    state = _load(file, start, nbytes, "meta")
+    with _keeping_offsets():
+        state = _load(file, start, nbytes, "meta")
     ends = {member.offset: member.end for member in members.values()}
     return state, _Archived(file, start, ends).stored
+
+
+def _keeping_offsets() -> AbstractContextManager[object]:
+    """In which torch.load notes where each storage lies in the file: from torch 2.11 on it does so by itself."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11):
+        return nullcontext()
+    from torch._subclasses import FakeTensorMode
+
+    return FakeTensorMode()
 
 
 def _load(file: DataFile, start: int, nbytes: int | None, device: str) -> Any:

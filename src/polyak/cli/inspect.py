@@ -35,7 +35,7 @@ def inspect(
     polyak inspect last.pth --key state_dict     other weights than those chosen by default
     polyak inspect checkpoints/                  a row for each: step, size, same layout or not
     polyak inspect checkpoints/ --movement       also: does the run drift on, or circle around one place?
-    polyak inspect run/trajectory                blocks, steps, metrics, and how the run moved between them
+    polyak inspect run                           blocks, steps, metrics, and how the run moved between them
     polyak inspect a.safetensors b.pt            what differs, and by how much, in any formats
     polyak inspect last.pth last.pth --key state_dict --key state_dict_ema
 

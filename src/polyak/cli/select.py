@@ -58,7 +58,7 @@ def select(
     """Choose an average after training: score many, and the live weights, on your own data.
 
     \b
-    polyak select run/trajectory --model my.model:build --score my.data:validation_losses
+    polyak select run/ --model my.model:build --score my.data:validation_losses
     polyak select 'ckpts/step-*.pt' --model my.model:build --score my.data:accuracy --mode max
     polyak select ckpts/ --model my.model:build --score my.data:losses -o best.safetensors
     polyak select ckpts/ --model my.model:build --score my.data:losses --profiles 'tail:0.2 tail:0.4'
@@ -119,7 +119,9 @@ def _built(text: str, build: Any) -> Any:
 
     network = build()
     if not isinstance(network, nn.Module):
-        raise OptionError(f"--model {text} must return a torch.nn.Module, it returned {network!r}")
+        raise OptionError(
+            f"--model {text} must return a torch.nn.Module, it returned a {type(network).__name__}"
+        )
     return network
 
 

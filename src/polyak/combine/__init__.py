@@ -2,7 +2,7 @@
 
 from polyak.combine.engine import Progress, combine
 from polyak.combine.headers import common_layout
-from polyak.combine.inputs import in_step_order, known_steps, open_inputs
+from polyak.combine.inputs import in_step_order, known_steps, open_inputs, refuse_partly_known
 from polyak.combine.memory import MemoryWriter
 from polyak.combine.offline import average_checkpoints
 from polyak.combine.plan import AverageReport, Plan, plan_average
@@ -24,5 +24,6 @@ __all__ = [
     "known_steps",
     "open_inputs",
     "plan_average",
+    "refuse_partly_known",
     "spans_of_steps",
 ]

@@ -152,7 +152,7 @@ class _Worker:
             return torch.empty(slice_bytes, dtype=torch.uint8)
 
         self._job, self._tally = job, tally
-        self._read, self._values, self._written = (buffer() for _ in range(3))
+        self._read, self._values, self._scratch, self._written = (buffer() for _ in range(4))
         self._means = [buffer() for _ in job.writers]
 
     def __call__(self, piece: Slice) -> None:
@@ -167,10 +167,11 @@ class _Worker:
         dtype = accumulation_dtype(job.source_dtype(piece.name), job.accumulate)
         n_reals = len(as_reals(_part(self._read, job.source_dtype(piece.name), piece.count)))
         means = [_part(buffer, dtype, n_reals) for buffer in self._means]
+        scratch = _part(self._scratch, dtype, n_reals)
         for step in job.folds:
             values = self._values_of(step.index, piece, dtype)
             for output, ratio in step.ratios:
-                fold(means[output], values, ratio)
+                fold(means[output], values, ratio, scratch)
         for output, mean in enumerate(means):
             self._write(output, piece, mean)
 

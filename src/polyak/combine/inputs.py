@@ -9,12 +9,17 @@ from pathlib import Path
 
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
-from polyak.checkpoints.folders import checkpoint_paths, is_checkpoint_folder, is_recording
+from polyak.checkpoints.folders import (
+    checkpoint_paths,
+    is_checkpoint_folder,
+    is_recording,
+    natural_order,
+)
 from polyak.checkpoints.formats import recognise
-from polyak.combine.provenance import averaged_inputs, input_names
+from polyak.combine.provenance import averaged_inputs
 from polyak.errors import OptionError, name_list
 
-__all__ = ["in_step_order", "known_steps", "open_inputs"]
+__all__ = ["in_step_order", "known_steps", "open_inputs", "refuse_partly_known"]
 
 # A number after one of these words, the first that all names have; else one that stands by itself, not in 0.90.
 _AFTER_WORDS = [
@@ -29,28 +34,32 @@ def open_inputs(
 ) -> list[Checkpoint]:
     """Open checkpoints, and all those in folders of checkpoints.
 
-    Raises ``OptionError`` if there is none, or one is an average of others here, and what
+    Raises ``OptionError`` if there is none, or a folder holds an average of others in it, and what
     ``polyak.checkpoints.open`` raises.
     """
     if isinstance(paths, str | PathLike):
         paths = [paths]
-    files = [file for path in paths for file in _expanded(Path(path))]
-    if not files:
+    opened: list[Checkpoint] = []
+    for path in map(Path, paths):
+        files = _expanded(path)
+        found = [checkpoints.open(file, key) for file in files]
+        if files != [path]:
+            _refuse_average_of_others(found)
+        opened += found
+    if not opened:
         raise OptionError("there is nothing to average: name one or more checkpoints, or a folder of them")
-    opened = [checkpoints.open(file, key) for file in files]
-    _refuse_average_of_others(opened)
     return opened
 
 
-def _refuse_average_of_others(inputs: Sequence[Checkpoint]) -> None:
-    """Refuse the output of an earlier call, found in the folder of what it was made of: these would count twice."""
-    names = set(input_names(inputs))
-    for checkpoint, name in zip(inputs, input_names(inputs), strict=True):
-        made_of = names.intersection(averaged_inputs(checkpoint)) - {name}
-        if made_of:
+def _refuse_average_of_others(siblings: Sequence[Checkpoint]) -> None:
+    """Refuse what an earlier call wrote into the folder of what it was made of: these would count twice."""
+    names = {checkpoint.path.name for checkpoint in siblings}
+    for checkpoint in siblings:
+        made_of = names.intersection(Path(name).name for name in averaged_inputs(checkpoint))
+        if made_of - {checkpoint.path.name}:
             raise OptionError(
-                f"{checkpoint.path} is itself an average, of {name_list(sorted(made_of))} among others that are "
-                "here too: move it to another folder, or name the checkpoints to average"
+                f"{checkpoint.path} is itself an average, of {name_list(sorted(made_of, key=natural_order))} beside "
+                "it: move it to another folder, or name the checkpoints to average"
             )
 
 
@@ -76,7 +85,7 @@ def known_steps(inputs: Sequence[Checkpoint]) -> list[int] | None:
     saved = [checkpoint.step for checkpoint in inputs]
     known = [step for step in saved if step is not None]
     if len(known) == len(saved) == len(set(known)):
-        return known
+        return _counted_from_one(known, any(checkpoint.step_key != "epoch" for checkpoint in inputs))
     return steps_in_names([checkpoint.path for checkpoint in inputs])
 
 
@@ -101,8 +110,12 @@ def steps_in_names(paths: Sequence[Path]) -> list[int] | None:
         for column, are_steps in _columns(names):
             numbers = [int(number) for number in column]
             if len(set(numbers)) == len(numbers):
-                return numbers if are_steps or min(numbers) > 0 else [number + 1 for number in numbers]
+                return _counted_from_one(numbers, are_steps)
     return None
+
+
+def _counted_from_one(numbers: list[int], are_steps: bool) -> list[int]:
+    return numbers if are_steps or min(numbers) > 0 else [number + 1 for number in numbers]
 
 
 def _columns(names: Sequence[str]) -> Iterator[tuple[Sequence[str], bool]]:
@@ -118,9 +131,26 @@ def _columns(names: Sequence[str]) -> Iterator[tuple[Sequence[str], bool]]:
 
 
 def in_step_order(inputs: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[int] | None]:
-    """Checkpoints by rising step, with the steps; in the order given, with None, where they are not known."""
+    """Checkpoints by rising step, with the steps; in the order given, with None, where they are not known.
+
+    Raises ``OptionError`` where they are known of some only.
+    """
     steps = known_steps(inputs)
     if steps is None:
+        refuse_partly_known(inputs)
         return list(inputs), None
     order = sorted(range(len(steps)), key=steps.__getitem__)
     return [inputs[index] for index in order], [steps[index] for index in order]
+
+
+def refuse_partly_known(inputs: Sequence[Checkpoint]) -> None:
+    """Refuse (``OptionError``) inputs of which only some say a step.
+
+    A ``best.pt`` beside ``epoch_1.pt``, ``epoch_2.pt``, … has no place in their order.
+    """
+    without = [c.path.name for c in inputs if c.step is None and not _NUMBER.search(c.path.stem)]
+    if 0 < len(without) < len(inputs):
+        raise OptionError(
+            f"no training step is known of {name_list(without)}, as it is of the others: leave those out, for example "
+            "by a pattern such as 'run/epoch_*.pt'"
+        )

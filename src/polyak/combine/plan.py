@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from polyak import checkpoints
-from polyak.checkpoints import Checkpoint, Layout, Writer
+from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
 from polyak.checkpoints.atomic import AtomicOutput
 from polyak.checkpoints.formats import format_for
 from polyak.combine.budget import Budget
@@ -95,7 +95,7 @@ class Plan:
             copied=tuple(name for name, info in tensors.items() if not is_averaged(info.dtype)),
             differing=tuple(differing),
             ignored=tuple(dict.fromkeys(entry for opened in self.inputs for entry in opened.ignored)),
-            notes=(*_notes(self.inputs), *_batchnorm_note(tensors)),
+            notes=(*_notes(self.inputs), *(_batchnorm_note(tensors) if counted > 1 else ())),
             bytes_read=counted * sum(info.nbytes for info in tensors.values()),
             bytes_written=sum(info.nbytes for info in self.layout.tensors.values()),
             memory_bytes=Budget.within(self.max_memory, self.inputs, 1).total_bytes,
@@ -180,8 +180,12 @@ def _notes(inputs: Sequence[Checkpoint]) -> list[str]:
     ]
 
 
-def _batchnorm_note(names: Iterable[str]) -> Iterator[str]:
-    statistics = [name for name in names if name.endswith(("running_mean", "running_var"))]
+def _batchnorm_note(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    statistics = [
+        name
+        for name, info in tensors.items()
+        if name.endswith(("running_mean", "running_var")) and is_averaged(info.dtype)
+    ]
     if statistics:
         yield (
             f"{name_list(statistics)} are BatchNorm statistics: their averages do not fit the averaged weights, so "

@@ -18,6 +18,9 @@ from polyak.errors import OptionError
 __all__ = ["Fold", "accumulation_dtype", "as_reals", "fold", "folds", "is_averaged"]
 
 _SUM_TOLERANCE = 1e-6
+# One operation instead of two, which takes 1 - ratio instead of the ratio: the rounding of that is as large as the
+# ratio's own share of it, and lost beside a large ratio only.
+_LEAST_LERP_RATIO = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -72,19 +75,20 @@ def _check(row: Sequence[float], n_inputs: int) -> None:
         raise OptionError(f"coefficients must be finite and sum to 1, got {sum(row)}")
 
 
-def fold(mean: Tensor, values: Tensor, ratio: float) -> None:
-    """``mean -= ratio * (mean - values)`` in place; ratio 1 replaces ``mean``.
+def fold(mean: Tensor, values: Tensor, ratio: float, scratch: Tensor) -> None:
+    """``mean -= ratio * (mean - values)`` in place, with ``scratch`` of the same shape; ratio 1 replaces ``mean``.
 
-    Where both are equal the result is ``mean`` to the bit, the sign of zero included. torch's lerp adds a
-    multiple of the difference to the side that weighs at least half; taken so that the multiple is negative, a
-    difference of 0.0 becomes -0.0, and adding that changes nothing.
+    Where both are equal the result is ``mean`` to the bit, the sign of zero included: in each form a multiple of
+    their difference is added whose sign makes a zero of it -0.0, and adding that changes nothing.
     """
-    if ratio == 1:
+    if ratio > 0.5 and torch.tensor(ratio, dtype=mean.dtype) == 1:
         mean.copy_(values)
-    elif 0 < ratio <= 0.5:
+    elif ratio > 0.5 or ratio < 0:
+        mean.lerp_(values, ratio)
+    elif ratio >= _LEAST_LERP_RATIO:
         torch.lerp(values, mean, 1 - ratio, out=mean)
     else:
-        mean.lerp_(values, ratio)
+        mean.sub_(torch.sub(mean, values, out=scratch), alpha=ratio)
 
 
 def is_averaged(dtype: torch.dtype) -> bool:

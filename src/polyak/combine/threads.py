@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -42,7 +44,9 @@ def run_on_threads(make_worker: Callable[[], Callable[[Item], None]], items: Ite
             return
         with ThreadPoolExecutor(n) as pool:
             try:
-                for finished in as_completed([pool.submit(work) for _ in range(n)]):
+                with _interrupts_held():
+                    jobs = [pool.submit(work) for _ in range(n)]
+                for finished in as_completed(jobs):
                     finished.result()
             except BaseException:
                 stop.set()
@@ -50,6 +54,19 @@ def run_on_threads(make_worker: Callable[[], Callable[[Item], None]], items: Ite
     finally:
         # What a thread sets is also what threads made later begin with.
         torch.set_num_threads(torch_threads)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let signals wait: one that falls into the start of a thread leaves it running, and nobody waits for it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Shared(Iterator[Item]):

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Selection"]
 
 _ROWS_SHOWN = 10
-_COLUMNS = 80
+_LEAST_COLUMNS, _MOST_COLUMNS = 80, 120
 # A profile with a weight for each block has a name longer than the page.
-_MOST_NAME = 19
+_MOST_NAME = 28
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,9 +118,11 @@ class Selection:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=_COLUMNS, color_system=None)
+        table = _as_table(self._shown())
+        console = Console(file=StringIO(), width=_MOST_COLUMNS, color_system=None)
+        console.width = max(_LEAST_COLUMNS, console.measure(table).maximum)
         with console.capture() as capture:
-            console.print(_as_table(self._shown()))
+            console.print(table)
             console.print(self.verdict, highlight=False, markup=False)
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 

@@ -17,7 +17,8 @@ import torch
 
 from polyak import checkpoints
 from polyak.checkpoints.atomic import writing
-from polyak.errors import CheckpointError, PolyakError, StateError, name_list
+from polyak.checkpoints.regions import DataFile
+from polyak.errors import CheckpointError, StateError, name_list
 from polyak.trajectory.block_file import copied_names, merge_files, refuse_damaged, write_file
 from polyak.trajectory.lock import FolderLock
 from polyak.trajectory.manifest import Block, Manifest
@@ -187,7 +188,7 @@ class TrajectoryFolder:
             both = pair[0] + pair[1]
             try:
                 checksum = merge_files({self._file(block): block for block in pair}, self._file(both))
-            except PolyakError:
+            except Exception:  # a damaged header can provoke any
                 if not any(self._found_damage(block) for block in pair):
                     raise
                 continue
@@ -222,9 +223,11 @@ class TrajectoryFolder:
 
     def _remove_unlisted(self) -> None:
         listed = self.manifest.file_names
-        for name in os.listdir(self.path):
-            if _TRANSIENT.fullmatch(name) and name not in listed:
-                (self.path / name).unlink(missing_ok=True)
+        unlisted = [n for n in os.listdir(self.path) if _TRANSIENT.fullmatch(n) and n not in listed]
+        for name in unlisted:
+            (self.path / name).unlink(missing_ok=True)
+        if unlisted:
+            DataFile.release()  # a file that is open keeps its place on the disk
 
     def _refuse_orphans(self) -> None:
         orphans = [name for name in sorted(os.listdir(self.path)) if name.startswith("block-")]

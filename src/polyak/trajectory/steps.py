@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from polyak.checkpoints import Checkpoint
-from polyak.combine import known_steps
+from polyak.combine import known_steps, refuse_partly_known
 from polyak.errors import OptionError, name_list
 
 __all__ = ["checkpoint_steps"]
@@ -21,10 +21,12 @@ def checkpoint_steps(
     have one; or 1, 2, … in the order given.
 
     Raises:
-        OptionError: steps of another number than the checkpoints, or the same one twice; or no steps, and
-            paths whose order means nothing.
+        OptionError: steps of another number than the checkpoints, or the same one twice; or steps known of some
+            only; or no steps, and paths whose order means nothing.
     """
     chosen = list(steps) if steps is not None else known_steps(inputs)
+    if chosen is None:
+        refuse_partly_known(inputs)
     if chosen is None and not ordered:
         raise OptionError(
             f"no step is known for {name_list([c.path.name for c in inputs])}, and the paths come in no order: give "

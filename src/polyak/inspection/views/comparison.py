@@ -63,4 +63,4 @@ def _differences(comparison: Comparison, show_all: bool) -> Iterator[RenderableT
             f"{tensor.non_finite:,} not finite" if tensor.non_finite else "",
         )
     yield from (Text(), rows)
-    yield from rest_lines(len(changed) - len(shown), "tensor that differs less")
+    yield from rest_lines(len(changed) - len(shown), "less different tensor")
