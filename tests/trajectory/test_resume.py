@@ -118,6 +118,14 @@ def test_step_may_lie_after_the_last_block(tmp_path: Path) -> None:
     again.recorder.close()
 
 
+def test_a_step_far_after_the_last_block_is_told(tmp_path: Path) -> None:
+    run = RecordedWalk(tmp_path, block=4)
+    run.run(8)
+    run.recorder.close()
+    with pytest.warns(UserWarning, match="optimizer steps 8 to 100 were not recorded"):
+        resumed(run, tmp_path, step=100).recorder.close()
+
+
 def test_a_block_across_the_step_is_refused(tmp_path: Path) -> None:
     run = RecordedWalk(tmp_path, block=4)
     run.run(20)

@@ -91,7 +91,11 @@ def select(
     )
     if output is not None:
         choice.write(output, overwrite=force)
-    typer.echo(json.dumps(choice.to_dict(), indent=2) if as_json else str(choice))
+    if as_json:
+        written = None if output is None else str(output)
+        typer.echo(json.dumps(choice.to_dict() | {"output": written}, indent=2))
+    else:
+        typer.echo(str(choice) if output is None else f"{choice}\nWritten: {output}")
 
 
 def _opened(paths: list[Path], key: str | None) -> tuple[Trajectory, dict[str, Tensor]]:

@@ -206,7 +206,7 @@ class Weights(Profile):
         blocks = len(sums) - 1
         if total != blocks:
             raise OptionError(
-                f"{blocks} weights were given for {total:.15g} blocks: give one weight per block"
+                f"{blocks} weights were given for {total:.15g} blocks or inputs: give one for each"
             )
         return np.interp(t, np.arange(blocks + 1), sums / sums[-1])
 

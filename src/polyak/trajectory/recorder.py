@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import deque
 from functools import partial
 from os import PathLike
@@ -245,10 +246,22 @@ class Recorder:
         if self._binding.ready:
             self._allocate()
         if step is not None:
+            self._warn_of_gap(step)
             self._folder.begin_at(step)
         if self._open_block is not None:
             self._open_block.begin(self._folder.manifest.stop)
         self._go_on_from(self._folder.manifest.stop if step is None else step)
+
+    def _warn_of_gap(self, step: int) -> None:
+        """The open block of a process that was killed is lost as a matter of course; more than that is not."""
+        manifest = self._folder.manifest
+        if manifest.blocks and step - manifest.stop > self.block_steps:
+            warnings.warn(
+                f"{self.directory}: optimizer steps {manifest.stop} to {step} were not recorded, so the samples of the "
+                "next block stand for them too",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _go_on_from(self, step: int) -> None:
         self._step = self._began_at = step
