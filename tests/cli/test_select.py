@@ -123,3 +123,12 @@ def test_an_error_in_the_users_own_code_keeps_its_traceback(folder):
     (folder / "user_code.py").write_text("raise ZeroDivisionError('yours')")
     with pytest.raises(ZeroDivisionError, match="yours"):
         main(["select", "ckpts", *USE])
+
+
+def test_an_error_in_the_users_own_function_shows_its_frames_and_what_was_called(folder, capsys):
+    with (folder / "user_code.py").open("a") as file:
+        file.write("\ndef broken(model):\n    return model.wait\n")
+    assert main(["select", "ckpts", "--model", "user_code:build", "--score", "user_code:broken"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert any("user_code.py" in line for line in lines) and len(lines) < 20
+    assert lines[-1].startswith("polyak: error: --score user_code:broken raised AttributeError")
