@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -168,3 +170,41 @@ def test_misuse_is_refused(arguments, message):
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     with pytest.raises(OptionError, match=message):
         polyak.attach(*arguments(optimizer))
+
+
+def test_an_average_follows_an_optimizer_once():
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = polyak.Average(model, polyak.Uniform()), polyak.Average(model, polyak.Uniform())
+    handle = polyak.attach(optimizer, first)
+    with pytest.raises(OptionError, match="same average twice"):
+        polyak.attach(optimizer, second, first)
+    polyak.attach(optimizer, second)
+    handle.remove()
+    handle.remove()
+    handle = polyak.attach(optimizer, first)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert (first.n_averaged, second.n_averaged) == (1, 1)
+    with pytest.raises(OptionError, match="same average twice"):
+        polyak.attach(optimizer, first)
+
+
+def test_copies_of_an_optimizer_are_followed_by_nothing():
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = polyak.Average(model, polyak.Uniform())
+    polyak.attach(optimizer, average)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        polyak.attach(copied, average).remove()
+
+
+def test_a_recorder_with_its_optimizer_is_let_go(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with polyak.Recorder(model, tmp_path, block=1, optimizer=optimizer) as run:
+        polyak.attach(optimizer, run)
+    gone = weakref.ref(run)
+    del run, optimizer
+    gc.collect()
+    assert gone() is None

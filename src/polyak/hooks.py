@@ -20,15 +20,23 @@ class Follower(Protocol):
         """Called once after each optimizer step that was taken."""
 
 
+# An attribute of optimizers: what follows them now. It is no part of their state dicts and copies.
+_FOLLOWERS = "_polyak_followers"
+
+
 class AttachHandle:
     """Undoes an :func:`attach`; as a context manager it does so on leaving."""
 
-    def __init__(self, hook: Any):
-        self._hook = hook
+    def __init__(self, hook: Any, following: list[Follower], averages: tuple[Follower, ...]):
+        self._hook, self._following, self._averages = hook, following, averages
 
     def remove(self) -> None:
         """Stop updating; calling it again does nothing."""
         self._hook.remove()
+        self._following[:] = [
+            f for f in self._following if not any(f is average for average in self._averages)
+        ]
+        self._averages = ()
 
     def __enter__(self) -> AttachHandle:
         return self
@@ -53,7 +61,7 @@ def attach(optimizer: Optimizer, *averages: Follower) -> AttachHandle:
         A handle; ``handle.remove()`` ends it.
 
     Raises:
-        OptionError: no optimizer, no averages, or an object without ``update()``.
+        OptionError: no optimizer, no averages, an object without ``update()``, or one that follows it already.
 
     >>> import torch, polyak
     >>> model = torch.nn.Linear(2, 1)
@@ -74,7 +82,8 @@ def attach(optimizer: Optimizer, *averages: Follower) -> AttachHandle:
     for average in averages:
         if not callable(getattr(average, "update", None)):
             raise OptionError(f"attach takes averages with an update() method, got {type(average).__name__}")
-    if len(set(map(id, averages))) < len(averages):
+    following = vars(inner).setdefault(_FOLLOWERS, [])
+    if len(set(map(id, [*following, *averages]))) < len(following) + len(averages):
         raise OptionError("attach was given the same average twice, which would count each step twice")
 
     def after_step(stepped: Optimizer, args: object, kwargs: object) -> None:
@@ -83,7 +92,8 @@ def attach(optimizer: Optimizer, *averages: Follower) -> AttachHandle:
         for average in averages:
             average.update()
 
-    return AttachHandle(inner.register_step_post_hook(after_step))
+    following += averages
+    return AttachHandle(inner.register_step_post_hook(after_step), following, averages)
 
 
 def _is_nested(call: FrameType, optimizer: Optimizer) -> bool:
