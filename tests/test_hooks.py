@@ -195,8 +195,12 @@ def test_copies_of_an_optimizer_are_followed_by_nothing():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     average = polyak.Average(model, polyak.Uniform())
     polyak.attach(optimizer, average)
-    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        polyak.attach(copied, average).remove()
+    for number, copied in enumerate((copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)))):
+        copied.step()
+        assert average.n_averaged == number
+        polyak.attach(copied, average)  # no copy counts as one that the average follows already
+        copied.step()
+        assert average.n_averaged == number + 1
 
 
 def test_a_recorder_with_its_optimizer_is_let_go(tmp_path):

@@ -46,6 +46,7 @@ def test_a_picture_of_somebody_elses_is_refused(tmp_path):
 def test_the_other_tasks_files_do_not_matter(tmp_path):
     (tmp_path / "digits.json").write_text("mine")
     Outputs(tmp_path, "text").claim()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("digits.json", "mine")]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

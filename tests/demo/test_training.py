@@ -28,15 +28,15 @@ def test_the_live_weights_and_swa_are_those_of_a_loop_written_out(tiny_digits):
         if step in (25, 30, 35, 40):
             samples.append([parameter.detach().double().clone() for parameter in model.parameters()])
 
-    def test_nll() -> float:
+    def nll_on_test() -> float:
         with torch.no_grad():
             return cross_entropy(model.eval()(split.test.inputs), split.test.targets).item()
 
-    live = test_nll()
+    live = nll_on_test()
     with torch.no_grad():
         for parameter, *taken in zip(model.parameters(), *samples, strict=True):
             parameter.copy_(torch.stack(taken).mean(0))
-    swa = test_nll()
+    swa = nll_on_test()
     torch.set_num_threads(threads)
 
     curves = train(tiny_digits, 5).curves

@@ -93,7 +93,7 @@ class Meter:
 
 
 def _scalar(name: str, value: Any) -> float | Tensor:
-    if type(value) is float:
+    if type(value) is float:  # the usual case; the checks below are slow beside a training step
         return value
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         # The caller may go on writing into the tensor, as into a running loss.
