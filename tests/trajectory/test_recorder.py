@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,8 @@ import polyak
 from polyak import checkpoints
 from polyak.errors import CheckpointError, OptionError, StateError, StructureError
 from polyak.trajectory import folder as folder_module
+from polyak.trajectory import pace as pace_module
+from polyak.trajectory import writer as writer_module
 from recorded_runs import RecordedWalk, largest_error, small_model
 
 
@@ -129,23 +130,35 @@ def test_the_manifest_is_there_from_the_start(tmp_path: Path) -> None:
         run.trajectory.average(polyak.Uniform())
 
 
+class _Clock(threading.local):
+    """A clock for each thread that only moves when told, so that the machine's speed decides nothing."""
+
+    seconds = 0.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+
 def test_length_follows_the_pace(tmp_path: Path, caplog, monkeypatch) -> None:
     """Blocks that take long to write become long, and the recorder says so."""
-    slow = folder_module.TrajectoryFolder.commit
+    clock, commit = _Clock(), folder_module.TrajectoryFolder.commit
 
-    def commit(*arguments) -> None:
-        time.sleep(0.002)
-        slow(*arguments)
+    def slow(*arguments) -> None:
+        clock.seconds += 0.005
+        commit(*arguments)
 
-    monkeypatch.setattr(folder_module.TrajectoryFolder, "commit", commit)
+    monkeypatch.setattr(folder_module.TrajectoryFolder, "commit", slow)
+    monkeypatch.setattr(pace_module, "time", clock)
+    monkeypatch.setattr(writer_module, "time", clock)
     caplog.set_level("INFO", "polyak")
     with polyak.Recorder(small_model(), tmp_path) as run:
         assert run.block_steps == 4
         for _ in range(4000):
-            time.sleep(0.001)
+            clock.seconds += 0.001
             run.update()
-        assert run.block_steps >= 32
-    assert "optimizer steps, which take" in caplog.text
+        # 5 ms are a fortieth of 200 steps of 1 ms each, and blocks grow by doubling.
+        assert run.block_steps == 256
+    assert "blocks of 256 optimizer steps, which take 0.256 s to train and 0.005 s to write" in caplog.text
     assert polyak.Recorder(small_model(), tmp_path).block_steps == run.block_steps
 
 
