@@ -21,7 +21,7 @@ __all__ = ["CONTENDERS", "LIMIT", "LOAD_AND_ADD", "MERGEKIT", "MERGEKIT_INSTALLE
 
 Average = Callable[[Sequence[Path], Path], None]
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 21
 
 
 def read_and_write(inputs: Sequence[Path], output: Path) -> None:

@@ -199,10 +199,10 @@ def test_every_format_gives_the_same_bits(tmp_path, suffix):
 
 def test_progress_ends_at_the_total(tmp_path):
     seen = []
-    inputs = saved(tmp_path, [{"w": random(torch.float32, seed, (600_000,))} for seed in range(3)])
+    inputs = saved(tmp_path, [{"w": random(torch.float32, seed, (1_500_000,))} for seed in range(3)])
     combined(inputs, [0.5, 0.0, 0.5], progress=lambda done, total: seen.append((done, total)))
     assert len(seen) > 1 and seen == sorted(seen)
-    assert seen[-1] == (3 * 2_400_000,) * 2
+    assert seen[-1] == (3 * 6_000_000,) * 2
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ KILL = """
         output.unlink(missing_ok=True)
         if old is not None:
             output.write_bytes(old)
-        in_child(rng.uniform(0, 1.1 * duration))
+        in_child((number + rng.random()) / kills * 1.1 * duration)  # from the beginning to past the end
         found = output.read_bytes() if output.exists() else None
         assert found in (old, complete), "half-written"
         outcomes.add("complete" if found == complete else "as before")
@@ -103,7 +103,7 @@ def test_a_file_that_outgrows_the_disk(tmp_path, suffix, room):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_disk_that_fills_up_midway(tmp_path, monkeypatch, suffix):
-    saved(tmp_path, [{"w": torch.ones(2_000_000)}] * 2)
+    saved(tmp_path, [{"w": torch.ones(4_000_000)}] * 2)
     written = []
 
     def write(number, data, offset, pwrite=os.pwrite):

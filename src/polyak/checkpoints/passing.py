@@ -15,7 +15,7 @@ __all__ = ["LEAST_PASSING_BYTES", "read_into", "write_all"]
 # Smaller files are left in the page cache: what is chosen among, such as the blocks of a small model, is read soon.
 LEAST_PASSING_BYTES = 1 << 25
 # The page cache holds about so much of a file at a time; pieces below the second size are left to the system.
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 21
 _LEAST_PIECE_BYTES = 1 << 18
 # Linux 6.14 and later, on the file systems that have it; all others answer with one of these errors.
 _RWF_DONTCACHE = 0x80

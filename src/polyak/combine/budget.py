@@ -17,7 +17,7 @@ _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
 
 # A slice and its running sum stay in the cache while every input passes through; larger ones bring nothing more.
-_BEST_SLICE_BYTES = 1 << 21
+_BEST_SLICE_BYTES = 1 << 22
 _LEAST_SLICE_BYTES = 1 << 16
 # More threads than this wait for memory, not for each other's turn.
 _BEST_WORKERS = 2
