@@ -9,7 +9,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -31,6 +31,7 @@ __all__ = [
     "peak_resident_bytes",
     "ratios",
     "resident_bytes",
+    "rotated",
     "time_rounds",
     "write_json",
 ]
@@ -74,29 +75,26 @@ def calls_lasting(call: Callable[[], object], seconds: float, most: int = 200) -
     return min(most, max(1, math.ceil(seconds / once)))
 
 
-def time_rounds(
-    calls: Mapping[str, Callable[[], object]],
-    rounds: int,
-    least_seconds: float,
-    description: str = "",
-    pause_seconds: float = 0.0,
-) -> dict[str, list[float]]:
-    """Seconds per call of each entry of ``calls``, once a round; the order is rotated by one each round.
+def rotated(names: Sequence[str], rounds: int, description: str = "") -> Iterator[str]:
+    """Each name once a round, in an order that is rotated by one each round, under a progress bar."""
+    for round_index in track(range(rounds), description=description, transient=True):
+        first = round_index % len(names)
+        yield from names[first:]
+        yield from names[:first]
 
-    ``pause_seconds`` pass before each, so that one does not begin with what another leaves behind, such as memory
-    that it has freed and the system has not taken back yet.
+
+def time_rounds(
+    calls: Mapping[str, Callable[[], object]], rounds: int, least_seconds: float, description: str = ""
+) -> dict[str, list[float]]:
+    """Seconds per call of each entry of ``calls``, once a round, in turns.
 
     A measurement is the mean over enough calls in a row to last ``least_seconds``, so that short calls are
     not lost in the clock's noise.
     """
-    names = list(calls)
     repeats = {name: calls_lasting(call, least_seconds) for name, call in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_index in track(range(rounds), description=description, transient=True):
-        first = round_index % len(names)
-        for name in names[first:] + names[:first]:
-            time.sleep(pause_seconds)
-            seconds[name].append(_seconds_per_call(calls[name], repeats[name]))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for name in rotated(list(calls), rounds, description):
+        seconds[name].append(_seconds_per_call(calls[name], repeats[name]))
     return seconds
 
 

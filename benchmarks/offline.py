@@ -3,8 +3,9 @@
     python benchmarks/offline.py [--rounds 7] [--folder DIR] [--output FILE]
 
 Eight GPT-2-sized fp32 checkpoints are made on the spot, in both formats (9 GB of disk), and are in the page cache
-when they are read. All contenders take turns, with a pause between them; ratios are taken round by round. Memory is
-the most anonymous memory beyond an interpreter that has imported torch, each case in a process of its own.
+when they are read. All contenders take turns, each time in a fresh process, as a script is; the clock starts once it
+has averaged eight tiny checkpoints, so that imports do not count. Ratios are taken round by round. Memory is the most
+anonymous memory beyond an interpreter that has imported torch, each case in a process of its own too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,7 @@ from polyak import checkpoints
 N_INPUTS = 8
 MODEL = shapes.gpt2_small
 MAX_MEMORY_BYTES = 256_000_000
-# Each begins without the memory that the one before has freed, as a script of its own does.
-PAUSE_SECONDS = 3.0
+TINY = "tiny"  # the folder of checkpoints that are averaged first
 LARGE_TENSOR = (400, 1_000_000)  # 1.6 GB, several times max_memory
 PROMISES = {
     f"{POLYAK} over {LIMIT}": "at most 1.6, aim 1.4",
@@ -41,15 +42,16 @@ PROMISES = {
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "offline.json"
 
 
-def make_inputs(folder: Path) -> None:
+def make_inputs(folder: Path, model: Sequence[shapes.Shape]) -> None:
     """``0.safetensors``, ``0.pt``, …: a random model and seven that lie near it."""
     generator = torch.Generator().manual_seed(0)
-    model = {
+    first = {
         name: torch.randn(shape, generator=generator)
-        for name, shape in zip(shapes.gpt2_names(), MODEL(), strict=False)
+        for name, shape in zip(shapes.gpt2_names(), model, strict=False)
     }
+    folder.mkdir(exist_ok=True)
     for number in range(N_INPUTS):
-        near = {name: tensor + 0.01 * number for name, tensor in model.items()}
+        near = {name: tensor + 0.01 * number for name, tensor in first.items()}
         for suffix in (".safetensors", ".pt"):
             checkpoints.write(folder / f"{number}{suffix}", near)
         if MERGEKIT_INSTALLED:
@@ -68,27 +70,32 @@ def inputs_of(folder: Path, suffix: str) -> list[Path]:
     return [folder / f"{number}{suffix}" for number in range(N_INPUTS)]
 
 
-def calls(folder: Path) -> dict[str, Callable[[], object]]:
-    """Each averages all inputs once."""
+def average(name: str, folder: Path) -> Path:
+    """Average all inputs once; where the average is."""
+    contender, suffix, output_suffix = CONTENDERS[name]
+    output = folder / f"average{output_suffix}"
+    contender(inputs_of(folder, suffix), output)
+    return output
 
-    def call(name: str) -> Callable[[], object]:
-        average, suffix, output_suffix = CONTENDERS[name]
-        return lambda: average(inputs_of(folder, suffix), folder / f"average{output_suffix}")
 
-    return {name: call(name) for name in CONTENDERS}
+def seconds_of_one(name: str, folder: Path) -> float:
+    """Seconds that averaging takes once everything is imported. Runs in a fresh process."""
+    average(name, folder / TINY)
+    started = time.perf_counter()
+    average(name, folder)
+    return time.perf_counter() - started
 
 
 def check(folder: Path) -> None:
     """Refuse to time contenders that do not average: the last tensor must have moved by the mean offset."""
     expected = 0.01 * (N_INPUTS - 1) / 2
-    for name, call in calls(folder).items():
+    for name in CONTENDERS:
         if name == LIMIT:
             continue
-        call()
-        average = checkpoints.open(folder / f"average{CONTENDERS[name][2]}")
+        output = checkpoints.open(average(name, folder))
         first = checkpoints.open(folder / "0.safetensors")
         last = list(first.tensors)[-1]
-        moved = (average.read(last) - first.read(last)).mean()
+        moved = (output.read(last) - first.read(last)).mean()
         if abs(moved - expected) > 1e-4:
             raise RuntimeError(f"{name!r} did not average")
 
@@ -119,8 +126,8 @@ def make_large_inputs(folder: Path) -> None:
 
 def peak_memory_bytes(inputs: Sequence[Path], contender: str, output: Path) -> int:
     """The most anonymous memory of one average beyond what the process held before. Runs in a fresh process."""
-    average = CONTENDERS[contender][0]
-    return harness.peak_anonymous_bytes(lambda: average(inputs, output))
+    way = CONTENDERS[contender][0]
+    return harness.peak_anonymous_bytes(lambda: way(inputs, output))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -133,13 +140,14 @@ def main(arguments: list[str] | None = None) -> None:
         ("polyak", "safetensors")
     )  # before the work, whose own load it would show
 
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        make_inputs(folder)
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        folder = Path(place)
+        make_inputs(folder, MODEL())
+        make_inputs(folder / TINY, [(2,)] * len(MODEL()))
         check(folder)
-        seconds = harness.time_rounds(
-            calls(folder), options.rounds, 0.0, description="timing", pause_seconds=PAUSE_SECONDS
-        )
+        seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        for name in harness.rotated(list(CONTENDERS), options.rounds, "timing"):
+            seconds[name].append(harness.in_fresh_process(seconds_of_one, name, folder))
         memory = _measured_memory(folder) if harness.memory_is_measurable() else {}
     cases = {name: _record(values, seconds) for name, values in seconds.items()}
     Console().print(_times(cases), _memories(memory))

@@ -261,6 +261,13 @@ def test_passes_out_of_range(passes):
         polyak.update_bn([data()], deep_network(), passes=passes)
 
 
+def test_the_model_in_the_place_of_the_loader():
+    with pytest.raises(
+        polyak.errors.OptionError, match=r"a torch.nn.Module is needed as the model, got list"
+    ):
+        polyak.update_bn(deep_network(), [data()])
+
+
 # --- batches ---------------------------------------------------------------------------------------------
 
 

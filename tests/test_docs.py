@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import polyak
+from polyak.profiles.parsing import _CLASSES
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
@@ -25,6 +28,17 @@ def test_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text())
     broken = [link for link in links if "://" not in link and not (document.parent / link).exists()]
     assert not broken
+
+
+def test_the_table_of_profiles_is_right_and_whole() -> None:
+    """Each row's text and Python are the same profile, its unit is right, and no class is left out."""
+    rows = re.findall(
+        r"^\| `([A-Z].*?)` \| `(.*?)` \|.*\| (.*?) \|$", (ROOT / "docs/choosing.md").read_text(), re.M
+    )
+    profiles = [polyak.parse(text) for _, text, _ in rows]
+    assert profiles == [eval(python, vars(polyak).copy()) for python, *_ in rows]
+    assert [profile.unit for profile in profiles] == [unit.split()[-1] for *_, unit in rows]
+    assert set(map(type, profiles)) == set(_CLASSES.values())
 
 
 def test_results_show_the_committed_figures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,9 @@ def offline(monkeypatch):
 
 def test_a_short_run_writes_its_figures(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(offline.harness, "memory_is_measurable", lambda: False)
+    monkeypatch.setattr(
+        offline.harness, "in_fresh_process", lambda function, *arguments: function(*arguments)
+    )
     offline.main(["--rounds", "2", "--folder", str(tmp_path), "--output", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures["cases"]) == set(offline.CONTENDERS)
@@ -34,7 +37,7 @@ def test_a_short_run_writes_its_figures(offline, tmp_path, monkeypatch):
 
 
 def test_a_contender_that_does_not_average_is_refused(offline, tmp_path, monkeypatch):
-    offline.make_inputs(tmp_path)
+    offline.make_inputs(tmp_path, offline.MODEL())
     read_and_write = offline.CONTENDERS[offline.LIMIT][0]
     copy = lambda inputs, output: output.write_bytes(inputs[0].read_bytes())  # noqa: E731
     contenders = {offline.LIMIT: (read_and_write, ".pt", ".pt"), "copy": (copy, ".pt", ".pt")}

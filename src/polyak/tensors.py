@@ -137,12 +137,14 @@ class ModelTensors:
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """``model`` without the wrappers of ``torch.compile``, DDP and the like.
+    """``model`` without the wrappers of ``torch.compile``, DDP and the like; OptionError for anything but a module.
 
     >>> linear = nn.Linear(1, 1)
     >>> bare_model(nn.DataParallel(linear)) is linear
     True
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"a torch.nn.Module is needed as the model, got {type(model).__name__}")
     for name, child in model._modules.items():
         if child is not None and _is_wrapping(model, name):
             return bare_model(child)

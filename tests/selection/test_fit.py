@@ -129,11 +129,19 @@ def test_a_fit_brings_the_loss_down_and_select_takes_its_weights(tmp_path):
         ({"loss": lambda m, b: m.weight.sum() / 0}, NonFiniteError, "loss of step 1 is"),
         ({"start": polyak.Weights([1, 2])}, OptionError, "2 weights"),
         ({"model": nn.Linear(3, 1)}, StructureError, "do not fit this model"),
+        ({"model": [1]}, OptionError, "a torch.nn.Module is needed as the model, got list"),
+        ({"trajectory": "run/"}, OptionError, "must be a Trajectory, got 'run/'"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(tmp_path, options, error, message):
     model = nn.Linear(2, 1, bias=False)
     trajectory = recorded_points(tmp_path, POINTS, model)
-    arguments = {"model": model, "batches": [None], "loss": to([0.0, 0.0]), **options}
+    arguments = {
+        "trajectory": trajectory,
+        "model": model,
+        "batches": [None],
+        "loss": to([0.0, 0.0]),
+        **options,
+    }
     with pytest.raises(error, match=message):
-        polyak.fit(trajectory, **arguments)
+        polyak.fit(**arguments)

@@ -113,6 +113,11 @@ def test_what_is_no_choice_is_refused(paths, change, message):
         polyak.soup(change(paths), nn.Linear(1, 1, bias=False), distance)
 
 
+def test_no_model_is_refused(paths):
+    with pytest.raises(OptionError, match=r"a plain torch.nn.Module is needed, got list"):
+        polyak.soup(paths, [1], distance)
+
+
 def test_other_models_are_refused(paths):
     with pytest.raises(StructureError, match="do not fit this model"):
         polyak.soup(paths, nn.Linear(2, 1), distance)

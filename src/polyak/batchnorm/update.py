@@ -81,7 +81,7 @@ def update_bn(
         progress: show a bar on stderr, on rank 0 only.
 
     Raises:
-        OptionError: ``passes`` is not a whole number of at least 1.
+        OptionError: ``passes`` is not a whole number of at least 1, or ``model`` is no module.
         BatchError: the loader can be iterated only once and ``passes`` is more, or no sample reached any
             BatchNorm layer.
         StructureError: a layer has no memory yet (lazy, or on the meta device), or ranks have different ones.

@@ -90,7 +90,9 @@ def write_sharded(path: str | PathLike[str], tensors: Mapping[str, Tensor], over
 
     path = Path(path)
     if any(distributed.gather(path.exists())) and not overwrite:
-        raise OutputExistsError(f"{path} exists already: name another output, or pass overwrite=True")
+        raise OutputExistsError(
+            f"{path} exists already: name another output, or pass overwrite=True (--force on the command line)"
+        )
     save(dict(tensors), checkpoint_id=path)
 
 

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from polyak.accumulator import mean_dtype
 from polyak.errors import BatchError, NonFiniteError, OptionError
 from polyak.profiles import Decay, Profile, Weights
+from polyak.selection.trial import refuse_no_trajectory
 from polyak.selection.weights import matched
 from polyak.tensors import ModelTensors, bare_model
 from polyak.trajectory import Trajectory
@@ -87,7 +88,9 @@ def fit(
         steps: forward and backward passes.
 
     Raises:
-        OptionError: ``steps`` is not a whole number of at least 1, or the loss is no scalar with a gradient.
+        OptionError: ``steps`` is not a whole number of at least 1, the first arguments are no trajectory and no
+            model, or the loss is no scalar with a gradient.
+        NotStartedError: the trajectory holds no block yet.
         BatchError: there are no batches.
         NonFiniteError: a loss was NaN or infinite.
         StructureError: the trajectory is that of another model.
@@ -111,10 +114,12 @@ def fit(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise OptionError(f"steps must be a whole number of at least 1, got {steps!r}")
+    refuse_no_trajectory(trajectory)
+    network = bare_model(model)
     begin = trajectory.explain(Decay("sqrt", 0.4) if start is None else start).coefficients
     coefficients = (_Signed if signed else _Softmax)(torch.tensor(begin, dtype=torch.float64))
     stacks = _stacked_blocks(trajectory, model)
-    losses = _descend(coefficients, stacks, _Objective(bare_model(model), loss), _endless(batches), steps)
+    losses = _descend(coefficients, stacks, _Objective(network, loss), _endless(batches), steps)
     run_steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
     return Fit(Weights(coefficients.weights().tolist()), losses, run_steps)
 

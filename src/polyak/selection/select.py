@@ -9,12 +9,19 @@ from typing import Any
 from torch import nn
 
 from polyak.distributed import is_main_rank
-from polyak.errors import NotStartedError, OptionError
+from polyak.errors import OptionError
 from polyak.profiles import Profile, as_profile
 from polyak.selection.candidates import coarse_grid, fine_grid
 from polyak.selection.selection import Selection, ranked
 from polyak.selection.stream import averages
-from polyak.selection.trial import Mode, ScoreFunction, badness, refuse_unknown_mode, try_weights
+from polyak.selection.trial import (
+    Mode,
+    ScoreFunction,
+    badness,
+    refuse_no_trajectory,
+    refuse_unknown_mode,
+    try_weights,
+)
 from polyak.selection.uncertainty import Score, paired_intervals
 from polyak.selection.verdict import LIVE, Candidate, HoldoutCheck
 from polyak.selection.weights import refuse_one_pass
@@ -86,13 +93,7 @@ def select(
     """
     refuse_unknown_mode(mode)
     refuse_one_pass(recalibrate)
-    if not isinstance(trajectory, Trajectory):
-        raise OptionError(
-            f"the first argument must be a Trajectory, got {trajectory!r}: open it with polyak.Trajectory(directory), "
-            "or checkpoints with polyak.Trajectory.from_checkpoints(paths)"
-        )
-    if not trajectory.blocks:
-        raise NotStartedError(f"{trajectory} has no block to average yet: its first one is not full")
+    refuse_no_trajectory(trajectory)
     steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
     tried = _distinct(trajectory, coarse_grid(steps)) if profiles is None else _given(trajectory, profiles)
     with _bar(progress) as advance:

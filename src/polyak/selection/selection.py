@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from polyak.profiles import Profile
+from polyak.selection.table import as_table
 from polyak.selection.trial import Mode, badness
-from polyak.selection.verdict import LIVE, Candidate, HoldoutCheck, verdict
+from polyak.selection.verdict import Candidate, HoldoutCheck, verdict
 from polyak.selection.weights import apply_weights, write_weights
 from polyak.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 __all__ = ["Selection"]
 
 _ROWS_SHOWN = 10
 _LEAST_COLUMNS, _MOST_COLUMNS = 80, 120
-# A profile with a weight for each block has a name longer than the page.
-_MOST_NAME = 28
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,7 +116,7 @@ class Selection:
     def __str__(self) -> str:
         from rich.console import Console
 
-        table = _as_table(self._shown())
+        table = as_table(self._shown())
         console = Console(file=StringIO(), width=_MOST_COLUMNS, color_system=None)
         console.width = max(_LEAST_COLUMNS, console.measure(table).maximum)
         with console.capture() as capture:
@@ -140,35 +138,6 @@ class Selection:
 def ranked(candidates: Sequence[Candidate], mode: Mode) -> list[Candidate]:
     """Best first; of equal scores the one that was tried first, so that nothing beats the live weights by a tie."""
     return sorted(candidates, key=lambda candidate: badness(candidate.score, mode))
-
-
-def _as_table(candidates: Sequence[Candidate]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("candidate", no_wrap=True)
-    for heading in ("score", "± error", f"minus {LIVE}", "95% interval", "samples"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for candidate in candidates:
-        table.add_row(_shortened(candidate.name), *_cells(candidate))
-    return table
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= _MOST_NAME else f"{name[: _MOST_NAME - 1]}…"
-
-
-def _cells(candidate: Candidate) -> list[str]:
-    is_live = candidate.profile is None
-    has_interval = candidate.low is not None and not is_live
-    return [
-        f"{candidate.score:.5g}",
-        "" if candidate.stderr is None else f"{candidate.stderr:.2g}",
-        "" if is_live else f"{candidate.difference:+.3g}",
-        f"{candidate.low:+.3g} to {candidate.high:+.3g}" if has_interval else "",
-        f"{candidate.effective_samples:.4g}",
-    ]
 
 
 def _has_batchnorm(model: nn.Module) -> bool:

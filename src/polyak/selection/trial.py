@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polyak.errors import OptionError
+from polyak.errors import NotStartedError, OptionError
 from polyak.selection.uncertainty import Score, read_score
 from polyak.selection.weights import averaged, evaluation
+from polyak.trajectory import Trajectory
 
-__all__ = ["Mode", "ScoreFunction", "badness", "refuse_unknown_mode", "try_weights"]
+__all__ = ["Mode", "ScoreFunction", "badness", "refuse_no_trajectory", "refuse_unknown_mode", "try_weights"]
 
 Mode = Literal["min", "max"]
 ScoreFunction = Callable[[nn.Module], object]
@@ -56,3 +57,14 @@ def refuse_unknown_mode(mode: str) -> None:
     """Refuse (``OptionError``) anything but ``"min"`` and ``"max"``."""
     if mode not in ("min", "max"):
         raise OptionError(f"mode must be 'min' (a loss) or 'max' (an accuracy), got {mode!r}")
+
+
+def refuse_no_trajectory(given: object) -> None:
+    """Refuse (``OptionError``) anything but a trajectory, and (``NotStartedError``) one without blocks."""
+    if not isinstance(given, Trajectory):
+        raise OptionError(
+            f"the first argument must be a Trajectory, got {given!r}: open it with polyak.Trajectory(directory), or "
+            "checkpoints with polyak.Trajectory.from_checkpoints(paths)"
+        )
+    if not given.blocks:
+        raise NotStartedError(f"{given} has no block to average yet: its first one is not full")

@@ -118,7 +118,7 @@ def _chance(candidates: int, best: Candidate, holdout: HoldoutCheck | None) -> s
     if holdout is not None:
         return f"{sentence}."
     what = "its score is" if best.low is None else "its score and interval are"
-    return f"{sentence}, so {what} optimistic: holdout= measures it on data it was not chosen on."
+    return f"{sentence}, so {what} optimistic: a holdout measures it on data it was not chosen on."
 
 
 def _on_holdout(holdout: HoldoutCheck, mode: Mode) -> str:

@@ -1,0 +1,66 @@
+"""Candidates as a table that people read down its columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+from polyak.selection.verdict import LIVE, Candidate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["as_table"]
+
+# A profile with a weight for each block has a name longer than the page.
+_MOST_NAME = 28
+_MOST_DECIMALS = 8
+
+
+def as_table(candidates: Sequence[Candidate]) -> Table:
+    """A row for each candidate; the numbers of a column have as many decimals as each other."""
+    from rich import box
+    from rich.table import Table
+
+    others = [candidate for candidate in candidates if candidate.profile is not None]
+    score = _form([c.score for c in candidates], 5)
+    error = _form([c.stderr for c in candidates], 2)
+    difference = _form([c.difference for c in others], 3, "+")
+    bound = _form([value for c in others for value in (c.low, c.high)], 3, "+")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("candidate", no_wrap=True)
+    for heading in ("score", "± error", f"minus {LIVE}", "95% interval", "samples"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for c in candidates:
+        is_live = c.profile is None
+        table.add_row(
+            _shortened(c.name),
+            f"{c.score:{score}}",
+            "" if c.stderr is None else f"{c.stderr:{error}}",
+            "" if is_live else f"{c.difference:{difference}}",
+            "" if is_live or c.low is None else f"{c.low:{bound}} to {c.high:{bound}}",
+            f"{c.effective_samples:.4g}",
+        )
+    return table
+
+
+def _form(values: Sequence[float | None], digits: int, sign: str = "") -> str:
+    """How to write all of ``values``: the usual one of them with ``digits`` digits.
+
+    >>> _form([0.0123, 0.4, 0.38], 3), _form([1250.0], 2), _form([1e-12, 2e-12], 3, "+")
+    ('.3f', '.0f', '+.3g')
+    """
+    sizes = [abs(value) for value in values if value is not None and math.isfinite(value) and value != 0]
+    if not sizes:
+        return f"{sign}.{digits}g"
+    decimals = max(0, digits - 1 - math.floor(math.log10(median(sizes))))
+    # Numbers that are smaller still, or one that is far larger than the rest, make a column of zeros.
+    if decimals > _MOST_DECIMALS or max(sizes) >= 10 ** (digits + 3):
+        return f"{sign}.{digits}g"
+    return f"{sign}.{decimals}f"
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MOST_NAME else f"{name[: _MOST_NAME - 1]}…"
