@@ -156,7 +156,7 @@ def test_length_follows_the_pace(tmp_path: Path, caplog, monkeypatch) -> None:
         for _ in range(4000):
             clock.seconds += 0.001
             run.update()
-        # 5 ms are a fortieth of 200 steps of 1 ms each, and blocks grow by doubling.
+        # 5 ms are a fiftieth of 250 steps of 1 ms each, and blocks grow by doubling.
         assert run.block_steps == 256
     assert "blocks of 256 optimizer steps, which take 0.256 s to train and 0.005 s to write" in caplog.text
     assert polyak.Recorder(small_model(), tmp_path).block_steps == run.block_steps

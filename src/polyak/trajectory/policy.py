@@ -22,7 +22,7 @@ __all__ = ["block_steps_after", "pair_to_merge", "steps_worth_writing"]
 _AGE_FLOOR = 0.02
 _MOST_BASE_BLOCKS = 1024
 # The part of the time spent on training a block that writing it may take, on a thread of its own.
-_WRITE_SHARE = 0.025
+_WRITE_SHARE = 0.02
 
 
 def pair_to_merge(lengths: Sequence[int], max_blocks: int, kept: Collection[int] = ()) -> int | None:
@@ -68,7 +68,7 @@ def block_steps_after(recorded_steps: int, first_block_steps: int) -> int:
 
 
 def steps_worth_writing(least_steps: int, seconds_per_step: float, write_seconds: float) -> int:
-    """``least_steps``, doubled until a block takes 40 times longer to train than to write.
+    """``least_steps``, doubled until a block takes 50 times longer to train than to write.
 
     >>> steps_worth_writing(4, seconds_per_step=0.01, write_seconds=0.1)
     512

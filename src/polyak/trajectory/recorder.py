@@ -60,7 +60,7 @@ class Recorder:
         every: optimizer steps between samples.
         block: length of the first blocks in optimizer steps, a multiple of ``every``; it doubles whenever the
             run exceeds 1,024 of them. None: lengthened over the first blocks until writing one takes at most a
-            fortieth of the time of training it. Then the borders depend on the machine's speed.
+            fiftieth of the time of training it. Then the borders depend on the machine's speed.
         max_blocks: blocks kept, at least 8.
         dtype: of the blocks: float32, float64, or None for that of each parameter but at least float32.
         device: where both copies are kept; None: beside each parameter.
