@@ -21,10 +21,10 @@ __all__ = ["app", "main"]
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-app.command()(demo)
-app.command()(average)
-app.command()(inspect)
-app.command()(select)
+app.command(short_help="Train on real data, and say whether averaging helped.")(demo)
+app.command(short_help="Average checkpoints of any tool, format and size.")(average)
+app.command(short_help="Say what checkpoints or a recorded run hold.")(inspect)
+app.command(short_help="Choose an average of a run on your own data.")(select)
 
 
 @app.callback(invoke_without_command=True)

@@ -89,7 +89,7 @@ class Explanation:
             else f"{self.misplaced_weight:.2%} of the weight lies on other samples of its block than asked for"
         )
         facts = (
-            f"{self.partly_covered_weight:.2%} of it in partly covered blocks, "
+            f"{self.partly_covered_weight:.2%} of the weight in blocks that it covers in part, "
             f"{self.effective_samples:.1f} effective samples"
         )
         rows = [
