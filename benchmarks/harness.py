@@ -19,10 +19,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from rich import box
 from rich.progress import track
+from rich.table import Table
 
 __all__ = [
     "Spread",
+    "Verdict",
     "calls_lasting",
     "environment",
     "in_fresh_process",
@@ -33,6 +36,7 @@ __all__ = [
     "resident_bytes",
     "rotated",
     "time_rounds",
+    "verdict_table",
     "write_json",
 ]
 
@@ -65,6 +69,27 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.interquartile_range:.2f})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A promise as a sentence, what was measured, and whether it holds."""
+
+    promise: str
+    measured: float
+    holds: bool
+
+
+def verdict_table(found: Sequence[Verdict]) -> Table:
+    """The promises, one a line."""
+    table = Table("promise", title="Promises", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("measured", justify="right")
+    table.add_column("")
+    for verdict in found:
+        table.add_row(
+            verdict.promise, f"{verdict.measured:.3f}", "holds" if verdict.holds else "DOES NOT HOLD"
+        )
+    return table
 
 
 def calls_lasting(call: Callable[[], object], seconds: float, most: int = 200) -> int:

@@ -226,7 +226,8 @@ def offline(data: dict[str, Any]) -> str:
     model = (
         f"{settings['inputs']} {settings['dtype']} checkpoints of {settings['elements'] / 1e6:.0f}M numbers."
     )
-    return f"{model}\n\n{times}\n\n{table(('anonymous memory beyond the interpreter with torch', 'peak, MB'), peaks)}"
+    memory = table(("anonymous memory beyond the interpreter with torch", "peak, MB"), peaks)
+    return f"{model}\n\n{times}\n\n{memory}\n\n{promises(data['promises'])}"
 
 
 def spread(entry: dict[str, float]) -> str:

@@ -21,7 +21,7 @@ from rich.console import Console
 import harness
 import shapes
 from peers import CONTENDERS, DECAY, LIMIT, Averager
-from update_cost_report import Measurements, case_record, case_table, verdict_table, verdicts
+from update_cost_report import Measurements, case_record, case_table, verdicts
 
 THREADS = 2
 LEAST_SECONDS = 0.02
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         for contender, reason in measured[name].left_out.items():
             console.print(f"left out: {contender} ({reason})", style="dim", highlight=False)
     found = verdicts(measured)
-    console.print(verdict_table(found))
+    console.print(harness.verdict_table(found))
     if options.output is not None:
         record = {
             "benchmark": "update_cost",

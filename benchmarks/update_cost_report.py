@@ -9,10 +9,10 @@ from rich import box
 from rich.table import Table
 
 import harness
-from harness import Spread
+from harness import Spread, Verdict
 from peers import CONTENDERS, LIMIT
 
-__all__ = ["Measurements", "Verdict", "case_record", "case_table", "verdict_table", "verdicts"]
+__all__ = ["Measurements", "case_record", "case_table", "verdicts"]
 
 EMA, CHECKED_EMA = "polyak EMA", "polyak EMA, checked"
 
@@ -76,15 +76,6 @@ PROMISES = (
 )
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A promise as a sentence, what was measured, and whether it holds."""
-
-    promise: str
-    measured: float
-    holds: bool
-
-
 def verdicts(measured: dict[str, Measurements]) -> list[Verdict]:
     """Every promise that these measurements can judge."""
     found = []
@@ -143,17 +134,5 @@ def case_table(title: str, measured: Measurements) -> Table:
             str(measured.ratio(name, LIMIT)),
             str(measured.ratio(name, best_peer)) if best_peer else "",
             *([f"{memory['resting']:.2f}", f"{memory['peak']:.2f}"] if memory else ["", ""]),
-        )
-    return table
-
-
-def verdict_table(found: list[Verdict]) -> Table:
-    """The promises, one a line."""
-    table = Table("promise", title="Promises", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("measured", justify="right")
-    table.add_column("")
-    for verdict in found:
-        table.add_row(
-            verdict.promise, f"{verdict.measured:.3f}", "holds" if verdict.holds else "DOES NOT HOLD"
         )
     return table
