@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 import pytest
 import torch
@@ -27,8 +28,12 @@ def test_a_divergence_that_ends_in_a_nan_leaves_the_mean_alone(size, compensated
     torch.testing.assert_close(mean.means[0], first, rtol=0, atol=1e-7)
 
 
-# An interrupt that falls into a weak reference's callback is only printed by Python.
-UNRAISABLE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def interrupted(test):
+    """For tests with real interrupts."""
+    # One that falls into a weak reference's callback is only printed by Python.
+    unraisable = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    traced = pytest.mark.skipif(sys.gettrace() is not None, reason="one that falls into the tracer locks it")
+    return unraisable(traced(test))
 
 
 def interrupted_at(seconds, action):
@@ -53,7 +58,7 @@ def interrupted_at(seconds, action):
     torch.set_grad_enabled(True)  # an interrupt while torch's own no_grad() is entered leaves it on
 
 
-@UNRAISABLE
+@interrupted
 def test_interrupts_at_any_moment_of_a_swap_bring_the_live_weights_back():
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(150)))
     average = polyak.Average(model, polyak.Uniform())
@@ -74,7 +79,7 @@ def test_interrupts_at_any_moment_of_a_swap_bring_the_live_weights_back():
     use()
 
 
-@UNRAISABLE
+@interrupted
 def test_interrupts_at_any_moment_of_an_update_leave_a_compensated_mean_in_the_hull():
     weights = [torch.full((3, 3), 1.0) for _ in range(60)] + [torch.full((200, 200), 1.0)]
     mean = Accumulator(weights, list(map(str, range(61))), polyak.EMA(decay=0.5), compensated=True)
@@ -87,7 +92,7 @@ def test_interrupts_at_any_moment_of_an_update_leave_a_compensated_mean_in_the_h
             assert 1 - 1e-6 <= float(value.min()) <= float(value.max()) <= 2 + 1e-6
 
 
-@UNRAISABLE
+@interrupted
 def test_interrupts_at_any_moment_of_update_bn_leave_the_model_as_it_was():
     model = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(40)))
     loader = [torch.randn(4, 2)]
