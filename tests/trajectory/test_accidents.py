@@ -221,7 +221,7 @@ def test_a_recorder_that_was_never_closed_lets_go_when_it_is_collected(tmp_path)
     run._writer.wait()
     del run
     gc.collect()
-    with polyak.Recorder(model, tmp_path, block=1) as again:
+    with polyak.Recorder(model, tmp_path, block=1, step=1) as again:
         again.update()
     assert [block.stop for block in again.trajectory.blocks] == [1, 2]
 

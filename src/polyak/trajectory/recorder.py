@@ -67,7 +67,8 @@ class Recorder:
         buffers: "copy" stores them as they are at the end of each block; "average" averages the floating ones.
         optimizer: whose learning rate is kept with each block, the largest where parameter groups differ.
         step: the optimizer steps already taken, where training is resumed and :meth:`load_state_dict` is not
-            used: later blocks are dropped, all of them where it is 0. None: continue after the last block.
+            used: later blocks are dropped, all of them where it is 0. None: continue after the last block, with
+            a warning.
 
     Attributes:
         directory: where the blocks are.
@@ -150,6 +151,8 @@ class Recorder:
         """
         self._refuse_closed("update()")
         self._writer.raise_if_failed()
+        if self._goes_on_unasked:
+            self._warn_of_going_on()
         block = self._open_block or self._follow_model()
         block.note(metrics, self._learning_rate())
         self._pace.tick()
@@ -239,6 +242,7 @@ class Recorder:
         self._folder.begin_at(state["start"])
         block.load_state_dict(state)
         self._go_on_from(state["step"])
+        self._goes_on_unasked = False
 
     # How it works inside.
 
@@ -251,6 +255,17 @@ class Recorder:
         if self._open_block is not None:
             self._open_block.begin(self._folder.manifest.stop)
         self._go_on_from(self._folder.manifest.stop if step is None else step)
+        self._goes_on_unasked = step is None and bool(self._folder.manifest.blocks)
+
+    def _warn_of_going_on(self) -> None:
+        """Running a script once more is no resuming, but looks the same from here."""
+        self._goes_on_unasked = False
+        warnings.warn(
+            f"{self.directory} holds a recording up to optimizer step {self._step}, which goes on: both count as one "
+            "run. Pass step=0 to start over; where training was resumed, load_state_dict() or step= says from where",
+            UserWarning,
+            stacklevel=3,
+        )
 
     def _warn_of_gap(self, step: int) -> None:
         """The open block of a process that was killed is lost as a matter of course; more than that is not."""
