@@ -82,7 +82,9 @@ def combine(
     slices = share_of(list(cut(writers[0].layout.tensors, job.width, budget.slice_bytes)), *share)
     tally = _Tally(sum(map(job.traffic, slices)), progress)
     workers = budget.workers if job.bytes_of(slices) >= _WORTH_THREADS_BYTES * len(slices) else 1
-    run_on_threads(lambda: _Worker(job, budget.slice_bytes, tally), slices, workers)
+    # A small model is averaged many times in a row, and fresh memory costs more than its arithmetic.
+    buffer_bytes = max((job.bytes_of([piece]) for piece in slices), default=0)
+    run_on_threads(lambda: _Worker(job, buffer_bytes, tally), slices, workers)
     return [name for name in writers[0].layout.tensors if name in job.differing]
 
 
@@ -147,9 +149,9 @@ class _Tally:
 class _Worker:
     """One thread's buffers, used for one slice after the other."""
 
-    def __init__(self, job: _Job, slice_bytes: int, tally: _Tally) -> None:
+    def __init__(self, job: _Job, buffer_bytes: int, tally: _Tally) -> None:
         def buffer() -> Tensor:
-            return torch.empty(slice_bytes, dtype=torch.uint8)
+            return torch.empty(buffer_bytes, dtype=torch.uint8)
 
         self._job, self._tally = job, tally
         self._read, self._values, self._scratch, self._written = (buffer() for _ in range(4))
