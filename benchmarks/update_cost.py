@@ -1,10 +1,11 @@
 """What one update of an average costs, beside the installed peers and one flat ``lerp_`` over the same bytes.
 
-    python benchmarks/update_cost.py [--rounds 15] [--only resnet50,gpt2,many_small,bf16] [--output FILE]
+    python benchmarks/update_cost.py [--processes 4] [--rounds 5] [--only resnet50,gpt2,many_small,bf16] [--output FILE]
 
-All contenders live in one process and take turns; ratios are taken round by round, and their medians and
-quartiles reported. On GPT-2 shapes that needs about 8 GB. Memory is measured in a fresh process for each.
-Run it on an idle machine: two threads that wait for each other are slowed tenfold by a third.
+All contenders live in one process and take turns; ratios are taken round by round. That is done in several processes
+one after the other, as where a process happens to lie in memory can change a ratio by half for as long as it lives;
+medians and quartiles are those of all their rounds. On GPT-2 shapes that needs about 8 GB. Memory is measured in a
+fresh process for each. Run it on an idle machine: two threads that wait for each other are slowed tenfold by a third.
 The bf16 case averages a bf16 model in fp32; its limit is the flat ``lerp_`` of as many fp32 numbers.
 """
 
@@ -51,19 +52,30 @@ CASES = {
 }
 
 
-def measure(name: str, case: Case, rounds: int) -> Measurements:
+def measure(name: str, processes: int, rounds: int) -> Measurements:
     """Time every contender of a case and, where the case asks for it, measure its memory."""
-    averagers, left_out = build_contenders(case)
-    updates = {contender: averager.update for contender, averager in averagers.items()}
-    seconds = harness.time_rounds(updates, rounds, LEAST_SECONDS, description=name)
+    seconds: dict[str, list[float]] = {}
+    left_out: dict[str, str] = {}
+    for _ in range(processes):
+        seconds_there, left_out = harness.in_fresh_process(time_case, name, rounds)
+        for contender, values in seconds_there.items():
+            seconds.setdefault(contender, []).extend(values)
     memory = {}
-    if case.measures_memory and harness.memory_is_measurable():
+    if CASES[name].measures_memory and harness.memory_is_measurable():
         memory = {
             contender: harness.in_fresh_process(extra_memory, contender, name)
-            for contender in averagers
+            for contender in seconds
             if contender != LIMIT
         }
     return Measurements(seconds, memory, left_out)
+
+
+def time_case(name: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds per update by contender and round, and who was left out and why. Runs in a fresh process."""
+    torch.set_num_threads(THREADS)
+    averagers, left_out = build_contenders(CASES[name])
+    updates = {contender: averager.update for contender, averager in averagers.items()}
+    return harness.time_rounds(updates, rounds, LEAST_SECONDS, description=name), left_out
 
 
 def build_contenders(case: Case) -> tuple[dict[str, Averager], dict[str, str]]:
@@ -132,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     environment = harness.environment(DISTRIBUTIONS)  # before the work, whose own load it would show
     measured = {}
     for name in options.only:
-        measured[name] = measure(name, CASES[name], options.rounds)
+        measured[name] = measure(name, options.processes, options.rounds)
         console.print(case_table(f"{name}: {CASES[name]}", measured[name]))
         for contender, reason in measured[name].left_out.items():
             console.print(f"left out: {contender} ({reason})", style="dim", highlight=False)
@@ -143,6 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
             "benchmark": "update_cost",
             "environment": environment,
             "settings": {
+                "processes": options.processes,
                 "rounds": options.rounds,
                 "least_seconds_per_measurement": LEAST_SECONDS,
                 "warm_up_updates": WARM_UP_UPDATES,
@@ -157,7 +170,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--rounds", type=_positive, default=15, help="measurements a contender (default 15)")
+    parser.add_argument("--processes", type=_positive, default=4, help="processes a case (default 4)")
+    parser.add_argument(
+        "--rounds", type=_positive, default=5, help="measurements a contender in each (default 5)"
+    )
     parser.add_argument("--only", type=_case_names, default=list(CASES), help="cases, separated by commas")
     parser.add_argument("--output", type=Path, help="write the figures to this file as JSON")
     return parser.parse_args(arguments)

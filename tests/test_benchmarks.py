@@ -36,6 +36,9 @@ def short_benchmark(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> M
     monkeypatch.setattr(benchmark, "CONTENDERS", contenders)
     monkeypatch.setattr(benchmark, "CASES", {"small": benchmark.Case(lambda: 4 * [(32,)])})
     monkeypatch.setattr(benchmark, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(
+        benchmark.harness, "in_fresh_process", lambda function, *arguments: function(*arguments)
+    )
     monkeypatch.setattr(benchmark, "THREADS", torch.get_num_threads())
     return benchmark
 
@@ -67,11 +70,11 @@ def test_a_short_run_writes_its_figures_and_names_who_was_left_out(
     short_benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "results" / "figures.json"
-    short_benchmark.main(["--rounds", "2", "--only", "small", "--output", str(output)])
+    short_benchmark.main(["--processes", "2", "--rounds", "3", "--only", "small", "--output", str(output)])
     assert "left out: absent (No module named 'absent')" in capsys.readouterr().out
     case = json.loads(output.read_text())["cases"]["small"]
     assert case["best_peer"] == "torch AveragedModel, EMA"
-    assert len(case["contenders"]["torch AveragedModel, EMA"]["seconds_by_round"]) == 2
+    assert len(case["contenders"]["torch AveragedModel, EMA"]["seconds_by_round"]) == 6
 
 
 def test_a_contender_that_skips_its_work_is_refused(
