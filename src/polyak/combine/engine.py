@@ -171,15 +171,20 @@ class _Worker:
         means = [_part(buffer, dtype, n_reals) for buffer in self._means]
         scratch = _part(self._scratch, dtype, n_reals)
         for step in job.folds:
-            values = self._values_of(step.index, piece, dtype)
+            (output, ratio), *others = step.ratios
+            # What only replaces a mean is read into it: one copy less.
+            if ratio == 1 and not others and job.source_dtype(piece.name).to_real() == dtype:
+                self._values_of(step.index, piece, dtype, self._means[output])
+                continue
+            values = self._values_of(step.index, piece, dtype, self._read)
             for output, ratio in step.ratios:
                 fold(means[output], values, ratio, scratch)
         for output, mean in enumerate(means):
             self._write(output, piece, mean)
 
-    def _values_of(self, index: int, piece: Slice, dtype: torch.dtype) -> Tensor:
-        """A slice of one input as real numbers of ``dtype``, in a buffer that the next call overwrites."""
-        read = _part(self._read, self._job.source_dtype(piece.name), piece.count)
+    def _values_of(self, index: int, piece: Slice, dtype: torch.dtype, buffer: Tensor) -> Tensor:
+        """A slice of one input as real numbers of ``dtype``, in ``buffer`` or, if converted, in one kept for that."""
+        read = _part(buffer, self._job.source_dtype(piece.name), piece.count)
         self._job.inputs[index].read_into(piece.name, piece.start, read)
         reals = as_reals(read)
         return reals if reals.dtype == dtype else _part(self._values, dtype, len(reals)).copy_(reals)
@@ -202,7 +207,7 @@ class _Worker:
 
     def _sources(self, indices: list[int], piece: Slice, dtype: torch.dtype) -> Iterator[tuple[Path, Tensor]]:
         for index in indices:
-            yield self._job.inputs[index].path, self._values_of(index, piece, dtype)
+            yield self._job.inputs[index].path, self._values_of(index, piece, dtype, self._read)
 
     def _copy(self, piece: Slice) -> None:
         job = self._job
