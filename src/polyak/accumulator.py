@@ -124,7 +124,7 @@ class Accumulator:
         self._set_counters(self.n_averaged, self.n_skipped, self.position)
 
     def _goes_directly(self, batch: Batch) -> bool:
-        return batch.alike and not self.compensated and not (self._gathers and len(batch.pieces) > 1)
+        return batch.alike and not self.compensated and not (self._gathers and batch.gathers)
 
     def _dtype_for(self, index: int, tensor: Tensor) -> torch.dtype:
         if self._dtype is not None:
@@ -239,22 +239,22 @@ class Accumulator:
         """
         sizes = []
         for k, batch in enumerate(self._batches):
-            source = batch.source(tensors, owned=self.compensated)
-            sizes.append(_size(source))
+            sources = batch.sources(tensors, owned=self.compensated)
+            sizes.append(_size(sources))
             usual = sizes[k] <= _USUAL_GROWTH * batch.size
             if not (usual or (math.isfinite(sizes[k]) and self._all_finite(tensors))):
                 for done in self._batches[:k]:
-                    source = done.source(tensors, owned=self.compensated)
-                    self._fold(done, source, -coefficient / (1 - coefficient))
+                    sources = done.sources(tensors, owned=self.compensated)
+                    self._fold(done, sources, -coefficient / (1 - coefficient))
                 return False
-            self._fold(batch, source, coefficient)
-            del source  # before the next copy is made
+            self._fold(batch, sources, coefficient)
+            del sources  # before the next copies are made
         for batch, size in zip(self._batches, sizes, strict=True):
             batch.size = size
         return True
 
     def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
-        finite = all(math.isfinite(_size(batch.source(tensors))) for batch in self._batches)
+        finite = all(math.isfinite(_size(batch.sources(tensors))) for batch in self._batches)
         return bool(self._agree(torch.tensor(finite))) if self._agree else finite
 
     def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
@@ -266,16 +266,17 @@ class Accumulator:
         if self._direct:
             torch._foreach_lerp_(self._direct_means, [tensors[index] for index in self._direct], coefficient)
         for batch in self._others:
-            self._fold(batch, batch.source(tensors, owned=self.compensated), coefficient)
+            self._fold(batch, batch.sources(tensors, owned=self.compensated), coefficient)
 
-    def _fold(self, batch: Batch, source: Tensor, coefficient: Any) -> None:
+    def _fold(self, batch: Batch, sources: list[Tensor], coefficient: Any) -> None:
         if batch.residual is None:
-            batch.mean.lerp_(source, coefficient)
+            torch._foreach_lerp_(batch.means, sources, coefficient)
             return
         # Kahan's sum, on copies: m and e are replaced in one call, which no interrupt can split.
-        change = source.sub_(batch.mean).sub_(batch.residual).mul_(coefficient).add_(batch.residual)
-        mean = batch.mean + change
-        torch._foreach_copy_([batch.residual, batch.mean], [(batch.mean - mean).add_(change), mean])
+        [old], [source] = batch.means, sources
+        change = source.sub_(old).sub_(batch.residual).mul_(coefficient).add_(batch.residual)
+        mean = old + change
+        torch._foreach_copy_([batch.residual, old], [(old - mean).add_(change), mean])
 
     def _raise_non_finite(self, tensors: Sequence[Tensor]) -> None:
         bad = [name for name, t in zip(self.names, tensors, strict=True) if not bool(torch.isfinite(t).all())]
@@ -295,13 +296,15 @@ class Accumulator:
         finite = finite.to(self.means[0].device, non_blocking=True)
         coefficient = self._coefficient(position) * finite
         for batch in self._batches:
-            device = batch.mean.device
-            source = batch.source(tensors, owned=True)
-            source.masked_fill_(~finite.to(device), 0)  # a factor of 0 would not do: 0 * NaN is NaN
-            if batch.residual is None:
-                batch.mean.add_(source.sub_(batch.mean).mul_(coefficient.to(device)))
-            else:
-                self._fold(batch, source, coefficient.to(device))
+            device = batch.means[0].device
+            sources = batch.sources(tensors, owned=True)
+            for source in sources:
+                source.masked_fill_(~finite.to(device), 0)  # a factor of 0 would not do: 0 * NaN is NaN
+            if batch.residual is not None:
+                self._fold(batch, sources, coefficient.to(device))
+                continue
+            for mean, source in zip(batch.means, sources, strict=True):
+                mean.add_(source.sub_(mean).mul_(coefficient.to(device)))
         self._count(finite.to(coefficient.dtype), position)
         if self.check_finite == "raise" and not finite:
             self._raise_non_finite(tensors)
@@ -323,9 +326,12 @@ def _complex_like(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
-def _size(tensor: Tensor) -> float:
+def _size(tensors: list[Tensor]) -> float:
     """Between once and twice the largest absolute value; NaN or infinite where an element is."""
-    if not tensor.numel():
-        return 0.0
-    low, high = torch.aminmax(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
-    return abs(low.item()) + abs(high.item())
+    sizes = [0.0]
+    for tensor in tensors:
+        if tensor.numel():
+            low, high = torch.aminmax(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+            sizes.append(abs(low.item()) + abs(high.item()))
+    total = sum(sizes)
+    return max(sizes) if math.isfinite(total) else total  # max() may pass over a NaN

@@ -1,7 +1,7 @@
 """Lists of tensors in batches: small enough for the cache, large enough to be worth a call.
 
 Checking a batch, converting it and folding it into the mean then cost one trip to memory. Small tensors have
-their means side by side in one buffer, so that a hundred of them are one batch. The plan is made once, when
+their means side by side in one buffer, so that a hundred of them are one tensor. The plan is made once, when
 an average is bound to a model; an update only walks it.
 """
 
@@ -20,7 +20,8 @@ __all__ = ["Batch", "allocate", "are_mostly_small", "plan_batches"]
 _SMALL_NUMEL = 1 << 14
 # A copy of this many costs no model memory worth counting; fewer would make many calls of a small model.
 _LEAST_COPIED_NUMEL = 1 << 16
-# Large tensors are cut to what the caches hold; on an accelerator to what a launch is worth.
+# Large tensors are cut, and neighbours taken together, to what the caches hold; on an accelerator tensors are
+# cut to what a launch is worth.
 _CACHE_NUMEL = 1 << 20
 _ACCELERATOR_NUMEL = 1 << 24
 
@@ -41,32 +42,37 @@ class _Piece:
 
 @dataclass(slots=True)
 class Batch:
-    """One piece of a tensor, or several small tensors whose means lie side by side.
+    """Pieces of tensors, each with its mean, or several small tensors whose means lie side by side as one.
 
-    ``mean`` and ``residual`` are views, made once; the source is looked up at each update, since a model may
-    put other data behind a parameter at any time.
+    ``means`` and ``residual`` are views, made once; the sources are looked up at each update, since a model
+    may put other data behind a parameter at any time.
     """
 
     pieces: list[_Piece]
-    mean: Tensor
+    means: list[Tensor]
     residual: Tensor | None
-    alike: bool  # the source has the dtype and device of the mean
+    alike: bool  # the sources have the dtype and device of the means
     pick: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
     flat: bool  # all of one dimension
-    size: float = 0.0  # of the last source that was folded in: no element is larger
+    size: float = 0.0  # of the last sources that were folded in: no element is larger
 
-    def source(self, tensors: Sequence[Tensor], owned: bool = False) -> Tensor:
-        """The source in the mean's shape and dtype, on its device.
+    @property
+    def gathers(self) -> bool:
+        """Whether several tensors are copied into one, to be one call instead of many."""
+        return len(self.means) < len(self.pieces)
 
-        It is the live tensor itself where nothing has to be gathered or converted, unless ``owned`` asks for
-        a copy that may be written to.
+    def sources(self, tensors: Sequence[Tensor], owned: bool = False) -> list[Tensor]:
+        """The sources in the shapes and the dtype of the means, on their device.
+
+        They are the live tensors themselves where nothing has to be gathered or converted, unless ``owned``
+        asks for copies that may be written to.
         """
-        if len(self.pieces) > 1:
-            return torch.cat(self._gathered(tensors)).to(self.mean)
-        part = self.pieces[0].of(tensors)
+        if self.gathers:
+            return [torch.cat(self._gathered(tensors)).to(self.means[0])]
+        parts = [piece.of(tensors) for piece in self.pieces]
         if self.alike and not owned:
-            return part
-        return part.to(self.mean.device, self.mean.dtype, copy=True)
+            return parts
+        return [part.to(m.device, m.dtype, copy=True) for part, m in zip(parts, self.means, strict=True)]
 
     def _gathered(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | list[Tensor]:
         parts = self.pick(tensors)
@@ -108,35 +114,35 @@ def _allocate(tensors: Sequence[Tensor], kinds: list[tuple[torch.dtype, torch.de
 def plan_batches(
     tensors: Sequence[Tensor], means: Sequence[Tensor], residuals: Sequence[Tensor] = ()
 ) -> list[Batch]:
-    """Small neighbours together; large tensors alone, cut along their outermost dimension.
+    """Small tensors gathered, large ones cut; what needs no copy is taken together until the cache is full.
 
     What has to be copied at once is 1% of all elements, or 65,536 where that is more, so that an update takes
     little memory of its own.
 
-    >>> weights = [torch.zeros(3), torch.zeros(5), torch.zeros(1000, 2000)]
-    >>> means = allocate(weights, [torch.float32] * 3, [torch.device("cpu")] * 3)
-    >>> [tuple(batch.mean.shape) for batch in plan_batches(weights, means)]
-    [(8,), (524, 2000), (476, 2000)]
+    >>> weights = [torch.zeros(n) for n in (3, 5, 300_000, 500_000, 1_500_000)]
+    >>> means = allocate(weights, [torch.float32] * 5, [torch.device("cpu")] * 5)
+    >>> for batch in plan_batches(weights, means):
+    ...     print([mean.numel() for mean in batch.means])
+    [8]
+    [300000, 500000]
+    [1048576]
+    [451424]
     """
     copies = 3 if residuals else 1  # Kahan's sum works on copies of all it changes
     share = max(sum(mean.numel() for mean in means) // 100, _LEAST_COPIED_NUMEL) // copies
-    batches = []
-    for group in _groups(tensors, means, share):
-        index = group[0]
-        mean, alike = means[index], _kind(tensors[index]) == _kind(means[index])
-        if len(group) > 1:
-            pieces = [[_Piece(index) for index in group]]
+    plan = [[_Piece(index) for index in group] for group in _small_groups(tensors, means, share)]
+    in_place: list[_Piece] = []
+    for index, mean in enumerate(means):
+        if mean.numel() < _SMALL_NUMEL:
+            continue
+        on_host = mean.device.type == "cpu"
+        cache = _CACHE_NUMEL if on_host else _ACCELERATOR_NUMEL
+        if on_host and not residuals and _kind(tensors[index]) == _kind(mean):
+            in_place += [_Piece(index, cuts) for cuts in _cut(mean, cache)]
         else:
-            cache = _CACHE_NUMEL if mean.device.type == "cpu" else _ACCELERATOR_NUMEL
-            copied = residuals or not alike or mean.device.type != "cpu"
-            most = min(cache, share) if copied else cache
-            pieces = [[_Piece(index, cuts)] for cuts in _cut(mean, most)]
-        pick, flat = itemgetter(*group), all(means[i].ndim == 1 for i in group)
-        batches += [
-            Batch(p, _joined(means, p), _joined(residuals, p) if residuals else None, alike, pick, flat)
-            for p in pieces
-        ]
-    return batches
+            plan += [[_Piece(index, cuts)] for cuts in _cut(mean, min(cache, share))]
+    plan += _filled(in_place, means, _CACHE_NUMEL)
+    return [_batch(pieces, tensors, means, residuals) for pieces in plan]
 
 
 def are_mostly_small(means: Sequence[Tensor]) -> bool:
@@ -148,13 +154,11 @@ def are_mostly_small(means: Sequence[Tensor]) -> bool:
     return sum(mean.numel() for mean in means) < _SMALL_NUMEL * len(means)
 
 
-def _groups(tensors: Sequence[Tensor], means: Sequence[Tensor], most: int) -> Iterator[list[int]]:
-    """Indices of tensors to handle together: large ones alone, neighbouring small ones up to ``most`` elements."""
+def _small_groups(tensors: Sequence[Tensor], means: Sequence[Tensor], most: int) -> Iterator[list[int]]:
+    """Indices of small tensors that are neighbours in a buffer, of one kind, and up to ``most`` elements."""
     group: list[int] = []
-    small = sorted(
-        (i for i, mean in enumerate(means) if mean.numel() < _SMALL_NUMEL), key=lambda i: _place(means[i])
-    )
-    for i in small:
+    small = (i for i, mean in enumerate(means) if mean.numel() < _SMALL_NUMEL)
+    for i in sorted(small, key=lambda i: _place(means[i])):
         if group and not (
             _place(means[i]) == _end(means[group[-1]])
             and _kind(tensors[i]) == _kind(tensors[group[0]])
@@ -165,7 +169,36 @@ def _groups(tensors: Sequence[Tensor], means: Sequence[Tensor], most: int) -> It
         group.append(i)
     if group:
         yield group
-    yield from ([i] for i, mean in enumerate(means) if mean.numel() >= _SMALL_NUMEL)
+
+
+def _filled(pieces: list[_Piece], means: Sequence[Tensor], most: int) -> Iterator[list[_Piece]]:
+    """Neighbouring pieces together, up to ``most`` elements."""
+    batch: list[_Piece] = []
+    numel = 0
+    for piece in pieces:
+        size = piece.of(means).numel()
+        if batch and numel + size > most:
+            yield batch
+            batch, numel = [], 0
+        batch.append(piece)
+        numel += size
+    if batch:
+        yield batch
+
+
+def _batch(
+    pieces: list[_Piece], tensors: Sequence[Tensor], means: Sequence[Tensor], residuals: Sequence[Tensor]
+) -> Batch:
+    indices = [piece.index for piece in pieces]
+    parts = _side_by_side(means, pieces)
+    return Batch(
+        pieces,
+        parts,
+        _side_by_side(residuals, pieces)[0] if residuals else None,
+        _kind(tensors[indices[0]]) == _kind(parts[0]),
+        itemgetter(*indices),
+        all(means[i].ndim == 1 for i in indices),
+    )
 
 
 def _cut(tensor: Tensor, most: int) -> list[tuple[tuple[int, int, int], ...]]:
@@ -179,12 +212,12 @@ def _cut(tensor: Tensor, most: int) -> list[tuple[tuple[int, int, int], ...]]:
     return [(cut, *further) for cut in cuts for further in _cut(tensor.narrow(*cut), most)]
 
 
-def _joined(tensors: Sequence[Tensor], pieces: list[_Piece]) -> Tensor:
-    first = pieces[0].of(tensors)
-    if len(pieces) == 1:
-        return first
-    total = sum(tensors[piece.index].numel() for piece in pieces)
-    return first.as_strided((total,), (1,))
+def _side_by_side(tensors: Sequence[Tensor], pieces: list[_Piece]) -> list[Tensor]:
+    """The pieces; small ones, which share a buffer, as one."""
+    parts = [piece.of(tensors) for piece in pieces]
+    if len(parts) == 1 or tensors[pieces[0].index].numel() >= _SMALL_NUMEL:
+        return parts
+    return [parts[0].as_strided((sum(part.numel() for part in parts),), (1,))]
 
 
 def _place(mean: Tensor) -> tuple[str, int, int]:
