@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak.batches import Batch, allocate, are_mostly_small, plan_batches
+from polyak.batches import Batch, allocate, are_mostly_small, plan_batches, with_sources
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import Scheme
 
@@ -237,16 +237,14 @@ class Accumulator:
         a batch suddenly holds far larger weights, as in a divergence, that rounding would be large too, so the
         whole sample is looked at before any more of it is folded in.
         """
-        sizes = []
-        for k, batch in enumerate(self._batches):
-            sources = batch.sources(tensors, owned=self.compensated)
-            sizes.append(_size(sources))
-            usual = sizes[k] <= _USUAL_GROWTH * batch.size
-            if not (usual or (math.isfinite(sizes[k]) and self._all_finite(tensors))):
-                for done in self._batches[:k]:
-                    sources = done.sources(tensors, owned=self.compensated)
-                    self._fold(done, sources, -coefficient / (1 - coefficient))
+        sizes: list[float] = []
+        for batch, sources in with_sources(self._batches, tensors, owned=self.compensated):
+            size = _size(sources)
+            usual = size <= _USUAL_GROWTH * batch.size
+            if not (usual or (math.isfinite(size) and self._all_finite(tensors))):
+                self._fold_batches(self._batches[: len(sizes)], tensors, -coefficient / (1 - coefficient))
                 return False
+            sizes.append(size)
             self._fold(batch, sources, coefficient)
             del sources  # before the next copies are made
         for batch, size in zip(self._batches, sizes, strict=True):
@@ -254,7 +252,7 @@ class Accumulator:
         return True
 
     def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
-        finite = all(math.isfinite(_size(batch.sources(tensors))) for batch in self._batches)
+        finite = all(math.isfinite(_size(sources)) for _, sources in with_sources(self._batches, tensors))
         return bool(self._agree(torch.tensor(finite))) if self._agree else finite
 
     def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
@@ -265,12 +263,16 @@ class Accumulator:
             return
         if self._direct:
             torch._foreach_lerp_(self._direct_means, [tensors[index] for index in self._direct], coefficient)
-        for batch in self._others:
-            self._fold(batch, batch.sources(tensors, owned=self.compensated), coefficient)
+        self._fold_batches(self._others, tensors, coefficient)
 
-    def _fold(self, batch: Batch, sources: list[Tensor], coefficient: Any) -> None:
+    def _fold_batches(self, batches: list[Batch], tensors: Sequence[Tensor], coefficient: float) -> None:
+        for batch, sources in with_sources(batches, tensors, owned=self.compensated):
+            self._fold(batch, sources, coefficient)
+            del sources  # before the next copies are made
+
+    def _fold(self, batch: Batch, sources: Sequence[Tensor], coefficient: Any) -> None:
         if batch.residual is None:
-            torch._foreach_lerp_(batch.means, sources, coefficient)
+            torch._foreach_lerp_(batch.means, list(sources), coefficient)
             return
         # Kahan's sum, on copies: m and e are replaced in one call, which no interrupt can split.
         [old], [source] = batch.means, sources
@@ -295,9 +297,8 @@ class Accumulator:
         finite = self._finite_on_device(tensors) if self.check_finite else torch.tensor(True)
         finite = finite.to(self.means[0].device, non_blocking=True)
         coefficient = self._coefficient(position) * finite
-        for batch in self._batches:
+        for batch, sources in with_sources(self._batches, tensors, owned=True):
             device = batch.means[0].device
-            sources = batch.sources(tensors, owned=True)
             for source in sources:
                 source.masked_fill_(~finite.to(device), 0)  # a factor of 0 would not do: 0 * NaN is NaN
             if batch.residual is not None:
@@ -326,7 +327,7 @@ def _complex_like(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
-def _size(tensors: list[Tensor]) -> float:
+def _size(tensors: Sequence[Tensor]) -> float:
     """Between once and twice the largest absolute value; NaN or infinite where an element is."""
     sizes = [0.0]
     for tensor in tensors:
