@@ -19,13 +19,26 @@ from polyak.profiles import Uniform
 @pytest.mark.parametrize("size", [1e3, 1e12, 3e38])
 def test_a_divergence_that_ends_in_a_nan_leaves_the_mean_alone(size, compensated):
     """The layers before the NaN are finite but huge; taking them back afterwards would round the mean away."""
-    first, second = torch.full((100, 300), 0.3), torch.full((100, 300), 0.3)
+    first, second = torch.full((1100, 1000), 0.3), torch.full((1100, 1000), 0.3)  # too large for one batch
     mean = Accumulator([first, second], ["a", "b"], Uniform(), compensated=compensated)
     for _ in range(5):
         mean.add([first, second])
     mean.add([torch.full_like(first, size), torch.full_like(second, float("nan"))])
     assert mean.n_skipped == 1
     torch.testing.assert_close(mean.means[0], first, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("sample", [1.0, 1e4])
+def test_small_tensors_are_averaged_also_where_they_suddenly_grow(sample, compensated):
+    """They are gathered batch by batch in the same memory, and looked at all at once when one grows."""
+    weights = [torch.zeros(5000) for _ in range(60)]
+    mean = Accumulator(weights, [str(i) for i in range(60)], Uniform(), compensated=compensated)
+    assert len(mean._batches) > 2
+    mean.add(weights)
+    mean.add([torch.full_like(weight, sample * i) for i, weight in enumerate(weights)])
+    for i, found in enumerate(mean.means):
+        assert torch.equal(found, torch.full_like(found, sample * i / 2))
 
 
 def interrupted(test):

@@ -115,6 +115,7 @@ class Accumulator:
                 self.residuals = _moved(self.residuals, allocate(tensors, dtypes, devices))
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         self._batches = plan_batches(tensors, self.means, self.residuals)
+        self._sizes = [0.0] * len(self._batches)  # of the last sources folded in: no element is larger
         # Where nothing is looked at or converted, whole tensors go into one call.
         self._gathers = are_mostly_small(self.means)
         direct = [batch for batch in self._batches if self._goes_directly(batch)]
@@ -124,7 +125,7 @@ class Accumulator:
         self._set_counters(self.n_averaged, self.n_skipped, self.position)
 
     def _goes_directly(self, batch: Batch) -> bool:
-        return batch.alike and not self.compensated and not (self._gathers and batch.gathers)
+        return batch.alike and not self.compensated and not (self._gathers and batch.copy is not None)
 
     def _dtype_for(self, index: int, tensor: Tensor) -> torch.dtype:
         if self._dtype is not None:
@@ -239,21 +240,30 @@ class Accumulator:
         """
         sizes: list[float] = []
         for batch, sources in with_sources(self._batches, tensors, owned=self.compensated):
-            size = _size(sources)
-            usual = size <= _USUAL_GROWTH * batch.size
-            if not (usual or (math.isfinite(size) and self._all_finite(tensors))):
-                self._fold_batches(self._batches[: len(sizes)], tensors, -coefficient / (1 - coefficient))
-                return False
-            sizes.append(size)
+            sizes.append(_size(sources))
+            if not sizes[-1] <= _USUAL_GROWTH * self._sizes[len(sizes) - 1]:
+                return self._fold_rest_if_finite(len(sizes) - 1, tensors, coefficient)
             self._fold(batch, sources, coefficient)
             del sources  # before the next copies are made
-        for batch, size in zip(self._batches, sizes, strict=True):
-            batch.size = size
+        self._sizes = sizes
         return True
 
+    def _fold_rest_if_finite(self, n_folded: int, tensors: Sequence[Tensor], coefficient: float) -> bool:
+        sizes = self._sizes_of(tensors)
+        finite = all(map(math.isfinite, sizes))
+        if finite:
+            self._fold_batches(self._batches[n_folded:], tensors, coefficient)
+            self._sizes = sizes
+        else:
+            self._fold_batches(self._batches[:n_folded], tensors, -coefficient / (1 - coefficient))
+        return finite
+
     def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
-        finite = all(math.isfinite(_size(sources)) for _, sources in with_sources(self._batches, tensors))
+        finite = all(map(math.isfinite, self._sizes_of(tensors)))
         return bool(self._agree(torch.tensor(finite))) if self._agree else finite
+
+    def _sizes_of(self, tensors: Sequence[Tensor]) -> list[float]:
+        return [_size(sources) for _, sources in with_sources(self._batches, tensors)]
 
     def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
         if coefficient == 1:
@@ -270,9 +280,9 @@ class Accumulator:
             self._fold(batch, sources, coefficient)
             del sources  # before the next copies are made
 
-    def _fold(self, batch: Batch, sources: Sequence[Tensor], coefficient: Any) -> None:
+    def _fold(self, batch: Batch, sources: list[Tensor], coefficient: Any) -> None:
         if batch.residual is None:
-            torch._foreach_lerp_(batch.means, list(sources), coefficient)
+            torch._foreach_lerp_(batch.means, sources, coefficient)
             return
         # Kahan's sum, on copies: m and e are replaced in one call, which no interrupt can split.
         [old], [source] = batch.means, sources
@@ -327,7 +337,7 @@ def _complex_like(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
-def _size(tensors: Sequence[Tensor]) -> float:
+def _size(tensors: list[Tensor]) -> float:
     """Between once and twice the largest absolute value; NaN or infinite where an element is."""
     sizes = [0.0]
     for tensor in tensors:

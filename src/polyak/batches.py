@@ -7,9 +7,8 @@ an average is bound to a model; an update only walks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -24,6 +23,8 @@ _LEAST_COPIED_NUMEL = 1 << 16
 # cut to what a launch is worth.
 _CACHE_NUMEL = 1 << 20
 _ACCELERATOR_NUMEL = 1 << 24
+
+_Kind = tuple[torch.dtype, torch.device]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,22 @@ class _Piece:
         return tensor
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """Where small tensors are gathered, to be one call instead of many: a slot for each, and all as one."""
+
+    slots: list[Tensor]
+    whole: Tensor
+
+    @classmethod
+    def of(cls, means: list[Tensor], buffer: Tensor) -> _Copy:
+        numels = [mean.numel() for mean in means]
+        whole = buffer[: sum(numels)]
+        slots = [slot.view(m.shape) for slot, m in zip(whole.split(numels), means, strict=True)]
+        return cls(slots, whole)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Pieces of tensors, each with its mean, or several small tensors whose means lie side by side as one.
 
@@ -52,31 +68,21 @@ class Batch:
     means: list[Tensor]
     residual: Tensor | None
     alike: bool  # the sources have the dtype and device of the means
-    pick: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
-    flat: bool  # all of one dimension
-    size: float = 0.0  # of the last sources that were folded in: no element is larger
+    copy: _Copy | None  # where several tensors are gathered
 
-    @property
-    def gathers(self) -> bool:
-        """Whether several tensors are copied into one, to be one call instead of many."""
-        return len(self.means) < len(self.pieces)
-
-    def parts(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What :meth:`sources` takes, as views."""
-        if not self.gathers:
-            return [piece.of(tensors) for piece in self.pieces]
-        parts = self.pick(tensors)
-        # Making a view costs more than it looks, and most small tensors are of one dimension.
-        return parts if self.flat else [part if part.ndim == 1 else part.reshape(-1) for part in parts]
+        return [piece.of(tensors) for piece in self.pieces]
 
-    def sources(self, parts: Sequence[Tensor], owned: bool = False) -> Sequence[Tensor]:
+    def sources(self, parts: list[Tensor], owned: bool = False) -> list[Tensor]:
         """The parts in the shapes and the dtype of the means, on their device.
 
         They are the live tensors themselves where nothing has to be gathered or converted, unless ``owned``
-        asks for copies that may be written to.
+        asks for copies that may be written to. What is gathered lasts until another batch is.
         """
-        if self.gathers:
-            return [torch.cat(list(parts)).to(self.means[0])]
+        if self.copy is not None:
+            torch._foreach_copy_(self.copy.slots, parts)
+            return [self.copy.whole]
         if self.alike and not owned:
             return parts
         return [part.to(m.device, m.dtype, copy=True) for part, m in zip(parts, self.means, strict=True)]
@@ -96,8 +102,8 @@ def allocate(
         return _allocate(tensors, list(zip(dtypes, devices, strict=True)))
 
 
-def _allocate(tensors: Sequence[Tensor], kinds: list[tuple[torch.dtype, torch.device]]) -> list[Tensor]:
-    numels: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+def _allocate(tensors: Sequence[Tensor], kinds: list[_Kind]) -> list[Tensor]:
+    numels: dict[_Kind, list[int]] = {}
     for tensor, kind in zip(tensors, kinds, strict=True):
         if tensor.numel() < _SMALL_NUMEL:
             numels.setdefault(kind, []).append(tensor.numel())
@@ -119,7 +125,7 @@ def plan_batches(
     """Small tensors gathered, large ones cut; what needs no copy is taken together until the cache is full.
 
     What has to be copied at once is 1% of all elements, or 65,536 where that is more, so that an update takes
-    little memory of its own.
+    little memory of its own; small tensors are gathered in memory of that size which the batches share.
 
     >>> weights = [torch.zeros(n) for n in (3, 5, 300_000, 500_000, 1_500_000)]
     >>> means = allocate(weights, [torch.float32] * 5, [torch.device("cpu")] * 5)
@@ -132,7 +138,9 @@ def plan_batches(
     """
     copies = 3 if residuals else 1  # Kahan's sum works on copies of all it changes
     share = max(sum(mean.numel() for mean in means) // 100, _LEAST_COPIED_NUMEL) // copies
-    plan = [[_Piece(index) for index in group] for group in _small_groups(tensors, means, share)]
+    small = [[_Piece(index) for index in group] for group in _small_groups(tensors, means, share)]
+    buffers = _buffers(small, means)
+    plan: list[list[_Piece]] = []
     in_place: list[_Piece] = []
     for index, mean in enumerate(means):
         if mean.numel() < _SMALL_NUMEL:
@@ -144,12 +152,13 @@ def plan_batches(
         else:
             plan += [[_Piece(index, cuts)] for cuts in _cut(mean, min(cache, share))]
     plan += _filled(in_place, means, _CACHE_NUMEL)
-    return [_batch(pieces, tensors, means, residuals) for pieces in plan]
+    gathered = [_batch(pieces, tensors, means, residuals, buffers) for pieces in small]
+    return gathered + [_batch(pieces, tensors, means, residuals) for pieces in plan]
 
 
 def with_sources(
     batches: Sequence[Batch], tensors: Sequence[Tensor], owned: bool = False
-) -> Iterator[tuple[Batch, Sequence[Tensor]]]:
+) -> Iterator[tuple[Batch, list[Tensor]]]:
     """Each batch with its sources, which are copied, where they must be, when their turn comes.
 
     All views are made first: between two trips to memory, which leave nothing else in the cache, one takes
@@ -201,19 +210,30 @@ def _filled(pieces: list[_Piece], means: Sequence[Tensor], most: int) -> Iterato
         yield batch
 
 
+def _buffers(groups: list[list[_Piece]], means: Sequence[Tensor]) -> dict[_Kind, Tensor]:
+    """Memory for the largest group of small tensors of each kind, in which one after the other is gathered."""
+    largest: dict[_Kind, int] = {}
+    for group in groups:
+        kind = _kind(means[group[0].index])
+        largest[kind] = max(largest.get(kind, 0), sum(means[piece.index].numel() for piece in group))
+    with torch.inference_mode(False):
+        return {(t, d): torch.empty(numel, dtype=t, device=d) for (t, d), numel in largest.items()}
+
+
 def _batch(
-    pieces: list[_Piece], tensors: Sequence[Tensor], means: Sequence[Tensor], residuals: Sequence[Tensor]
+    pieces: list[_Piece],
+    tensors: Sequence[Tensor],
+    means: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    buffers: dict[_Kind, Tensor] | None = None,
 ) -> Batch:
-    indices = [piece.index for piece in pieces]
-    parts = _side_by_side(means, pieces)
-    return Batch(
-        pieces,
-        parts,
-        _side_by_side(residuals, pieces)[0] if residuals else None,
-        _kind(tensors[indices[0]]) == _kind(parts[0]),
-        itemgetter(*indices),
-        all(means[i].ndim == 1 for i in indices),
-    )
+    parts = [piece.of(means) for piece in pieces]
+    others = [piece.of(residuals) for piece in pieces] if residuals else []
+    alike = _kind(tensors[pieces[0].index]) == _kind(parts[0])
+    if buffers is None or len(pieces) == 1:
+        return Batch(pieces, parts, others[0] if others else None, alike, copy=None)
+    copy = _Copy.of(parts, buffers[_kind(parts[0])])
+    return Batch(pieces, [_as_one(parts)], _as_one(others) if others else None, alike, copy)
 
 
 def _cut(tensor: Tensor, most: int) -> list[tuple[tuple[int, int, int], ...]]:
@@ -227,12 +247,8 @@ def _cut(tensor: Tensor, most: int) -> list[tuple[tuple[int, int, int], ...]]:
     return [(cut, *further) for cut in cuts for further in _cut(tensor.narrow(*cut), most)]
 
 
-def _side_by_side(tensors: Sequence[Tensor], pieces: list[_Piece]) -> list[Tensor]:
-    """The pieces; small ones, which share a buffer, as one."""
-    parts = [piece.of(tensors) for piece in pieces]
-    if len(parts) == 1 or tensors[pieces[0].index].numel() >= _SMALL_NUMEL:
-        return parts
-    return [parts[0].as_strided((sum(part.numel() for part in parts),), (1,))]
+def _as_one(neighbours: list[Tensor]) -> Tensor:
+    return neighbours[0].as_strided((sum(tensor.numel() for tensor in neighbours),), (1,))
 
 
 def _place(mean: Tensor) -> tuple[str, int, int]:
@@ -244,5 +260,5 @@ def _end(mean: Tensor) -> tuple[str, int, int]:
     return device, storage, offset + mean.numel()
 
 
-def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+def _kind(tensor: Tensor) -> _Kind:
     return tensor.dtype, tensor.device
