@@ -150,6 +150,27 @@ def test_neither_slices_nor_threads_nor_shares_change_a_bit(tmp_path, monkeypatc
         assert all(same_bits(writer.tensors[name], expected[name]) for name in expected)
 
 
+def test_small_tensors_that_are_summed_together_come_out_as_alone(tmp_path):
+    dtypes = [torch.float32] * 4 + [torch.int64, torch.bfloat16, torch.bfloat16, torch.complex64] * 2
+    sizes = [1, 63, 64, 65, 3, 300, 0, 7, 2, 128, 5, 1000]
+    models = [
+        {f"{i}": (10 * random(torch.float64, 50 * i + seed, (size,))).to(dtype)
+         for i, (dtype, size) in enumerate(zip(dtypes, sizes, strict=True))}
+        for seed in range(3)
+    ]  # fmt: skip
+    for model in models:
+        model["1"][5] = torch.inf  # the others in its bundle are looked at one by one
+    folder = tmp_path / "together"
+    folder.mkdir()
+    together = combined(saved(folder, models), [0.2, 0.05, 0.75])
+    assert together["1"].isinf().nonzero().tolist() == [[5]]
+    for name in models[0]:
+        folder = tmp_path / name
+        folder.mkdir()
+        alone = combined(saved(folder, [{name: model[name]} for model in models]), [0.2, 0.05, 0.75])
+        assert same_bits(together[name], alone[name])
+
+
 def test_ties_are_read_once_and_kept_where_all_inputs_have_them(tmp_path):
     models = [{"a": random(torch.float32, seed)} for seed in range(3)]
     for model in models:

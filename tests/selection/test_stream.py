@@ -20,12 +20,18 @@ def recorded(tmp_path):
     return walk.recorder.trajectory
 
 
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Averages do not all fit into it."""
+    monkeypatch.setattr("polyak.selection.stream._TOGETHER_BYTES", 0)
+
+
 def streamed(trajectory, profiles):
     for profile, weights in averages(trajectory, [trajectory.explain(profile) for profile in profiles]):
         yield profile, {name: tensor.double().clone() for name, tensor in weights.items()}
 
 
-def test_nested_tails_are_the_averages_that_the_trajectory_makes_alone(recorded):
+def test_nested_tails_are_the_averages_that_the_trajectory_makes_alone(recorded, little_memory):
     tails = [Tail(1.0), Tail(0.02), Tail(steps=3), Tail(0.31), Tail(0.3), Tail(steps=200)]
     found = dict(streamed(recorded, tails))
     assert set(found) == set(tails)
@@ -36,7 +42,7 @@ def test_nested_tails_are_the_averages_that_the_trajectory_makes_alone(recorded)
         assert weights["1.num_batches_tracked"] == alone["1.num_batches_tracked"]
 
 
-def test_nested_tails_read_each_block_about_once(recorded, monkeypatch):
+def test_nested_tails_read_each_block_about_once(recorded, monkeypatch, little_memory):
     reads = []
     coefficients = Trajectory._coefficients
 
@@ -53,9 +59,27 @@ def test_nested_tails_read_each_block_about_once(recorded, monkeypatch):
     assert len(reads) <= len(recorded.blocks) + len(tails)
 
 
+def test_what_fits_the_memory_is_made_in_one_pass(recorded, monkeypatch):
+    passes = []
+    average_many = Trajectory.average_many
+
+    def watched(self, profiles, **options):
+        passes.append(len(profiles))
+        return average_many(self, profiles, **options)
+
+    monkeypatch.setattr(Trajectory, "average_many", watched)
+    profiles = [Tail(0.5), Power(gamma=1), Tail(0.25)]
+    found = dict(streamed(recorded, profiles))
+    assert passes == [3] and list(found) == profiles
+    for profile in profiles:
+        (alone,) = average_many(recorded, [profile])
+        assert largest_error(found[profile], {n: t.double() for n, t in alone.items()}) == 0
+
+
 def test_the_others_come_in_chunks_that_fit_the_memory(recorded, monkeypatch):
     monkeypatch.setattr("polyak.selection.stream._TOGETHER_BYTES", 1000)
     size = sum(tensor.nbytes for tensor in recorded.average(Uniform()).values())
+    assert recorded.average_bytes == size
     together = 1000 // size
     assert 1 < together < 10
     chunks = []
@@ -77,7 +101,7 @@ def test_the_others_come_in_chunks_that_fit_the_memory(recorded, monkeypatch):
         assert largest_error(found[profile], {n: t.double() for n, t in alone.items()}) == 0
 
 
-def test_of_tails_one_is_in_memory_at_a_time(recorded):
+def test_of_tails_one_is_in_memory_at_a_time(recorded, little_memory):
     seen = []
     explained = [recorded.explain(Tail(f / 10)) for f in range(1, 11)]
     for _, weights in averages(recorded, explained):
@@ -87,7 +111,7 @@ def test_of_tails_one_is_in_memory_at_a_time(recorded):
         assert alive == {id(tensor) for tensor in weights.values() if tensor.is_floating_point()}
 
 
-def test_half_precision_blocks_keep_a_mean_in_fp32(tmp_path):
+def test_half_precision_blocks_keep_a_mean_in_fp32(tmp_path, little_memory):
     for step in range(1, 5):
         torch.save({"w": torch.full((2,), 1 + step / 128, dtype=torch.bfloat16)}, tmp_path / f"{step}.pt")
     trajectory = Trajectory.from_checkpoints(sorted(tmp_path.glob("*.pt")))

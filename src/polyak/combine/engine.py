@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,14 +13,14 @@ from polyak.checkpoints import Checkpoint, Writer
 from polyak.combine.budget import Budget
 from polyak.combine.finite import fits, refuse_overflow, restore_infinities
 from polyak.combine.running import accumulation_dtype, as_reals, fold, folds, is_averaged
-from polyak.combine.slices import Slice, cut, share_of
+from polyak.combine.slices import Bundle, Slice, bundled, cut, share_of
 from polyak.combine.threads import run_on_threads
 from polyak.errors import OptionError
 
 __all__ = ["Progress", "combine"]
 
-# On smaller slices threads spend their time waiting for each other's turn in Python.
-_WORTH_THREADS_BYTES = 1 << 17
+# On smaller bundles, and on few of them, threads spend their time waiting for each other's turn in Python.
+_WORTH_THREADS_BYTES, _WORTH_THREADS_BUNDLES = 1 << 17, 16
 
 # Called with the bytes done so far and in all, from one thread at a time.
 Progress = Callable[[int, int], object]
@@ -80,11 +80,13 @@ def combine(
     budget = Budget.within(max_memory, inputs, len(writers), workers)
     job = _Job(inputs, coefficients, writers, accumulate)
     slices = share_of(list(cut(writers[0].layout.tensors, job.width, budget.slice_bytes)), *share)
-    tally = _Tally(sum(map(job.traffic, slices)), progress)
-    workers = budget.workers if job.bytes_of(slices) >= _WORTH_THREADS_BYTES * len(slices) else 1
+    bundles = list(bundled(slices, job.kind, job.width, budget.slice_bytes))
+    tally = _Tally(sum(map(job.traffic, bundles)), progress)
+    nbytes = [bundle.count * job.width(bundle.name) for bundle in bundles]
+    worth_threads = sum(nbytes) >= _WORTH_THREADS_BYTES * max(len(nbytes), _WORTH_THREADS_BUNDLES)
+    workers = min(budget.workers, len(bundles)) if worth_threads else 1
     # A small model is averaged many times in a row, and fresh memory costs more than its arithmetic.
-    buffer_bytes = max((job.bytes_of([piece]) for piece in slices), default=0)
-    run_on_threads(lambda: _Worker(job, buffer_bytes, tally), slices, workers)
+    run_on_threads(lambda: _Worker(job, max(nbytes, default=0), tally), bundles, workers)
     return [name for name in writers[0].layout.tensors if name in job.differing]
 
 
@@ -116,20 +118,20 @@ class _Job:
         source = self.source_dtype(name)
         widths = [dtype.itemsize for dtype in (source, *self.output_dtypes(name))]
         if is_averaged(source):
-            reals = source.itemsize // source.to_real().itemsize
-            widths.append(reals * accumulation_dtype(source, self.accumulate).itemsize)
+            widths.append(_reals_in(source) * accumulation_dtype(source, self.accumulate).itemsize)
         return max(widths)
 
-    def bytes_of(self, slices: Iterable[Slice]) -> int:
-        """Bytes of one source in all ``slices``, in the widest form they pass through."""
-        return sum(piece.count * self.width(piece.name) for piece in slices)
+    def kind(self, name: str) -> tuple[torch.dtype, ...] | None:
+        """What tensors that are summed together have in common; None for those that are copied."""
+        source = self.source_dtype(name)
+        return (source, *self.output_dtypes(name)) if is_averaged(source) else None
 
-    def traffic(self, piece: Slice) -> int:
-        """Bytes read and written for a slice."""
-        source = self.source_dtype(piece.name)
+    def traffic(self, bundle: Bundle) -> int:
+        """Bytes read and written for a bundle."""
+        source = self.source_dtype(bundle.name)
         reads = len(self.folds) if is_averaged(source) else len(set().union(*self.counted))
-        written = sum(dtype.itemsize for dtype in self.output_dtypes(piece.name))
-        return piece.count * (reads * source.itemsize + written)
+        written = sum(dtype.itemsize for dtype in self.output_dtypes(bundle.name))
+        return sum(piece.count for piece in bundle.slices) * (reads * source.itemsize + written)
 
 
 class _Tally:
@@ -157,43 +159,50 @@ class _Worker:
         self._read, self._values, self._scratch, self._written = (buffer() for _ in range(4))
         self._means = [buffer() for _ in job.writers]
 
-    def __call__(self, piece: Slice) -> None:
-        if is_averaged(self._job.source_dtype(piece.name)):
-            self._average(piece)
+    def __call__(self, bundle: Bundle) -> None:
+        if is_averaged(self._job.source_dtype(bundle.name)):
+            self._average(bundle)
         else:
-            self._copy(piece)
-        self._tally.add(self._job.traffic(piece))
+            for piece in bundle.slices:
+                self._copy(piece)
+        self._tally.add(self._job.traffic(bundle))
 
-    def _average(self, piece: Slice) -> None:
+    def _average(self, bundle: Bundle) -> None:
         job = self._job
-        dtype = accumulation_dtype(job.source_dtype(piece.name), job.accumulate)
-        n_reals = len(as_reals(_part(self._read, job.source_dtype(piece.name), piece.count)))
+        source = job.source_dtype(bundle.name)
+        dtype = accumulation_dtype(source, job.accumulate)
+        n_reals = bundle.count * _reals_in(source)
         means = [_part(buffer, dtype, n_reals) for buffer in self._means]
         scratch = _part(self._scratch, dtype, n_reals)
         for step in job.folds:
             (output, ratio), *others = step.ratios
             # What only replaces a mean is read into it: one copy less.
-            if ratio == 1 and not others and job.source_dtype(piece.name).to_real() == dtype:
-                self._values_of(step.index, piece, dtype, self._means[output])
+            if ratio == 1 and not others and source.to_real() == dtype:
+                self._values_of(step.index, bundle, dtype, self._means[output])
                 continue
-            values = self._values_of(step.index, piece, dtype, self._read)
+            values = self._values_of(step.index, bundle, dtype, self._read)
             for output, ratio in step.ratios:
                 fold(means[output], values, ratio, scratch)
-        for output, mean in enumerate(means):
-            self._write(output, piece, mean)
+        for output, (mean, target) in enumerate(zip(means, job.output_dtypes(bundle.name), strict=True)):
+            # What lies between the slices may be anything; then each is looked at by itself.
+            all_fit = fits(mean, target.to_real())
+            for piece, place in bundle.places:
+                part = mean[place * _reals_in(source) :][: piece.count * _reals_in(source)]
+                self._write(output, piece, part, all_fit or fits(part, target.to_real()))
 
-    def _values_of(self, index: int, piece: Slice, dtype: torch.dtype, buffer: Tensor) -> Tensor:
-        """A slice of one input as real numbers of ``dtype``, in ``buffer`` or, if converted, in one kept for that."""
-        read = _part(buffer, self._job.source_dtype(piece.name), piece.count)
-        self._job.inputs[index].read_into(piece.name, piece.start, read)
+    def _values_of(self, index: int, bundle: Bundle, dtype: torch.dtype, buffer: Tensor) -> Tensor:
+        """A bundle of one input as real numbers of ``dtype``, in ``buffer`` or, if converted, in one kept for that."""
+        read = _part(buffer, self._job.source_dtype(bundle.name), bundle.count)
+        for piece, place in bundle.places:
+            self._job.inputs[index].read_into(piece.name, piece.start, read[place : place + piece.count])
         reals = as_reals(read)
         return reals if reals.dtype == dtype else _part(self._values, dtype, len(reals)).copy_(reals)
 
-    def _write(self, output: int, piece: Slice, mean: Tensor) -> None:
+    def _write(self, output: int, piece: Slice, mean: Tensor, fit: bool) -> None:
         writer = self._job.writers[output]
         dtype = writer.layout.tensors[piece.name].dtype
         infinite = None
-        if not fits(mean, dtype.to_real()):
+        if not fit:
             sources = self._sources(self._job.counted[output], piece, mean.dtype)
             infinite = restore_infinities(mean, sources, piece.name)
         # Seen as bytes, numbers in pairs are complex again.
@@ -206,8 +215,10 @@ class _Worker:
         writer.write(piece.name, piece.start, values)
 
     def _sources(self, indices: list[int], piece: Slice, dtype: torch.dtype) -> Iterator[tuple[Path, Tensor]]:
+        count = piece.count * _reals_in(self._job.source_dtype(piece.name))
         for index in indices:
-            yield self._job.inputs[index].path, self._values_of(index, piece, dtype, self._read)
+            values = self._values_of(index, Bundle((piece,)), dtype, self._read)
+            yield self._job.inputs[index].path, values[:count]
 
     def _copy(self, piece: Slice) -> None:
         job = self._job
@@ -223,6 +234,10 @@ class _Worker:
             job.inputs[index].read_into(piece.name, piece.start, other)
             if not torch.equal(values, other):
                 job.differing.add(piece.name)
+
+
+def _reals_in(dtype: torch.dtype) -> int:
+    return dtype.itemsize // dtype.to_real().itemsize
 
 
 def _part(buffer: Tensor, dtype: torch.dtype, count: int) -> Tensor:

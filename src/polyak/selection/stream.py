@@ -25,21 +25,18 @@ def averages(
 ) -> Iterator[tuple[Profile, dict[str, Tensor]]]:
     """Each explained profile with its average: name to tensor, which the next step may overwrite.
 
-    Tails come first, shortest first: each is the one before plus the blocks that it reaches further back, so
-    that all of them read every block about once and hold one running mean. What is not averaged is as in the newest
-    block, which all of them reach. Of the others there are as many
-    in memory as 64 MB hold, at least one.
+    Where all fit into 64 MB they are made in one pass over the blocks. Else tails come first, shortest first: each
+    is the one before plus the blocks that it reaches further back, so that all of them read every block about once
+    and hold one running mean; what is not averaged is as in the newest block, which all of them reach. Of the
+    others there are as many in memory as 64 MB hold, at least one.
     """
-    tails = [one for one in explained if isinstance(one.profile, Tail)]
+    together = max(1, _TOGETHER_BYTES // max(1, trajectory.average_bytes))
+    tails = [one for one in explained if isinstance(one.profile, Tail)] if together < len(explained) else []
     yield from _nested_tails(trajectory, tails)
-    others = [one.profile for one in explained if not isinstance(one.profile, Tail)]
-    first, together = 0, 1
-    while first < len(others):
+    others = [one.profile for one in explained if not (tails and isinstance(one.profile, Tail))]
+    for first in range(0, len(others), together):
         chunk = others[first : first + together]
-        means = trajectory.average_many(chunk)
-        together = max(1, _TOGETHER_BYTES // max(1, _size_bytes(means[0])))
-        yield from zip(chunk, means, strict=True)
-        first += len(chunk)
+        yield from zip(chunk, trajectory.average_many(chunk), strict=True)
 
 
 def _nested_tails(
@@ -90,7 +87,3 @@ def fold_in(
     pairs = {id(running[name]): (running[name], mean[name]) for name in mean if name in averaged}
     for kept, tensor in pairs.values():
         kept.lerp_(tensor.to(kept.dtype), coefficient)
-
-
-def _size_bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())

@@ -192,6 +192,13 @@ class Trajectory:
             if is_averaged(info.dtype) and newest.ties.get(name, name) not in copied
         )
 
+    @property
+    def average_bytes(self) -> int:
+        """Bytes that an average takes in memory, tied tensors once."""
+        self._refuse_empty()
+        newest = [float(index == len(self) - 1) for index in range(len(self))]
+        return sum(info.nbytes for info in self._assembly.layout(newest).tensors.values())
+
     def live(self) -> dict[str, Tensor]:
         """The weights of the last step as they were, kept when the recorder was closed.
 
