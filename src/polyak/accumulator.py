@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak.batches import Batch, allocate, are_mostly_small, plan_batches, with_sources
+from polyak.batches import Batch, Tensors, allocate, are_mostly_small, plan_batches, with_sources
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import Scheme
 
@@ -280,7 +280,7 @@ class Accumulator:
             self._fold(batch, sources, coefficient)
             del sources  # before the next copies are made
 
-    def _fold(self, batch: Batch, sources: list[Tensor], coefficient: Any) -> None:
+    def _fold(self, batch: Batch, sources: Tensors, coefficient: Any) -> None:
         if batch.residual is None:
             torch._foreach_lerp_(batch.means, sources, coefficient)
             return
@@ -337,7 +337,7 @@ def _complex_like(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
-def _size(tensors: list[Tensor]) -> float:
+def _size(tensors: Tensors) -> float:
     """Between once and twice the largest absolute value; NaN or infinite where an element is."""
     sizes = [0.0]
     for tensor in tensors:

@@ -7,13 +7,14 @@ an average is bound to a model; an update only walks it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "allocate", "are_mostly_small", "plan_batches", "with_sources"]
+__all__ = ["Batch", "Tensors", "allocate", "are_mostly_small", "plan_batches", "with_sources"]
 
 # Tensors below this many elements cost more to call upon than to touch.
 _SMALL_NUMEL = 1 << 14
@@ -25,6 +26,8 @@ _CACHE_NUMEL = 1 << 20
 _ACCELERATOR_NUMEL = 1 << 24
 
 _Kind = tuple[torch.dtype, torch.device]
+# What torch's functions on many tensors take.
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +48,25 @@ class _Piece:
 class _Copy:
     """Where small tensors are gathered, to be one call instead of many: a slot for each, and all as one."""
 
+    pick: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
     slots: list[Tensor]
     whole: Tensor
+    joins: bool  # nothing is converted, and all are of one dimension, as torch.cat wants them
 
     @classmethod
-    def of(cls, means: list[Tensor], buffer: Tensor) -> _Copy:
+    def of(cls, indices: list[int], means: list[Tensor], buffer: Tensor, alike: bool) -> _Copy:
         numels = [mean.numel() for mean in means]
         whole = buffer[: sum(numels)]
         slots = [slot.view(m.shape) for slot, m in zip(whole.split(numels), means, strict=True)]
-        return cls(slots, whole)
+        joins = alike and all(mean.ndim == 1 for mean in means)
+        return cls(itemgetter(*indices), slots, whole, joins)
+
+    def fill(self, parts: Tensors) -> Tensor:
+        """All parts; they last until the buffer is filled again."""
+        if self.joins:
+            return torch.cat(parts, out=self.whole)
+        torch._foreach_copy_(self.slots, parts)
+        return self.whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +83,20 @@ class Batch:
     alike: bool  # the sources have the dtype and device of the means
     copy: _Copy | None  # where several tensors are gathered
 
-    def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def parts(self, tensors: Sequence[Tensor]) -> Tensors:
         """What :meth:`sources` takes, as views."""
+        if self.copy is not None:
+            return self.copy.pick(tensors)
         return [piece.of(tensors) for piece in self.pieces]
 
-    def sources(self, parts: list[Tensor], owned: bool = False) -> list[Tensor]:
+    def sources(self, parts: Tensors, owned: bool = False) -> Tensors:
         """The parts in the shapes and the dtype of the means, on their device.
 
         They are the live tensors themselves where nothing has to be gathered or converted, unless ``owned``
         asks for copies that may be written to. What is gathered lasts until another batch is.
         """
         if self.copy is not None:
-            torch._foreach_copy_(self.copy.slots, parts)
-            return [self.copy.whole]
+            return [self.copy.fill(parts)]
         if self.alike and not owned:
             return parts
         return [part.to(m.device, m.dtype, copy=True) for part, m in zip(parts, self.means, strict=True)]
@@ -158,7 +172,7 @@ def plan_batches(
 
 def with_sources(
     batches: Sequence[Batch], tensors: Sequence[Tensor], owned: bool = False
-) -> Iterator[tuple[Batch, list[Tensor]]]:
+) -> Iterator[tuple[Batch, Tensors]]:
     """Each batch with its sources, which are copied, where they must be, when their turn comes.
 
     All views are made first: between two trips to memory, which leave nothing else in the cache, one takes
@@ -232,7 +246,7 @@ def _batch(
     alike = _kind(tensors[pieces[0].index]) == _kind(parts[0])
     if buffers is None or len(pieces) == 1:
         return Batch(pieces, parts, others[0] if others else None, alike, copy=None)
-    copy = _Copy.of(parts, buffers[_kind(parts[0])])
+    copy = _Copy.of([piece.index for piece in pieces], parts, buffers[_kind(parts[0])], alike)
     return Batch(pieces, [_as_one(parts)], _as_one(others) if others else None, alike, copy)
 
 
