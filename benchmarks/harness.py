@@ -9,7 +9,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -193,6 +193,19 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
     """Call a function of a module in a new process, where nothing was allocated before."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def merged(runs: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """The measurements of several runs as those of one, name by name.
+
+    >>> merged([{"a": [1.0]}, {"a": [2.0, 3.0]}])
+    {'a': [1.0, 2.0, 3.0]}
+    """
+    together: dict[str, list[float]] = {}
+    for run in runs:
+        for name, values in run.items():
+            together.setdefault(name, []).extend(values)
+    return together
 
 
 def environment(distributions: Sequence[str]) -> dict[str, Any]:

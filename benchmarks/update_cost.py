@@ -54,12 +54,8 @@ CASES = {
 
 def measure(name: str, processes: int, rounds: int) -> Measurements:
     """Time every contender of a case and, where the case asks for it, measure its memory."""
-    seconds: dict[str, list[float]] = {}
-    left_out: dict[str, str] = {}
-    for _ in range(processes):
-        seconds_there, left_out = harness.in_fresh_process(time_case, name, rounds)
-        for contender, values in seconds_there.items():
-            seconds.setdefault(contender, []).extend(values)
+    runs = [harness.in_fresh_process(time_case, name, rounds) for _ in range(processes)]
+    seconds, left_out = harness.merged(seconds for seconds, _ in runs), runs[-1][1]
     memory = {}
     if CASES[name].measures_memory and harness.memory_is_measurable():
         memory = {
