@@ -194,7 +194,11 @@ class Trajectory:
 
     @property
     def average_bytes(self) -> int:
-        """Bytes that an average takes in memory, tied tensors once."""
+        """Bytes that an average takes in memory, tied tensors once.
+
+        Raises:
+            NotStartedError: there are no blocks yet.
+        """
         self._refuse_empty()
         newest = [float(index == len(self) - 1) for index in range(len(self))]
         return sum(info.nbytes for info in self._assembly.layout(newest).tensors.values())
