@@ -41,6 +41,45 @@ def test_small_tensors_are_averaged_also_where_they_suddenly_grow(sample, compen
         assert torch.equal(found, torch.full_like(found, sample * i / 2))
 
 
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_resumed_average_is_the_same_to_the_bit_also_after_a_nan(compensated):
+    """What is taken back of a sample leaves rounding; both must take back the same."""
+    torch.manual_seed(0)
+    weights = nn.ParameterList([torch.randn(300) for _ in range(20)] + [torch.randn(1200, 1000)])
+    running, resumed = (polyak.Average(weights, polyak.Uniform(), compensated=compensated) for _ in range(2))
+
+    def train(average):
+        for parameter in weights:
+            parameter.data.mul_(1.01)
+        average.update()
+
+    for _ in range(7):
+        train(running)
+    resumed.load_state_dict(running.state_dict())
+    live = weights[20].data.clone()
+    weights[20].data.fill_(float("nan"))
+    running.update()
+    resumed.update()
+    weights[20].data.copy_(live)
+    assert running.n_skipped == resumed.n_skipped == 1
+    for _ in range(3):
+        train(running)
+        resumed.update()
+    for one, other in zip(running.named_tensors().values(), resumed.named_tensors().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("numel", [10, 30_000])
+def test_conjugated_parameters_and_the_largest_numbers_are_averaged(numel):
+    conjugated = torch.full((numel,), 1 + 2j).conj()
+    largest = torch.tensor([1.7e308, -1.7e308], dtype=torch.float64)
+    mean = Accumulator([conjugated, largest], ["conjugated", "largest"], Uniform())
+    for _ in range(3):
+        mean.add([conjugated, largest])
+    assert mean.n_averaged == 3
+    assert torch.equal(mean.means[0], conjugated) and torch.equal(mean.means[1], largest)
+
+
 def interrupted(test):
     """For tests with real interrupts."""
     # One that falls into a weak reference's callback is only printed by Python.

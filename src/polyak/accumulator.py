@@ -115,7 +115,7 @@ class Accumulator:
                 self.residuals = _moved(self.residuals, allocate(tensors, dtypes, devices))
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         self._batches = plan_batches(tensors, self.means, self.residuals)
-        self._sizes = [0.0] * len(self._batches)  # of the last sources folded in: no element is larger
+        self.look_anew()
         # Where nothing is looked at or converted, whole tensors go into one call.
         self._gathers = are_mostly_small(self.means)
         direct = [batch for batch in self._batches if self._goes_directly(batch)]
@@ -151,10 +151,19 @@ class Accumulator:
     def restart(self, n_averaged: int = 0, n_skipped: int = 0, position: float = 0.0) -> None:
         """Forget every sample, or set the counters to those of a saved state whose means the caller fills."""
         self._set_counters(n_averaged, n_skipped, position)
+        self.look_anew()
         if self._masked and not n_averaged:
             # There the first sample is added to what is left of the samples before, not copied over it.
             torch._foreach_zero_(self.means + self.residuals)
         self._warned = False
+
+    def look_anew(self) -> None:
+        """Look at all of the next sample before any of it is folded in.
+
+        To be called where a state is saved: after a sample that is not finite the means are then the same, to the
+        bit, whether one goes on or loads that state.
+        """
+        self._sizes = [0.0] * len(self._batches)  # of the last sources folded in: no element is larger
 
     @torch.no_grad()
     def add(self, tensors: Sequence[Tensor], position: float | None = None) -> None:
@@ -259,8 +268,13 @@ class Accumulator:
         return finite
 
     def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
-        finite = all(map(math.isfinite, self._sizes_of(tensors)))
-        return bool(self._agree(torch.tensor(finite))) if self._agree else finite
+        sizes = self._sizes_of(tensors)
+        finite = all(map(math.isfinite, sizes))
+        if self._agree is not None:
+            return bool(self._agree(torch.tensor(finite)))
+        if finite:
+            self._sizes = sizes
+        return finite
 
     def _sizes_of(self, tensors: Sequence[Tensor]) -> list[float]:
         return [_size(sources) for _, sources in with_sources(self._batches, tensors)]
@@ -338,11 +352,14 @@ def _complex_like(dtype: torch.dtype) -> torch.dtype:
 
 
 def _size(tensors: Tensors) -> float:
-    """Between once and twice the largest absolute value; NaN or infinite where an element is."""
-    sizes = [0.0]
+    """The largest absolute value; NaN or infinite where an element is."""
+    size = 0.0
     for tensor in tensors:
         if tensor.numel():
-            low, high = torch.aminmax(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
-            sizes.append(abs(low.item()) + abs(high.item()))
-    total = sum(sizes)
-    return max(sizes) if math.isfinite(total) else total  # max() may pass over a NaN
+            reals = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+            low, high = torch.aminmax(reals)  # both NaN where an element is
+            largest = max(-low.item(), high.item())
+            if not math.isfinite(largest):
+                return largest
+            size = max(size, largest)
+    return size

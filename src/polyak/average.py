@@ -259,6 +259,7 @@ class Average:
         through ``torch.distributed.checkpoint``, sharded where the model is.
         """
         accumulator = self._follow_model()
+        accumulator.look_anew()
         state = {
             **self._law(),
             "step": self._step,

@@ -94,6 +94,7 @@ class OpenBlock:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, and the means by name, which are not copied."""
+        self._filling.look_anew()
         return {
             "start": self.start,
             "last_sample": self.last_sample,
