@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import polyak
+
 CHANNELS = 6
 
 
@@ -53,3 +55,20 @@ def assert_same_state(model: nn.Module, before: tuple) -> None:
     assert rest == list(before[1:])
     for name, tensor in tensors.items():
         assert torch.equal(tensor, before[0][name]), name
+
+
+def count_graphs() -> tuple[int, int]:
+    """How many graphs torch compiles for a forward pass, and how many it has compiled after an update."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x = data(96)
+    model = nn.Sequential(torch.compile(deep_network(), backend=backend))
+    with torch.no_grad():
+        model(x[:32])
+    n_graphs = len(graphs)
+    polyak.update_bn(x.split(32), model)
+    return n_graphs, len(graphs)
