@@ -1,9 +1,7 @@
 """What every test shares."""
 
 import re
-import sys
 
-import pytest
 import torch
 
 # The tensors of the tests are small: threads cost more than they bring, and the machine runs other things.
@@ -17,10 +15,3 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     if isinstance(val, type) or callable(val):
         return getattr(val, "__name__", None)
     return re.sub(r" at 0x[0-9a-f]+", "", str(val))
-
-
-@pytest.fixture(autouse=True)
-def _compiled_code_is_forgotten():
-    """torch compiles a forward method eight times at most, over all tests of a process, and then runs it as it is."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()

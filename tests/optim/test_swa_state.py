@@ -185,3 +185,22 @@ def test_copies_and_pickles_go_on_by_themselves(duplicate: Callable[[Any], Any],
     assert equal(weights(twin), weights(model))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(opt.state[p]["swa_buffer"], other.state[q]["swa_buffer"])
+
+
+def test_saved_and_loaded_it_is_the_same_to_the_bit_where_the_next_sample_is_not_finite() -> None:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(300)), nn.Parameter(torch.randn(1200, 1000))]
+    running = SWA(SGD(params, lr=0.1))
+    for _ in range(7):
+        for param in params:
+            param.data.mul_(1.01)
+        running.update_swa()
+    state = through_file(running.state_dict())
+    resumed = SWA(SGD(params, lr=0.1))
+    resumed.load_state_dict(state)
+    params[1].data.fill_(float("nan"))
+    for opt in (running, resumed):
+        opt.update_swa()
+        assert opt.param_groups[0]["n_skipped"] == 1
+    for param in params:
+        assert torch.equal(running.state[param]["swa_buffer"], resumed.state[param]["swa_buffer"])

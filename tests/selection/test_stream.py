@@ -26,6 +26,20 @@ def little_memory(monkeypatch):
     monkeypatch.setattr("polyak.selection.stream._TOGETHER_BYTES", 0)
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """How many averages each pass over the blocks makes."""
+    made = []
+    average_many = Trajectory.average_many
+
+    def watched(self, profiles, **options):
+        made.append(len(profiles))
+        return average_many(self, profiles, **options)
+
+    monkeypatch.setattr(Trajectory, "average_many", watched)
+    return made
+
+
 def streamed(trajectory, profiles):
     for profile, weights in averages(trajectory, [trajectory.explain(profile) for profile in profiles]):
         yield profile, {name: tensor.double().clone() for name, tensor in weights.items()}
@@ -59,45 +73,29 @@ def test_nested_tails_read_each_block_about_once(recorded, monkeypatch, little_m
     assert len(reads) <= len(recorded.blocks) + len(tails)
 
 
-def test_what_fits_the_memory_is_made_in_one_pass(recorded, monkeypatch):
-    passes = []
-    average_many = Trajectory.average_many
-
-    def watched(self, profiles, **options):
-        passes.append(len(profiles))
-        return average_many(self, profiles, **options)
-
-    monkeypatch.setattr(Trajectory, "average_many", watched)
+def test_what_fits_the_memory_is_made_in_one_pass(recorded, passes):
     profiles = [Tail(0.5), Power(gamma=1), Tail(0.25)]
     found = dict(streamed(recorded, profiles))
     assert passes == [3] and list(found) == profiles
     for profile in profiles:
-        (alone,) = average_many(recorded, [profile])
+        alone = recorded.average(profile)
         assert largest_error(found[profile], {n: t.double() for n, t in alone.items()}) == 0
 
 
-def test_the_others_come_in_chunks_that_fit_the_memory(recorded, monkeypatch):
+def test_the_others_come_in_chunks_that_fit_the_memory(recorded, passes, monkeypatch):
     monkeypatch.setattr("polyak.selection.stream._TOGETHER_BYTES", 1000)
     size = sum(tensor.nbytes for tensor in recorded.average(Uniform()).values())
     assert recorded.average_bytes == size
     together = 1000 // size
     assert 1 < together < 10
-    chunks = []
-    average_many = Trajectory.average_many
-
-    def watched(self, profiles, **options):
-        chunks.append(len(profiles))
-        return average_many(self, profiles, **options)
-
-    monkeypatch.setattr(Trajectory, "average_many", watched)
     profiles = [Power(gamma=gamma) for gamma in range(1, 8)] + [
         Decay("sqrt", 0.4),
         Weights([1.0] * len(recorded)),
     ]
     found = dict(streamed(recorded, profiles))
-    assert list(found) == profiles and max(chunks) == together
+    assert list(found) == profiles and max(passes) == together
     for profile in profiles:
-        (alone,) = average_many(recorded, [profile])
+        alone = recorded.average(profile)
         assert largest_error(found[profile], {n: t.double() for n, t in alone.items()}) == 0
 
 
