@@ -63,6 +63,30 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, at: int) -> None:
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("resumes", [False, True])
+def test_the_sample_after_a_save_may_be_lost_to_a_nan(tmp_path: Path, resumes: bool) -> None:
+    """Nothing of it is folded in and taken back, which would leave rounding in one of the runs."""
+    torch.manual_seed(0)
+    model = nn.ParameterList([torch.randn(300), torch.randn(1200, 1000)])  # two batches; the first is finite
+    recorder = polyak.Recorder(model, tmp_path, block=12)
+    for _ in range(17):
+        for parameter in model:
+            parameter.data.mul_(1.01)
+        recorder.update()
+    state = through_a_file(recorder.state_dict())
+    if resumes:
+        recorder.close()
+        recorder = polyak.Recorder(model, tmp_path, block=12)
+        recorder.load_state_dict(state)
+    model[1].data.fill_(float("nan"))
+    recorder.update()
+    found = recorder.state_dict()
+    recorder.close()
+    assert found["n_skipped"] == 1
+    for name, mean in found["open_block"].items():
+        assert torch.equal(mean, state["open_block"][name])
+
+
 def test_a_state_keeps_its_border(tmp_path: Path) -> None:
     """However long the run goes on, the last two states that were asked for can be loaded."""
     run = RecordedWalk(tmp_path, block=2, max_blocks=8)
