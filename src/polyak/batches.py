@@ -32,13 +32,16 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A tensor, narrowed by (dimension, start, length) as often as there are ``cuts``."""
+    """A tensor, its dimensions in another order if one is given, narrowed by each (dimension, start, length)."""
 
     index: int
+    order: tuple[int, ...] | None = None
     cuts: tuple[tuple[int, int, int], ...] = ()
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         tensor = tensors[self.index]
+        if self.order is not None:
+            tensor = tensor.permute(self.order)
         for cut in self.cuts:
             tensor = tensor.narrow(*cut)
         return tensor
@@ -162,9 +165,9 @@ def plan_batches(
         on_host = mean.device.type == "cpu"
         cache = _CACHE_NUMEL if on_host else _ACCELERATOR_NUMEL
         if on_host and not residuals and _kind(tensors[index]) == _kind(mean):
-            in_place += [_Piece(index, cuts) for cuts in _cut(mean, cache)]
+            in_place += _pieces(index, mean, cache)
         else:
-            plan += [[_Piece(index, cuts)] for cuts in _cut(mean, min(cache, share))]
+            plan += [[piece] for piece in _pieces(index, mean, min(cache, share))]
     plan += _filled(in_place, means, _CACHE_NUMEL)
     gathered = [_batch(pieces, tensors, means, residuals, buffers) for pieces in small]
     return gathered + [_batch(pieces, tensors, means, residuals) for pieces in plan]
@@ -250,11 +253,25 @@ def _batch(
     return Batch(pieces, [_as_one(parts)], _as_one(others) if others else None, alike, copy)
 
 
+def _pieces(index: int, mean: Tensor, most: int) -> list[_Piece]:
+    """The mean in pieces of at most ``most`` elements, or about as many, that lie contiguously in memory.
+
+    Some operations copy what does not: aminmax of channels-last weights would take eight times as long.
+    """
+    order = None if mean.is_contiguous() else _memory_order(mean)
+    ordered = mean if order is None else mean.permute(order)
+    return [_Piece(index, order, cuts) for cuts in _cut(ordered, most)]
+
+
+def _memory_order(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+
+
 def _cut(tensor: Tensor, most: int) -> list[tuple[tuple[int, int, int], ...]]:
-    """Cuts along the outermost dimensions in memory that leave ``most`` elements, or about as many."""
+    """Cuts along the outermost dimensions that leave ``most`` elements, or about as many."""
     if tensor.numel() <= most:
         return [()]
-    outermost = max((d for d in range(tensor.ndim) if tensor.shape[d] > 1), key=tensor.stride)
+    outermost = next(d for d in range(tensor.ndim) if tensor.shape[d] > 1)
     size = tensor.shape[outermost]
     length = max(most * size // tensor.numel(), 1)
     cuts = ((outermost, start, min(length, size - start)) for start in range(0, size, length))
