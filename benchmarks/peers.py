@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from torch.optim import swa_utils
 __all__ = ["CONTENDERS", "DECAY", "LIMIT", "Averager", "Contender"]
 
 DECAY = 0.999
+PIECE_NUMEL = 1 << 20
 LIMIT = "flat lerp_ (the limit)"
 
 
@@ -45,10 +47,29 @@ class Contender:
 
 def _flat(model: nn.Module) -> Averager:
     """The physical limit: the same number of fp32 elements in one tensor, whatever the model's dtype."""
+    average, live = _flat_pair(model)
+    return Averager(lambda: average.lerp_(live, 1 - DECAY), lambda: [average])
+
+
+def _flat_checked(model: nn.Module) -> Averager:
+    """What looking before adding costs without a model: flat memory, in pieces that the cache holds."""
+    average, live = _flat_pair(model)
+    pieces = list(zip(average.split(PIECE_NUMEL), live.split(PIECE_NUMEL), strict=True))
+
+    def update() -> None:
+        for mean, value in pieces:
+            low, high = torch.aminmax(value)
+            if math.isfinite(low.item()) and math.isfinite(high.item()):
+                mean.lerp_(value, 1 - DECAY)
+
+    return Averager(update, lambda: [average])
+
+
+def _flat_pair(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     live = torch.cat([parameter.detach().float().flatten() for parameter in model.parameters()])
     average = live.clone()
     live += 1
-    return Averager(lambda: average.lerp_(live, 1 - DECAY), lambda: [average])
+    return average, live
 
 
 def _prebuilt_lists(model: nn.Module) -> Averager:
@@ -146,6 +167,7 @@ def _contenders() -> list[Contender]:
     default = _torch_averaged_model
     return [
         Contender(LIMIT, "limit", _flat),
+        Contender("flat aminmax, then lerp_", "reference", _flat_checked),
         Contender("foreach, lists built once", "reference", _prebuilt_lists, mixed=False),
         Contender("polyak EMA", "polyak", partial(_polyak_ema, check_finite=False)),
         Contender("polyak EMA, checked", "polyak", partial(_polyak_ema, check_finite=True)),

@@ -1,12 +1,13 @@
 """What one update of an average costs, beside the installed peers and one flat ``lerp_`` over the same bytes.
 
-    python benchmarks/update_cost.py [--processes 4] [--rounds 5] [--only resnet50,gpt2,many_small,bf16] [--output FILE]
+    python benchmarks/update_cost.py [--processes 4] [--rounds 5] [--only resnet50,gpt2] [--output FILE]
 
 All contenders live in one process and take turns; ratios are taken round by round. That is done in several processes
 one after the other, as where a process happens to lie in memory can change a ratio by half for as long as it lives;
 medians and quartiles are those of all their rounds. On GPT-2 shapes that needs about 8 GB. Memory is measured in a
 fresh process for each. Run it on an idle machine: two threads that wait for each other are slowed tenfold by a third.
-The bf16 case averages a bf16 model in fp32; its limit is the flat ``lerp_`` of as many fp32 numbers.
+The bf16 case averages a bf16 model in fp32; its limit is the flat ``lerp_`` of as many fp32 numbers. What looking for
+NaNs costs at least, torch's own ``aminmax`` before a ``lerp_`` of the same piece of flat memory, is a row of its own.
 """
 
 from __future__ import annotations
@@ -36,16 +37,24 @@ class Case:
 
     shapes: Callable[[], list[shapes.Shape]]
     dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
     measures_memory: bool = False
+
+    def model(self) -> torch.nn.Module:
+        """A model of these shapes, with random weights."""
+        return shapes.module_of(self.shapes(), self.dtype).to(memory_format=self.memory_format)
 
     def __str__(self) -> str:
         tensors = self.shapes()
         millions = shapes.number_of_elements(tensors) / 1e6
-        return f"{len(tensors):,} {str(self.dtype).removeprefix('torch.')} tensors, {millions:.2f}M numbers"
+        order = ", channels last" if self.memory_format == torch.channels_last else ""
+        kind = f"{str(self.dtype).removeprefix('torch.')} tensors{order}"
+        return f"{len(tensors):,} {kind}, {millions:.2f}M numbers"
 
 
 CASES = {
     "resnet50": Case(shapes.resnet50),
+    "channels_last": Case(shapes.resnet50, memory_format=torch.channels_last),
     "gpt2": Case(shapes.gpt2_small, measures_memory=True),
     "many_small": Case(shapes.many_small),
     "bf16": Case(shapes.gpt2_small, torch.bfloat16, measures_memory=True),
@@ -76,7 +85,7 @@ def time_case(name: str, rounds: int) -> tuple[dict[str, list[float]], dict[str,
 
 def build_contenders(case: Case) -> tuple[dict[str, Averager], dict[str, str]]:
     """The contenders, warmed up and seen to average, and the reasons why others were left out."""
-    model = shapes.module_of(case.shapes(), case.dtype)
+    model = case.model()
     averagers: dict[str, Averager] = {}
     left_out: dict[str, str] = {}
     for name, contender in CONTENDERS.items():
@@ -123,7 +132,7 @@ def extra_memory(contender_name: str, case_name: str) -> dict[str, float]:
     small_model = shapes.module_of([(512, 512), (512,)], case.dtype)
     _warm_up(contender.build(small_model))
 
-    model = shapes.module_of(case.shapes(), case.dtype)
+    model = case.model()
     alone = harness.resident_bytes()
     averager = contender.build(model)
     _warm_up(averager)

@@ -98,6 +98,54 @@ def test_the_live_weights_win_where_averaging_does_not_help(recorded, tmp_path):
     assert torch.equal(checkpoints.open(tmp_path / "best.pt").read("weight"), last)
 
 
+def test_live_are_the_weights_that_the_run_ended_with_whatever_the_model_holds(recorded, tmp_path):
+    """Choosing in another process, or again after `apply`, compares with the run, not with the model at hand."""
+    model, trajectory = recorded
+    last = model.weight.detach().clone()
+    first = select(recorded, holdout=distance)
+    first.apply(model)
+    for present in (model, Line()):
+        again = select((present, trajectory), holdout=distance)
+        assert again.to_dict() == first.to_dict()
+    fresh = Line()
+    kept = select((fresh, trajectory), score=lambda m: float((m.weight.detach() - last).abs()))
+    assert kept.best.name == "live" and fresh.weight.item() == 0
+    kept.apply(fresh)
+    kept.write(tmp_path / "best.pt")
+    assert torch.equal(fresh.weight.detach(), last)
+    assert torch.equal(checkpoints.open(tmp_path / "best.pt").read("weight"), last)
+
+
+def test_live_is_the_newest_checkpoint_with_its_own_statistics(tmp_path):
+    trained = Line()
+    for step in (10, 20, 30):
+        trained.weight.data.fill_(step)
+        trained.norm.running_mean.fill_(-step)
+        torch.save(trained.state_dict(), tmp_path / f"step-{step}.pt")
+    trajectory = Trajectory.from_checkpoints(tmp_path.glob("*.pt"))
+    batches = [torch.randn(8, 1)]
+    choice = select(
+        (Line(), trajectory),
+        score=lambda m: m.norm.running_mean.item() + 30,
+        profiles=["uniform"],
+        recalibrate=batches,
+    )
+    assert choice.live.score == 0
+    assert torch.equal(trajectory.live()["weight"], trained.weight)
+
+
+def test_of_a_recording_that_goes_on_live_are_the_weights_in_the_model(tmp_path):
+    model = Line()
+    run = polyak.Recorder(model, tmp_path / "run", block=1)
+    for value in (1.0, 2.0, 5.0):
+        model.weight.data.fill_(value)
+        run.update()
+    model.weight.data.fill_(7.0)
+    choice = select((model, run.trajectory), profiles=["uniform"])
+    assert choice.live.score == 16
+    run.close()
+
+
 def test_an_average_that_is_no_better_does_not_replace_the_live_weights(recorded):
     assert select(recorded, score=lambda m: 1.0).best.name == "live"
     assert select(recorded, score=lambda m: 1.0, mode="max").best.name == "live"

@@ -13,8 +13,6 @@ import typer
 from polyak.cli.inputs import expanded, imported
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from polyak.trajectory import Trajectory
 
 
@@ -76,9 +74,9 @@ def select(
     build, score_model = imported("--model", model), imported("--score", score)
     score_holdout = None if holdout is None else imported("--holdout", holdout)
     batches = None if recalibrate is None else imported("--recalibrate", recalibrate)()
-    trajectory, live = _opened(expanded(inputs), key)
+    trajectory = _opened(expanded(inputs), key)
     network = _built(model, build)
-    apply_weights(network, live)
+    apply_weights(network, trajectory.live())
     choice = polyak.select(
         trajectory,
         network,
@@ -98,9 +96,8 @@ def select(
         typer.echo(str(choice) if output is None else f"{choice}\nWritten: {output}")
 
 
-def _opened(paths: list[Path], key: str | None) -> tuple[Trajectory, dict[str, Tensor]]:
-    """The trajectory, and the weights that its run ended with."""
-    from polyak import Trajectory, Weights
+def _opened(paths: list[Path], key: str | None) -> Trajectory:
+    from polyak import Trajectory
     from polyak.combine.inputs import open_inputs
     from polyak.errors import OptionError
     from polyak.trajectory.manifest import Manifest
@@ -108,12 +105,8 @@ def _opened(paths: list[Path], key: str | None) -> tuple[Trajectory, dict[str, T
     if Manifest.exists(paths[0]):
         if len(paths) > 1 or key is not None:
             raise OptionError(f"{paths[0]} is a recorded trajectory: give it alone, and no --key")
-        trajectory = Trajectory(paths[0])
-        return trajectory, trajectory.live()
-    files = [checkpoint.path for checkpoint in open_inputs(paths, key)]
-    trajectory = Trajectory.from_checkpoints(files, key=key)
-    newest = Weights([*[0.0] * (len(files) - 1), 1.0])
-    return trajectory, trajectory.average(newest)
+        return Trajectory(paths[0])
+    return Trajectory.from_checkpoints([each.path for each in open_inputs(paths, key)], key=key)
 
 
 def _built(text: str, build: Any) -> Any:

@@ -24,7 +24,7 @@ from polyak.selection.trial import (
 )
 from polyak.selection.uncertainty import Score, paired_intervals
 from polyak.selection.verdict import LIVE, Candidate, HoldoutCheck
-from polyak.selection.weights import refuse_one_pass
+from polyak.selection.weights import live_weights, refuse_one_pass
 from polyak.trajectory import Explanation, Trajectory
 
 __all__ = ["select"]
@@ -55,16 +55,17 @@ def select(
 
     Args:
         trajectory: a recorded run, or a folder of checkpoints.
-        model: with its live weights; they are a candidate, named ``live``. It is in evaluation mode, without
-            gradients, while it is scored. Weights, modes and buffers are as before when this returns or
-            raises.
+        model: takes the weights of each candidate, in evaluation mode and without gradients, while it is
+            scored. Its own weights, modes and buffers are as before when this returns or raises. The candidate
+            named ``live`` are the weights that the run ended with, see :meth:`Trajectory.live`; only of a
+            recording that was not closed they are those in the model.
         score: ``score(model)`` returns a number, or a tensor of shape [N] with one loss per example, always
             of the same examples in the same order.
         mode: "min" if lower scores are better, "max" if higher ones are.
         profiles: what to try, as profiles or as text; None: tails, decays, EMAs and powers on a coarse grid,
             without those that the blocks cannot resolve, then a finer grid around the best average.
         recalibrate: batches that can be gone through many times, for :func:`polyak.update_bn` before each
-            candidate is scored. The live weights keep the statistics they have.
+            average is scored. The live weights keep the statistics they have.
         holdout: like ``score``, on data that nothing is chosen on.
         progress: show a bar on stderr.
 
@@ -104,7 +105,7 @@ def select(
                 scores[profile] = try_weights(model, weights, score, recalibrate)
             return scores
 
-        scores: Scores = {None: try_weights(model, {}, score)} | try_all(tried)
+        scores: Scores = {None: try_weights(model, live_weights(trajectory), score)} | try_all(tried)
         if profiles is None:
             near = _distinct(trajectory, fine_grid(_best_average(scores, mode), steps), known=tried)
             scores |= try_all(near)
@@ -178,7 +179,7 @@ def _check(
     holdout: ScoreFunction,
     recalibrate: Iterable[Any] | None,
 ) -> HoldoutCheck:
-    live = try_weights(model, {}, holdout)
+    live = try_weights(model, live_weights(trajectory), holdout)
     score = try_weights(model, trajectory.average(best), holdout, recalibrate)
     (interval,) = paired_intervals([score], live)
     return HoldoutCheck(

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from polyak.profiles import Profile
 from polyak.selection.table import as_table
 from polyak.selection.trial import Mode, badness
 from polyak.selection.verdict import Candidate, HoldoutCheck, verdict
-from polyak.selection.weights import apply_weights, write_weights
+from polyak.selection.weights import apply_weights, live_weights, write_weights
 from polyak.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -62,15 +61,15 @@ class Selection:
         return verdict(self.table, self.live, self.mode, self.holdout, batchnorm_is_stale)
 
     def apply(self, model: nn.Module) -> None:
-        """Put the best weights into ``model`` for good, with BatchNorm statistics recomputed if asked for.
+        """Put the best weights into ``model`` for good, BatchNorm statistics of an average recomputed if asked for.
 
-        If the live weights are the best, the model is left as it is.
+        If the live weights are the best, they are put in as the run ended with them; of a recording that was
+        not closed the model is left as it is.
 
         Raises:
             StructureError: the weights do not fit the model, which is then as it was.
         """
-        if self.best.profile is not None:
-            apply_weights(model, self._weights(self.best.profile), self._recalibrate)
+        apply_weights(model, *self._best())
 
     def write(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model with the best weights; the ending says the format, see :mod:`polyak.checkpoints`.
@@ -81,12 +80,12 @@ class Selection:
         Raises:
             OutputExistsError: ``path`` exists and ``overwrite`` is False.
         """
-        profile = self.best.profile
+        weights, recalibrate = self._best()
         write_weights(
             path,
             self._model,
-            {} if profile is None else self._weights(profile),
-            recalibrate=None if profile is None else self._recalibrate,
+            weights,
+            recalibrate=recalibrate,
             metadata={"polyak.profile": self.best.name, "polyak.score": repr(self.best.score)},
             overwrite=overwrite,
         )
@@ -127,8 +126,12 @@ class Selection:
     def __repr__(self) -> str:
         return f"Selection(best={self.best.name!r}, candidates={len(self.table)})"
 
-    def _weights(self, profile: Profile) -> dict[str, Tensor]:
-        return self._trajectory.average(profile)
+    def _best(self) -> tuple[dict[str, Tensor], Iterable[Any] | None]:
+        """The best weights, and the batches for statistics, which live weights have."""
+        profile = self.best.profile
+        if profile is None:
+            return live_weights(self._trajectory), None
+        return self._trajectory.average(profile), self._recalibrate
 
     def _shown(self) -> list[Candidate]:
         top = list(self.table[:_ROWS_SHOWN])

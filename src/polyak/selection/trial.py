@@ -29,7 +29,7 @@ def try_weights(
 ) -> Score:
     """``score(model)`` in evaluation mode with ``weights`` in the model, which is as before afterwards.
 
-    Empty ``weights`` are the live ones, which need no other BatchNorm statistics than they have.
+    Empty ``weights`` are those that the model has.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = model.weight.data.fill_(3.0)
@@ -38,7 +38,7 @@ def try_weights(
     >>> model.weight.item()
     3.0
     """
-    with averaged(model, weights, recalibrate if weights else None), evaluation(model):
+    with averaged(model, weights, recalibrate), evaluation(model):
         return read_score(score(model))
 
 

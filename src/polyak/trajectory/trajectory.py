@@ -14,7 +14,7 @@ from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
 from polyak.combine import MemoryWriter, common_layout, is_averaged, spans_of_steps
 from polyak.errors import CheckpointError, NotStartedError, OptionError
-from polyak.profiles import Profile, as_profile
+from polyak.profiles import Profile, Weights, as_profile
 from polyak.trajectory.assembly import Assembly
 from polyak.trajectory.block_file import copied_names, refuse_damaged
 from polyak.trajectory.explain import Explanation, block_coefficients, explain
@@ -57,6 +57,7 @@ class Trajectory:
 
     blocks: tuple[Block, ...]
     damaged: dict[int, str]
+    _live: Path | Weights | None
 
     def __init__(self, directory: str | PathLike[str]):
         folder = Path(directory)
@@ -106,7 +107,8 @@ class Trajectory:
         spans = spans_of_steps([step for step, _ in found])
         trajectory.blocks = tuple(Block(span.start, span.stop, span.count) for span in spans)
         trajectory.damaged, trajectory._unchecked = {}, set()
-        trajectory._frozen = trajectory._live = None
+        trajectory._frozen = None
+        trajectory._live = Weights([float(index == len(found) - 1) for index in range(len(found))])
         common_layout(inputs)  # refuses checkpoints of different models
         return trajectory
 
@@ -204,17 +206,19 @@ class Trajectory:
         return sum(info.nbytes for info in self._assembly.layout(newest).tensors.values())
 
     def live(self) -> dict[str, Tensor]:
-        """The weights of the last step as they were, kept when the recorder was closed.
+        """The weights that the run ended with: as they were when the recorder was closed, or the newest checkpoint's.
 
         Raises:
-            NotStartedError: they were not kept, as the recording was not closed, or goes on, or the trajectory
-                is made of checkpoints.
+            NotStartedError: they were not kept, as the recording was not closed, or goes on.
+            CheckpointError: they are damaged.
         """
         if self._live is None:
             raise NotStartedError(
                 f"{self._place} holds no live weights, which close() writes at the end of a recording; take them "
                 "from the model, or from the training's own last checkpoint"
             )
+        if isinstance(self._live, Weights):
+            return self.average(self._live)
         sources = [checkpoints.open(self._live), *([self._frozen] if self._frozen else [])]
         return {name: source.read(name) for source in sources for name in source.tensors}
 
