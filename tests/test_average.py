@@ -533,14 +533,28 @@ def test_saved_averages_open_again(tmp_path, suffix):
 
     model, average, _ = walked(polyak.Uniform(), model=mlp(torch.bfloat16))
     path = tmp_path / f"average.{suffix}"
-    average.save(path)
+    with average.applied():
+        average.save(path)
     with checkpoints.open(path) as saved:
         for name, value in average.named_tensors().items():
             assert torch.equal(saved.read(name), value)
     assert json.loads(saved.metadata["polyak"])["scheme"] == "uniform"
-    with pytest.raises(FileExistsError):
-        average.save(path)
-    average.save(path, overwrite=True)
+    with average.applied():
+        with pytest.raises(FileExistsError):
+            average.save(path)
+        average.save(path, overwrite=True)
+
+
+def test_saving_a_batchnorm_model_outside_applied_is_warned_of(tmp_path):
+    _, average, _ = walked(polyak.Uniform(), model=mlp(torch.float32))
+    with pytest.warns(UserWarning, match=r"save inside applied\(\), after polyak\.update_bn"):
+        average.save(tmp_path / "a.pt")
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
+    average = polyak.Average(model, polyak.Uniform())
+    with pytest.raises(NotStartedError, match=r"save\(\) needs at least one sample"):
+        average.save(tmp_path / "b.pt")
+    average.update()
+    average.save(tmp_path / "b.pt")  # no statistics, no warning
 
 
 # Options.

@@ -268,6 +268,13 @@ def test_the_model_in_the_place_of_the_loader():
         polyak.update_bn(deep_network(), [data()])
 
 
+def test_a_model_that_is_called_otherwise_is_told_how():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    with pytest.raises(TypeError, match="unexpected keyword") as failure:
+        polyak.update_bn([{"x": torch.randn(4, 2), "label": torch.zeros(4)}], model)
+    assert "forward=lambda model, batch: ..." in failure.value.__notes__[0]
+
+
 # --- batches ---------------------------------------------------------------------------------------------
 
 

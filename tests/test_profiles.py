@@ -183,7 +183,7 @@ def test_weights():
     assert Weights(np.float32([2, 6])).cumulative([0.5, 1.5], 2).tolist() == [0.125, 0.625]
     assert Weights([-1, 3]).weights([0, 1, 2]).tolist() == [-0.5, 1.5]
     assert [p for p in PROFILES if p.signed] == [p for p in PROFILES if isinstance(p, Weights)]
-    with pytest.raises(OptionError, match="2 weights were given for 3 blocks"):
+    with pytest.raises(OptionError, match="one weight for each of 3 blocks or inputs, got 2"):
         Weights([1, 2]).weights([0, 1, 2, 3])
 
 

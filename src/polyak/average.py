@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -155,18 +156,14 @@ class Average:
         Raises:
             NotStartedError: before the first sample.
         """
-        means = self._means("named_tensors()")
-        return {
-            entry.name: means.get(entry.name, entry.tensor.detach())
-            for entry in ModelTensors(self._binding.model).values()
-            if entry.persistent
-        }
+        return self._tensors_for("named_tensors()")
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
         """The averaged weights in the model; the live ones are back on leaving, however it is left.
 
-        Buffers come back too, so BatchNorm statistics may be recomputed inside.
+        Buffers come back too, so BatchNorm statistics may be recomputed inside. Whether modules are in training
+        or evaluation mode is the caller's and stays as it is set.
 
         Raises:
             NotStartedError: before the first sample.
@@ -233,13 +230,24 @@ class Average:
         The ending chooses the format: ``.safetensors``, ``.pt``, …; see :mod:`polyak.checkpoints`. A sharded
         model is written by all ranks, without gathering, as a ``torch.distributed.checkpoint`` folder.
 
+        Buffers are those in the model: save one with BatchNorm inside :meth:`applied`, after
+        :func:`polyak.update_bn`. Elsewhere its statistics are those of the live weights, and a warning says so.
+
         Raises:
             NotStartedError: before the first sample.
             OutputExistsError: ``path`` exists and ``overwrite`` is False.
         """
         from polyak import checkpoints
+        from polyak.batchnorm import tracks_statistics
 
-        tensors = self.named_tensors()
+        tensors = self._tensors_for("save()")
+        if tracks_statistics(self._binding.model) and not self._is_swapped():
+            warnings.warn(
+                "BatchNorm statistics go into this file as they are in the live model, and do not fit averaged "
+                "weights; save inside applied(), after polyak.update_bn(loader, model)",
+                UserWarning,
+                stacklevel=2,
+            )
         entries = [e for e in ModelTensors(self._binding.model).values() if e.persistent]
         ties = {alias: e.name for e in entries for alias in e.aliases}
         if self._binding.sharded:
@@ -327,6 +335,14 @@ class Average:
     def _swap_out_if_swapped(self) -> None:
         if self._is_swapped():
             self.swap_out()
+
+    def _tensors_for(self, call: str) -> dict[str, Tensor]:
+        means = self._means(call)
+        return {
+            entry.name: means.get(entry.name, entry.tensor.detach())
+            for entry in ModelTensors(self._binding.model).values()
+            if entry.persistent
+        }
 
     def _means(self, call: str) -> dict[str, Tensor]:
         means = self._named(self._started(call).means)

@@ -121,7 +121,7 @@ def test_bad_inputs_are_one_line_and_code_2(run, capsys, name, message):
         (["ckpts", "-o", "out.xyz"], "a suffix of no known format"),
         (["ckpts", "-o", "ckpts/step9.pt", "--force"], "name another output"),
         (["ckpts", "-o", "ckpts/step9.pt"], "name another output"),
-        (["ckpts", "-o", "out.pt", "--weights", "1,2"], "2 weights were given for 3"),
+        (["ckpts", "-o", "out.pt", "--weights", "1,2"], "one weight for each of 3 blocks or inputs, got 2"),
         (["ckpts", "-o", "out.pt", "--weights", "1,x,2"], "--weights takes numbers between commas"),
         (["ckpts", "-o", "out.pt", "--weights", "1,nan,2"], "a weight must be a number"),
         (

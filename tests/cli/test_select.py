@@ -89,6 +89,7 @@ def test_the_table_and_the_verdict_are_printed(folder, capsys):
     [
         (["ckpts", "--model", "user_code:build"], "--score"),
         (["ckpts", "--model", "user_code", "--score", "user_code:losses"], "package.module:function"),
+        (["ckpts", "--model", "user_code.py:build", "--score", "user_code:losses"], "my.model:build"),
         (["ckpts", "--model", "no_such:build", "--score", "user_code:losses"], "no module 'no_such'"),
         (["ckpts", "--model", "user_code:gone", "--score", "user_code:losses"], "no function 'gone'"),
         (["ckpts", "--model", "user_code:answer", "--score", "user_code:losses"], "no function 'answer'"),

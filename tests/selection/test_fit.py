@@ -127,7 +127,7 @@ def test_a_fit_brings_the_loss_down_and_select_takes_its_weights(tmp_path):
         ({"loss": lambda m, b: 1.0}, OptionError, "got float"),
         ({"loss": lambda m, b: torch.tensor(1.0)}, OptionError, "scalar tensor with a gradient"),
         ({"loss": lambda m, b: m.weight.sum() / 0}, NonFiniteError, "loss of step 1 is"),
-        ({"start": polyak.Weights([1, 2])}, OptionError, "2 weights"),
+        ({"start": polyak.Weights([1, 2])}, OptionError, "got 2"),
         ({"model": nn.Linear(3, 1)}, StructureError, "do not fit this model"),
         ({"model": [1]}, OptionError, "a torch.nn.Module is needed as the model, got list"),
         ({"trajectory": "run/"}, OptionError, "must be a Trajectory, got 'run/'"),

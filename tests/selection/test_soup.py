@@ -98,6 +98,10 @@ def test_batchnorm_statistics_are_those_of_the_soup(tmp_path):
     assert max(made.singles.values()) < 1e-5 and made.score < 1e-5
     made.apply(model)
     assert score(model.eval()) < 1e-5
+    assert str(made).startswith("soup of ")
+    assert str(polyak.soup(paths, model, score)).startswith(
+        "These scores are not those the averages can have"
+    )
 
 
 @pytest.mark.parametrize(

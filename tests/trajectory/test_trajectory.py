@@ -14,7 +14,6 @@ import polyak
 from polyak import checkpoints
 from polyak.errors import (
     CheckpointError,
-    NotStartedError,
     OptionError,
     OutputExistsError,
     StructureError,
@@ -106,6 +105,7 @@ def test_several_profiles_in_one_pass(trajectory) -> None:
         assert all(torch.equal(alone[name], average[name]) for name in alone)
 
 
+@pytest.mark.filterwarnings("ignore:.* are BatchNorm statistics of other weights")
 def test_write(trajectory, tmp_path: Path) -> None:
     profile = polyak.Tail(0.3)
     average = trajectory.average(profile)
@@ -120,6 +120,11 @@ def test_write(trajectory, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="shortest possible"):
         trajectory.write(polyak.EMA(half_life=1), tmp_path / "b.pt")
     assert not (tmp_path / "b.pt").exists()
+
+
+def test_writing_statistics_of_other_weights_is_warned_of(trajectory, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"'1\.running_mean', .* recompute them with polyak\.update_bn"):
+        trajectory.write(polyak.Tail(0.3), tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,16 @@ def call_model(model: nn.Module, batch: Any) -> None:
     inputs = [*args, *kwargs.values()]
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     has_samples = any(tensor.numel() for tensor in tensors) if tensors else bool(inputs)
-    if has_samples:
+    if not has_samples:
+        return
+    try:
         model(*args, **kwargs)
+    except TypeError as error:
+        call = "**batch" if kwargs else "batch[0]" if isinstance(batch, (list, tuple)) else "batch"
+        error.add_note(
+            f"The model was called as model({call}); forward=lambda model, batch: ... calls it another way."
+        )
+        raise
 
 
 def moved(batch: Any, device: torch.device | str | int) -> Any:

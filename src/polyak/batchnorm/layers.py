@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from polyak.batchnorm.moments import PooledMoments
 from polyak.errors import NonFiniteError, StructureError, name_list
 
-__all__ = ["BatchNormLayer", "layers_to_refresh", "lent", "store"]
+__all__ = ["BatchNormLayer", "layers_to_refresh", "lent", "store", "tracks_statistics"]
 
 
 class BatchNormLayer:
@@ -70,8 +71,7 @@ def layers_to_refresh(network: nn.Module, keep_frozen: bool) -> list[BatchNormLa
     tracking = [
         (name, module, module.running_mean, module.running_var)
         for name, module in network.named_modules()
-        if isinstance(module, _BatchNorm)
-        and module.track_running_stats
+        if _tracks(module)
         and module.running_mean is not None
         and module.running_var is not None
         and (module.training or not keep_frozen)
@@ -83,6 +83,19 @@ def layers_to_refresh(network: nn.Module, keep_frozen: bool) -> list[BatchNormLa
             "run one batch through the model, or load its weights, first"
         )
     return [BatchNormLayer(*found) for found in tracking]
+
+
+def tracks_statistics(model: nn.Module) -> bool:
+    """Whether a BatchNorm layer of ``model`` has running statistics, which fit only the weights they are of.
+
+    >>> tracks_statistics(nn.Sequential(nn.BatchNorm1d(1))), tracks_statistics(nn.LayerNorm(1))
+    (True, False)
+    """
+    return any(map(_tracks, model.modules()))
+
+
+def _tracks(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
 @contextmanager

@@ -43,8 +43,10 @@ def imported(option: str, text: str) -> Callable[..., Any]:
     from polyak.errors import OptionError
 
     module_name, colon, name = text.partition(":")
-    if not (module_name and colon and name) or module_name.startswith("."):
-        raise OptionError(f"{option} takes package.module:function, got {text!r}")
+    if not (module_name and colon and name) or module_name.startswith(".") or module_name.endswith(".py"):
+        raise OptionError(
+            f"{option} takes package.module:function, such as my.model:build for build in my/model.py, got {text!r}"
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)

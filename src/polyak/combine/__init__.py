@@ -5,7 +5,7 @@ from polyak.combine.headers import common_layout
 from polyak.combine.inputs import in_step_order, known_steps, open_inputs, refuse_partly_known
 from polyak.combine.memory import MemoryWriter
 from polyak.combine.offline import average_checkpoints
-from polyak.combine.plan import AverageReport, Plan, plan_average
+from polyak.combine.plan import AverageReport, Plan, batchnorm_statistics, plan_average
 from polyak.combine.running import is_averaged
 from polyak.combine.spans import Span, coefficients, spans_of_steps
 
@@ -16,6 +16,7 @@ __all__ = [
     "Progress",
     "Span",
     "average_checkpoints",
+    "batchnorm_statistics",
     "coefficients",
     "combine",
     "common_layout",

@@ -180,13 +180,17 @@ def _notes(inputs: Sequence[Checkpoint]) -> list[str]:
     ]
 
 
-def _batchnorm_note(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    statistics = [
+def batchnorm_statistics(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of running statistics: what a file tells of BatchNorm layers."""
+    return [
         name
         for name, info in tensors.items()
         if name.endswith(("running_mean", "running_var")) and is_averaged(info.dtype)
     ]
-    if statistics:
+
+
+def _batchnorm_note(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    if statistics := batchnorm_statistics(tensors):
         yield (
             f"{name_list(statistics)} are BatchNorm statistics: their averages do not fit the averaged weights, so "
             "recompute them with polyak.update_bn"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from polyak.average import Average
-from polyak.batchnorm import update_bn
+from polyak.batchnorm import tracks_statistics, update_bn
 from polyak.demo.data import Examples, Split
 from polyak.demo.tasks import LIVE, AverageSpec
 from polyak.selection import Selection, select
@@ -97,14 +97,13 @@ def choose(trajectory: Trajectory, model: nn.Module, scoring: Scoring, step: int
     Test data only confirms the choice, as a holdout.
     """
     split = scoring.split
-    has_batchnorm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     selection = select(
         trajectory,
         model,
         score=lambda m: _losses(m, split.validation),
         holdout=lambda m: _losses(m, split.test),
         # One draw of the noise is enough to tell candidates apart, and each of them needs a pass of its own.
-        recalibrate=scoring.update_bn_batches[:1] if has_batchnorm else None,
+        recalibrate=scoring.update_bn_batches[:1] if tracks_statistics(model) else None,
         progress=False,
     )
     chosen = deepcopy(model)

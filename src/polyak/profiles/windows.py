@@ -206,7 +206,7 @@ class Weights(Profile):
         blocks = len(sums) - 1
         if total != blocks:
             raise OptionError(
-                f"{blocks} weights were given for {total:.15g} blocks or inputs: give one for each"
+                f"there must be one weight for each of {total:.15g} blocks or inputs, got {blocks}"
             )
         return np.interp(t, np.arange(blocks + 1), sums / sums[-1])
 

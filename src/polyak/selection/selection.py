@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from polyak.batchnorm import tracks_statistics
 from polyak.selection.table import as_table
 from polyak.selection.trial import Mode, badness
 from polyak.selection.verdict import Candidate, HoldoutCheck, verdict
@@ -57,7 +58,7 @@ class Selection:
     @property
     def verdict(self) -> str:
         """Whether the best beats the live weights beyond noise, and how many it was the best of."""
-        batchnorm_is_stale = self._recalibrate is None and _has_batchnorm(self._model)
+        batchnorm_is_stale = self._recalibrate is None and tracks_statistics(self._model)
         return verdict(self.table, self.live, self.mode, self.holdout, batchnorm_is_stale)
 
     def apply(self, model: nn.Module) -> None:
@@ -141,10 +142,3 @@ class Selection:
 def ranked(candidates: Sequence[Candidate], mode: Mode) -> list[Candidate]:
     """Best first; of equal scores the one that was tried first, so that nothing beats the live weights by a tie."""
     return sorted(candidates, key=lambda candidate: badness(candidate.score, mode))
-
-
-def _has_batchnorm(model: nn.Module) -> bool:
-    return any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-        for module in model.modules()
-    )

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from polyak.batchnorm import tracks_statistics
 from polyak.errors import OptionError
 from polyak.profiles import Weights
 from polyak.selection.stream import fold_in
 from polyak.selection.trial import Mode, ScoreFunction, badness, refuse_unknown_mode, try_weights
+from polyak.selection.verdict import STALE_STATISTICS
 from polyak.selection.weights import apply_weights, refuse_one_pass, write_weights
 from polyak.trajectory import Trajectory
 
@@ -60,10 +62,12 @@ class Soup:
 
     def __str__(self) -> str:
         best = self.singles[self.ingredients[0]]
-        return (
+        found = (
             f"soup of {len(self.ingredients)} of {len(self.singles)} checkpoints: score {self.score:.5g}, the best "
             f"single one {best:.5g}"
         )
+        is_stale = self._recalibrate is None and tracks_statistics(self._model)
+        return f"{STALE_STATISTICS} {found}" if is_stale else found
 
     def __repr__(self) -> str:
         return f"Soup({[str(path) for path in self.ingredients]})"

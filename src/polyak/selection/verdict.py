@@ -10,9 +10,13 @@ from typing import Any
 from polyak.profiles import Profile
 from polyak.selection.trial import Mode
 
-__all__ = ["LIVE", "Candidate", "HoldoutCheck", "verdict"]
+__all__ = ["LIVE", "STALE_STATISTICS", "Candidate", "HoldoutCheck", "verdict"]
 
 LIVE = "live"
+STALE_STATISTICS = (
+    "These scores are not those the averages can have: the model has BatchNorm layers, whose statistics are of "
+    "other weights. Give recalibrate (--recalibrate) the batches to recompute them from."
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,7 @@ def verdict(
             sentences.append(_on_holdout(holdout, mode))
     sentences += [f"Mind that {warning}." for warning in best.warnings]
     if batchnorm_is_stale:
-        sentences.append(
-            "The model has BatchNorm layers and recalibrate was not given, so the averages were scored with "
-            "statistics of other weights."
-        )
+        sentences.insert(0, STALE_STATISTICS)
     return " ".join(sentences)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
-from polyak.combine import MemoryWriter, common_layout, is_averaged, spans_of_steps
-from polyak.errors import CheckpointError, NotStartedError, OptionError
+from polyak.combine import MemoryWriter, batchnorm_statistics, common_layout, is_averaged, spans_of_steps
+from polyak.errors import CheckpointError, NotStartedError, OptionError, name_list
 from polyak.profiles import Profile, Weights, as_profile
 from polyak.trajectory.assembly import Assembly
 from polyak.trajectory.block_file import copied_names, refuse_damaged
@@ -165,10 +166,20 @@ class Trajectory:
             overwrite: replace an output that is there.
             max_memory: as for :meth:`average`.
 
+        BatchNorm statistics in it are those of the newest block, and a warning says so.
+
         Raises as :meth:`average`; ``OutputExistsError``.
         """
         row = self._coefficients(profile)
         layout = replace(self._assembly.layout(row), metadata={"polyak.profile": str(profile)})
+        if statistics := batchnorm_statistics(layout.tensors):
+            warnings.warn(
+                f"{name_list(statistics)} in {path} are BatchNorm statistics of other weights than the average: "
+                "recompute them with polyak.update_bn, or choose with polyak.select(recalibrate=...), which writes "
+                "an average with its own",
+                UserWarning,
+                stacklevel=2,
+            )
         with checkpoints.create(path, layout, overwrite=overwrite) as writer:
             self._assembly.fill([row], [writer], max_memory)
 
