@@ -104,6 +104,7 @@ def test_live_are_the_weights_that_the_run_ended_with_whatever_the_model_holds(r
     last = model.weight.detach().clone()
     first = select(recorded, holdout=distance)
     first.apply(model)
+    assert "live are those in the model" not in first.verdict
     for present in (model, Line()):
         again = select((present, trajectory), holdout=distance)
         assert again.to_dict() == first.to_dict()
@@ -142,7 +143,9 @@ def test_of_a_recording_that_goes_on_live_are_the_weights_in_the_model(tmp_path)
         run.update()
     model.weight.data.fill_(7.0)
     choice = select((model, run.trajectory), profiles=["uniform"])
-    assert choice.live.score == 16
+    assert choice.live.score == 16 and "live are those in the model" in choice.verdict
+    choice.apply(model)  # the uniform average, 8/3
+    assert model.weight.item() == pytest.approx(8 / 3)
     run.close()
 
 

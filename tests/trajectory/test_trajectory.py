@@ -125,6 +125,9 @@ def test_write(trajectory, tmp_path: Path) -> None:
 def test_writing_statistics_of_other_weights_is_warned_of(trajectory, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"'1\.running_mean', .* recompute them with polyak\.update_bn"):
         trajectory.write(polyak.Tail(0.3), tmp_path / "a.pt")
+    torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "step-1.pt")
+    single = polyak.Trajectory.from_checkpoints([tmp_path / "step-1.pt"])
+    single.write(polyak.Uniform(), tmp_path / "b.pt")  # its own weights and statistics
 
 
 @pytest.mark.parametrize(

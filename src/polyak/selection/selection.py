@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from polyak.batchnorm import tracks_statistics
 from polyak.selection.table import as_table
 from polyak.selection.trial import Mode, badness
-from polyak.selection.verdict import Candidate, HoldoutCheck, verdict
+from polyak.selection.verdict import LIVE_IS_THE_MODEL, STALE_STATISTICS, Candidate, HoldoutCheck, verdict
 from polyak.selection.weights import apply_weights, live_weights, write_weights
 from polyak.trajectory import Trajectory
 
@@ -58,8 +58,12 @@ class Selection:
     @property
     def verdict(self) -> str:
         """Whether the best beats the live weights beyond noise, and how many it was the best of."""
-        batchnorm_is_stale = self._recalibrate is None and tracks_statistics(self._model)
-        return verdict(self.table, self.live, self.mode, self.holdout, batchnorm_is_stale)
+        caveats = {
+            LIVE_IS_THE_MODEL: not self._trajectory.has_live,
+            STALE_STATISTICS: self._recalibrate is None and tracks_statistics(self._model),
+        }
+        true = [caveat for caveat, holds in caveats.items() if holds]
+        return verdict(self.table, self.live, self.mode, self.holdout, true)
 
     def apply(self, model: nn.Module) -> None:
         """Put the best weights into ``model`` for good, BatchNorm statistics of an average recomputed if asked for.

@@ -10,12 +10,15 @@ from typing import Any
 from polyak.profiles import Profile
 from polyak.selection.trial import Mode
 
-__all__ = ["LIVE", "STALE_STATISTICS", "Candidate", "HoldoutCheck", "verdict"]
+__all__ = ["LIVE", "LIVE_IS_THE_MODEL", "STALE_STATISTICS", "Candidate", "HoldoutCheck", "verdict"]
 
 LIVE = "live"
 STALE_STATISTICS = (
     "These scores are not those the averages can have: the model has BatchNorm layers, whose statistics are of "
     "other weights. Give recalibrate (--recalibrate) the batches to recompute them from."
+)
+LIVE_IS_THE_MODEL = (
+    "The run kept no weights of its end, as its recorder was not closed: live are those in the model."
 )
 
 
@@ -69,9 +72,9 @@ def verdict(
     live: Candidate,
     mode: Mode,
     holdout: HoldoutCheck | None,
-    batchnorm_is_stale: bool,
+    caveats: Sequence[str] = (),
 ) -> str:
-    """What the table, best candidate first, says about the live weights, as one paragraph."""
+    """What the table, best candidate first, says about the live weights, as one paragraph after the caveats."""
     best = table[0]
     if math.isnan(best.score):
         return "No candidate has a score that is a number: look at what score returns for the live weights first."
@@ -84,9 +87,7 @@ def verdict(
         if holdout is not None:
             sentences.append(_on_holdout(holdout, mode))
     sentences += [f"Mind that {warning}." for warning in best.warnings]
-    if batchnorm_is_stale:
-        sentences.insert(0, STALE_STATISTICS)
-    return " ".join(sentences)
+    return " ".join([*caveats, *sentences])
 
 
 def _plain(value: Any) -> Any:

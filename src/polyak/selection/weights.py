@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from polyak import checkpoints
 from polyak.batchnorm import update_bn
-from polyak.errors import NotStartedError, OptionError, StructureError, name_list
+from polyak.errors import OptionError, StructureError, name_list
 from polyak.swap import Swap, copy_into
 from polyak.tensors import ModelTensors, NamedTensor, local
 from polyak.trajectory import Trajectory
@@ -29,10 +29,7 @@ __all__ = [
 
 def live_weights(trajectory: Trajectory) -> dict[str, Tensor]:
     """The weights that the run ended with; empty, which stands for those in the model, where none were kept."""
-    try:
-        return trajectory.live()
-    except NotStartedError:
-        return {}
+    return trajectory.live() if trajectory.has_live else {}
 
 
 @contextmanager

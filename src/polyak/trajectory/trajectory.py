@@ -160,19 +160,20 @@ class Trajectory:
     ) -> None:
         """Write the averaged model as a checkpoint, whole or not at all, without holding it in memory.
 
+        BatchNorm statistics in it are those of the newest block that counts, which a warning says.
+
         Args:
             profile: any profile.
             path: the ending chooses the format, as for :func:`polyak.checkpoints.write`.
             overwrite: replace an output that is there.
             max_memory: as for :meth:`average`.
 
-        BatchNorm statistics in it are those of the newest block, and a warning says so.
-
         Raises as :meth:`average`; ``OutputExistsError``.
         """
         row = self._coefficients(profile)
         layout = replace(self._assembly.layout(row), metadata={"polyak.profile": str(profile)})
-        if statistics := batchnorm_statistics(layout.tensors):
+        n_samples = sum(block.count for block, a in zip(self.blocks, row, strict=True) if a)
+        if n_samples > 1 and (statistics := batchnorm_statistics(layout.tensors)):
             warnings.warn(
                 f"{name_list(statistics)} in {path} are BatchNorm statistics of other weights than the average: "
                 "recompute them with polyak.update_bn, or choose with polyak.select(recalibrate=...), which writes "
@@ -215,6 +216,11 @@ class Trajectory:
         self._refuse_empty()
         newest = [float(index == len(self) - 1) for index in range(len(self))]
         return sum(info.nbytes for info in self._assembly.layout(newest).tensors.values())
+
+    @property
+    def has_live(self) -> bool:
+        """Whether :meth:`live` has the weights that the run ended with: not while it is still being recorded."""
+        return self._live is not None
 
     def live(self) -> dict[str, Tensor]:
         """The weights that the run ended with: as they were when the recorder was closed, or the newest checkpoint's.
