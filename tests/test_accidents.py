@@ -227,6 +227,23 @@ def test_tensors_made_in_inference_mode_do_not_get_in_the_way():
     assert average.n_averaged == 2
 
 
+@pytest.mark.parametrize("before", [torch.contiguous_format, torch.channels_last])
+def test_a_model_that_is_laid_out_anew_is_followed(before):
+    after = {torch.contiguous_format: torch.channels_last, torch.channels_last: torch.contiguous_format}[
+        before
+    ]
+    model = nn.Conv2d(64, 64, 3).to(memory_format=before)
+    weight = model.weight.detach().clone()
+    average = polyak.Average(model, polyak.Uniform())
+    average.update()
+    model.to(memory_format=after)
+    model.weight.data.mul_(3)
+    average.update()
+    mean = average.named_tensors()["weight"]
+    assert mean.is_contiguous(memory_format=after)
+    torch.testing.assert_close(mean, 2 * weight)
+
+
 def test_averaged_buffers_that_change_shape_are_refused():
     model = nn.Module()
     model.linear = nn.Linear(1, 1)

@@ -257,6 +257,29 @@ def test_a_tensor_that_is_not_dense_and_one_that_changes_its_memory_order_are_av
     assert torch.equal(mean.means[0], weight[:, ::2])
 
 
+@pytest.mark.parametrize("compensated", [False, True])
+def test_means_follow_into_another_memory_order(compensated):
+    """So that a resumed mean, which has the order of its model, is cut alike: a sample taken back agrees bitwise."""
+    first, second, bad = (torch.randn(1200, 1500) for _ in range(3))
+    bad[-1, -1] = float("nan")
+
+    def turned(values):
+        return values.t().contiguous().t()
+
+    changed = accumulated([[first]], Uniform(), compensated=compensated)
+    changed.bind([turned(second)])
+    resumed = Accumulator([turned(second)], ["w"], Uniform(), compensated=compensated)
+    resumed.bind([turned(second)])
+    for one in (changed, resumed):
+        assert one.means[0].stride() == (1, 1200)
+    resumed.add([turned(first)])
+    for sample in (turned(second), turned(bad), turned(first)):
+        for one in (changed, resumed):
+            one.add([sample])
+    assert changed.n_skipped == resumed.n_skipped == 1
+    assert torch.equal(changed.means[0], resumed.means[0])
+
+
 @pytest.mark.parametrize("rows", [100, 4000])
 def test_memory_of_an_update_is_two_percent_or_a_quarter_of_a_megabyte(rows):
     weights = [torch.randn(rows, 1000), torch.randn(1000)]

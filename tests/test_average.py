@@ -545,6 +545,21 @@ def test_saved_averages_open_again(tmp_path, suffix):
         average.save(path, overwrite=True)
 
 
+def test_statistics_recomputed_while_swapped_are_saved_also_where_buffers_are_averaged(tmp_path):
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    average = polyak.Average(model, polyak.Uniform(), buffers="average")
+    for value in (1.0, 3.0):
+        model[0].weight.data.fill_(value)
+        model[1].running_mean.fill_(value)
+        average.update()
+    with average.applied():  # and leaving it does not warn of changes
+        assert average.named_tensors()["1.running_mean"] == 2
+        polyak.update_bn([torch.tensor([[10.0], [14.0]])], model)
+        average.save(tmp_path / "a.pt")
+    assert torch.load(tmp_path / "a.pt")["1.running_mean"] == 24
+    assert average.named_tensors()["1.running_mean"] == 2 and model[1].running_mean == 3
+
+
 def test_saving_a_batchnorm_model_outside_applied_is_warned_of(tmp_path):
     _, average, _ = walked(polyak.Uniform(), model=mlp(torch.float32))
     with pytest.warns(UserWarning, match=r"save inside applied\(\), after polyak\.update_bn"):

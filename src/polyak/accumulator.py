@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak.batches import Batch, Tensors, allocate, are_mostly_small, plan_batches, with_sources
+from polyak.batches import Batch, Tensors, allocate, are_mostly_small, lie_alike, plan_batches, with_sources
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import Scheme
 
@@ -103,13 +103,14 @@ class Accumulator:
         self.bind(tensors)
 
     def bind(self, tensors: Sequence[Tensor]) -> None:
-        """Take up tensors of the same shapes, whose dtypes and devices may differ from those before.
+        """Take up tensors of the same shapes, whose dtypes, devices and memory order may differ from before.
 
-        Means follow to another device unless one was asked for, and widen where the tensors did.
+        Means follow to another device unless one was asked for, widen where the tensors did, and lie as they do.
         """
         dtypes = [self._dtype_for(i, tensor) for i, tensor in enumerate(tensors)]
         devices = [torch.device(self._device or tensor.device) for tensor in tensors]
-        if [(m.dtype, m.device) for m in self.means] != list(zip(dtypes, devices, strict=True)):
+        kinds = [(m.dtype, m.device) for m in self.means]
+        if kinds != list(zip(dtypes, devices, strict=True)) or not lie_alike(self.means, tensors):
             self.means = _moved(self.means, allocate(tensors, dtypes, devices))
             if self.compensated:
                 self.residuals = _moved(self.residuals, allocate(tensors, dtypes, devices))
@@ -251,6 +252,7 @@ class Accumulator:
         for batch, sources in with_sources(self._batches, tensors, owned=self.compensated):
             sizes.append(_size(sources))
             if not sizes[-1] <= _USUAL_GROWTH * self._sizes[len(sizes) - 1]:
+                del sources
                 return self._fold_rest_if_finite(len(sizes) - 1, tensors, coefficient)
             self._fold(batch, sources, coefficient)
             del sources  # before the next copies are made
@@ -277,7 +279,11 @@ class Accumulator:
         return finite
 
     def _sizes_of(self, tensors: Sequence[Tensor]) -> list[float]:
-        return [_size(sources) for _, sources in with_sources(self._batches, tensors)]
+        sizes: list[float] = []
+        for _, sources in with_sources(self._batches, tensors):
+            sizes.append(_size(sources))
+            del sources
+        return sizes
 
     def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
         if coefficient == 1:
@@ -356,7 +362,10 @@ def _size(tensors: Tensors) -> float:
     size = 0.0
     for tensor in tensors:
         if tensor.numel():
-            reals = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+            stored = (
+                tensor.conj() if tensor.is_conj() else tensor
+            )  # only stored numbers can be viewed as real
+            reals = torch.view_as_real(stored) if stored.is_complex() else stored
             low, high = torch.aminmax(reals)  # both NaN where an element is
             largest = max(-low.item(), high.item())
             if not math.isfinite(largest):

@@ -151,7 +151,8 @@ class Average:
         """The averaged model: name to tensor, each tied tensor once under its first name, no copies.
 
         Averaged tensors are the average's own, in its dtype; the rest (frozen parameters, buffers) are the
-        live model's. Buffers that are not part of a state dict are left out.
+        live model's, and inside :meth:`applied` all buffers are, as :func:`polyak.update_bn` may have left them.
+        Buffers that are not part of a state dict are left out.
 
         Raises:
             NotStartedError: before the first sample.
@@ -189,7 +190,11 @@ class Average:
         binding = self._binding
         # Kept before anything is copied: whatever interrupts the rest, the live weights can be brought back.
         self._swap = Swap(
-            binding.live, keep=binding.other_buffers(), places=binding.places(), device=self._device
+            binding.live,
+            keep=binding.other_buffers(),
+            free=binding.averaged_buffers(),
+            places=binding.places(),
+            device=self._device,
         )
         self._swap.put_in(accumulator.means)
 
@@ -230,8 +235,8 @@ class Average:
         The ending chooses the format: ``.safetensors``, ``.pt``, …; see :mod:`polyak.checkpoints`. A sharded
         model is written by all ranks, without gathering, as a ``torch.distributed.checkpoint`` folder.
 
-        Buffers are those in the model: save one with BatchNorm inside :meth:`applied`, after
-        :func:`polyak.update_bn`. Elsewhere its statistics are those of the live weights, and a warning says so.
+        A model with BatchNorm is saved inside :meth:`applied`, after :func:`polyak.update_bn`. Elsewhere its
+        statistics are not those of the averaged weights, and a warning says so.
 
         Raises:
             NotStartedError: before the first sample.
@@ -243,8 +248,8 @@ class Average:
         tensors = self._tensors_for("save()")
         if tracks_statistics(self._binding.model) and not self._is_swapped():
             warnings.warn(
-                "BatchNorm statistics go into this file as they are in the live model, and do not fit averaged "
-                "weights; save inside applied(), after polyak.update_bn(loader, model)",
+                "the BatchNorm statistics in this file are not those of the averaged weights; save inside "
+                "applied(), after polyak.update_bn(loader, model)",
                 UserWarning,
                 stacklevel=2,
             )
@@ -338,11 +343,9 @@ class Average:
 
     def _tensors_for(self, call: str) -> dict[str, Tensor]:
         means = self._means(call)
-        return {
-            entry.name: means.get(entry.name, entry.tensor.detach())
-            for entry in ModelTensors(self._binding.model).values()
-            if entry.persistent
-        }
+        entries = [e for e in ModelTensors(self._binding.model).values() if e.persistent]
+        own = {e.name for e in entries if e.kind == "parameter" or not self._is_swapped()}
+        return {e.name: means[e.name] if e.name in means.keys() & own else e.tensor.detach() for e in entries}
 
     def _means(self, call: str) -> dict[str, Tensor]:
         means = self._named(self._started(call).means)

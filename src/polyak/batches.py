@@ -14,7 +14,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Tensors", "allocate", "are_mostly_small", "plan_batches", "with_sources"]
+__all__ = ["Batch", "Tensors", "allocate", "are_mostly_small", "lie_alike", "plan_batches", "with_sources"]
 
 # Tensors below this many elements cost more to call upon than to touch.
 _SMALL_NUMEL = 1 << 14
@@ -184,6 +184,19 @@ def with_sources(
     parts = [batch.parts(tensors) for batch in batches]
     for batch, part in zip(batches, parts, strict=True):
         yield batch, batch.sources(part, owned)
+
+
+def lie_alike(means: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    """Whether every large mean is laid out in memory as :func:`allocate` would lay it out now.
+
+    >>> weight = torch.zeros(200, 100)
+    >>> lie_alike([torch.zeros(100, 200).t()], [weight]), lie_alike([torch.zeros(200, 100)], [weight])
+    (False, True)
+    """
+    return all(
+        mean.numel() < _SMALL_NUMEL or mean.stride() == torch.empty_like(tensor, device="meta").stride()
+        for mean, tensor in zip(means, tensors, strict=True)
+    )
 
 
 def are_mostly_small(means: Sequence[Tensor]) -> bool:

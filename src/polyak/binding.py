@@ -78,6 +78,10 @@ class Binding:
         fresh = ModelTensors(self.model)
         return local(e.tensor for e in fresh.values() if e.kind == "buffer" and e.name not in averaged)
 
+    def averaged_buffers(self) -> list[Tensor]:
+        """The model's buffers that are averaged."""
+        return local(e.tensor for e in self.tensors.values() if e.kind == "buffer" and e.name in self.names)
+
     def places(self) -> list[Place]:
         """Where every tensor of the model stands now."""
         return [(e.place, e.key, e.tensor) for e in ModelTensors(self.model).values()]

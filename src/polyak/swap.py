@@ -29,7 +29,8 @@ class Swap:
 
     Args:
         targets: live local tensors that take the new values.
-        keep: further live tensors whose present values come back as well, such as BatchNorm statistics.
+        keep: further live tensors whose present values come back as well.
+        free: targets that may be changed meanwhile, such as BatchNorm statistics.
         places: (dictionary, key, tensor) of tensors that go back to their place if others were put there.
         device: where the backup is kept; None: beside each live tensor.
 
@@ -50,11 +51,14 @@ class Swap:
         targets: Sequence[Tensor],
         *,
         keep: Sequence[Tensor] = (),
+        free: Sequence[Tensor] = (),
         places: Sequence[Place] = (),
         device: torch.device | str | None = None,
     ):
         self._targets = list(targets)
         self._live = [*targets, *keep]
+        may_change = set(map(id, free))
+        self._watched = [tensor for tensor in targets if id(tensor) not in may_change]
         self._places = list(places)
         refuse_swapped(self._live)
         self._backup = [_clone(tensor, device) for tensor in self._live]
@@ -71,14 +75,14 @@ class Swap:
         try:
             _swapped_in.update(dict.fromkeys(self._live, True))
             copy_into(self._targets, values)
-            self._versions = _versions(self._targets)
+            self._versions = _versions(self._watched)
         except BaseException:
             _finish(self._restore)
             raise
 
     def undo(self) -> None:
         """Bring the live values back, bit for bit, and say so if the swapped ones were changed meanwhile."""
-        changed = self._versions != _versions(self._targets) or any(
+        changed = self._versions != _versions(self._watched) or any(
             isinstance(tensor, nn.Parameter) and place.get(key) is not tensor
             for place, key, tensor in self._places
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, methodcaller
 from typing import Any, Literal, cast
 
 import torch
@@ -29,6 +29,7 @@ _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 # Read one after the other: tuples of all three would be as many objects for the garbage collector to count.
 _DESCRIPTION = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
+_is_contiguous = methodcaller("is_contiguous")
 _END = object()
 
 
@@ -76,6 +77,9 @@ class ModelTensors:
         kinds = ("parameter", "buffer") if watch_buffers else ("parameter",)
         self._described = [e.tensor for e in self.values() if e.kind in kinds and _has_shape(e.tensor)]
         self._descriptions = [list(map(read, self._described)) for read in _DESCRIPTION]
+        # What has an order in memory; the rest costs nothing, as where a model is a thousand vectors.
+        self._matrices = [t for t in self._described if t.ndim > 1 and t.layout == torch.strided]
+        self._contiguous = list(map(_is_contiguous, self._matrices))
 
     def __getitem__(self, name: str) -> NamedTensor:
         return self._entries[name]
@@ -109,7 +113,7 @@ class ModelTensors:
         return matched
 
     def changed(self) -> bool:
-        """Whether a module or parameter was added, removed, replaced, reshaped, retyped or moved.
+        """Whether a module or parameter was added, removed, replaced, reshaped, retyped, moved or laid out anew.
 
         A walk over the modules' own dictionaries by identity, a few hundred microseconds for a thousand
         tensors. Buffers are left out unless watched, since models may replace theirs at every step.
@@ -120,7 +124,7 @@ class ModelTensors:
         return any(
             list(map(read, self._described)) != before
             for read, before in zip(_DESCRIPTION, self._descriptions, strict=True)
-        )
+        ) or self._contiguous != list(map(_is_contiguous, self._matrices))
 
     def reshard(self) -> None:
         """Put sharded parameters back where FSDP gathered them for a forward pass."""

@@ -104,7 +104,7 @@ def test_live_are_the_weights_that_the_run_ended_with_whatever_the_model_holds(r
     last = model.weight.detach().clone()
     first = select(recorded, holdout=distance)
     first.apply(model)
-    assert "live are those in the model" not in first.verdict
+    assert "Live are the weights in the model" not in first.verdict
     for present in (model, Line()):
         again = select((present, trajectory), holdout=distance)
         assert again.to_dict() == first.to_dict()
@@ -143,7 +143,7 @@ def test_of_a_recording_that_goes_on_live_are_the_weights_in_the_model(tmp_path)
         run.update()
     model.weight.data.fill_(7.0)
     choice = select((model, run.trajectory), profiles=["uniform"])
-    assert choice.live.score == 16 and "live are those in the model" in choice.verdict
+    assert choice.live.score == 16 and "Live are the weights in the model" in choice.verdict
     choice.apply(model)  # the uniform average, 8/3
     assert model.weight.item() == pytest.approx(8 / 3)
     run.close()
@@ -162,6 +162,8 @@ def test_a_score_that_is_not_a_number_is_never_the_best(recorded):
         choice = select(recorded, score=score, mode=mode)
         assert choice.best.name == "live" and choice.table[-1].to_dict()["score"] is None
         json.dumps(choice.to_dict(), allow_nan=False)
+    choice = select(recorded, score=lambda m: float("nan") if m.weight.item() == 2.5 else distance(m))
+    assert "the score of the live weights is not a number" in choice.verdict
 
 
 def test_a_finer_grid_lies_around_the_best_of_the_coarse_one(recorded):

@@ -143,6 +143,40 @@ def test_a_trajectory_that_the_recording_has_outgrown_asks_to_be_opened_again(tm
         early.average(Uniform())
 
 
+def test_live_weights_outlive_a_reopening_that_trains_nothing(tmp_path):
+    """As of a job that is started once more and finds itself finished."""
+    model = line()
+    with polyak.Recorder(model, tmp_path, block=2) as run:
+        record(run, model, [5.0, 1.0, 9.0])
+        state = run.state_dict()
+    with polyak.Recorder(model, tmp_path, block=2, step=3):
+        pass
+    assert polyak.Trajectory(tmp_path).live()["weight"].item() == 9
+    with polyak.Recorder(model, tmp_path, block=2) as again:
+        again.load_state_dict(state)  # whose open block is written anew
+    assert polyak.Trajectory(tmp_path).live()["weight"].item() == 9
+    assert polyak.Trajectory(tmp_path).blocks[-1].stop == 3
+    with polyak.Recorder(model, tmp_path, block=2, step=2) as again:  # goes back
+        assert not again.trajectory.has_live
+
+
+def test_damaged_and_replaced_live_weights_are_told_apart(tmp_path):
+    model = line()
+    with polyak.Recorder(model, tmp_path, block=2) as run:
+        record(run, model, [5.0, 1.0, 9.0])
+    early, (live,) = run.trajectory, tmp_path.glob("live-*")
+    whole = live.read_bytes()
+    live.write_bytes(whole[:-1] + b"!")
+    with pytest.raises(CheckpointError, match="corrupt: it is not what was written as the live weights"):
+        early.live()
+    live.write_bytes(whole)
+    with polyak.Recorder(model, tmp_path, block=2, step=3) as again:
+        record(again, model, [7.0])
+    with pytest.raises(CheckpointError, match="open it again"):
+        early.live()
+    assert again.trajectory.live()["weight"].item() == 7
+
+
 def test_huge_metrics_and_a_damaged_block_do_not_end_a_recording(tmp_path):
     model = line()
     with polyak.Recorder(model, tmp_path, block=2, max_blocks=8) as run:

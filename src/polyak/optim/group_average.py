@@ -177,8 +177,8 @@ def _refuse_unfit(number: int, params: list[Tensor], buffers: Mapping[Tensor, Bu
             )
 
 
-def _kinds(params: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
-    return [(p.shape, p.dtype, p.device) for p in params]
+def _kinds(params: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device, bool]]:
+    return [(p.shape, p.dtype, p.device, p.is_contiguous()) for p in params]
 
 
 def _versions(params: list[Tensor]) -> list[int]:

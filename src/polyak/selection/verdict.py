@@ -15,10 +15,10 @@ __all__ = ["LIVE", "LIVE_IS_THE_MODEL", "STALE_STATISTICS", "Candidate", "Holdou
 LIVE = "live"
 STALE_STATISTICS = (
     "These scores are not those the averages can have: the model has BatchNorm layers, whose statistics are of "
-    "other weights. Give recalibrate (--recalibrate) the batches to recompute them from."
+    "other weights. Give recalibrate the batches to recompute them from."
 )
 LIVE_IS_THE_MODEL = (
-    "The run kept no weights of its end, as its recorder was not closed: live are those in the model."
+    "Live are the weights in the model, as the trajectory was opened before its recorder was closed."
 )
 
 
@@ -100,6 +100,8 @@ def _plain(value: Any) -> Any:
 
 
 def _against_live(best: Candidate, mode: Mode) -> str:
+    if math.isnan(best.difference):
+        return f"{best.name} scores best, {best.score:.5g}; the score of the live weights is not a number."
     side = "below" if mode == "min" else "above"
     sentence = (
         f"{best.name} scores best, {best.score:.5g}, {abs(best.difference):.3g} {side} the live weights"

@@ -47,22 +47,19 @@ def averaged(
         SwapError: averaged weights are in the model already.
     """
     pairs = matched(model, weights)
-    parameters = [(entry.tensor, value) for entry, value in pairs if entry.kind == "parameter"]
-    buffers = [(entry.tensor, value) for entry, value in pairs if entry.kind == "buffer"]
     entries = list(ModelTensors(model).values())
     places = [(entry.place, entry.key, entry.tensor) for entry in entries]
-    targets = [target for target, _ in parameters]
+    targets = [entry.tensor for entry, _ in pairs]
     # Also what is not exchanged comes back, should a trial change it; frozen parameters are left to its care.
     swapped = set(map(id, targets))
     keep = [
         e.tensor
         for e in entries
-        if e.kind == "buffer" or (e.tensor.requires_grad and id(e.tensor) not in swapped)
+        if (e.kind == "buffer" or e.tensor.requires_grad) and id(e.tensor) not in swapped
     ]
-    swap = Swap(targets, keep=local(keep), places=places)
+    swap = Swap(targets, keep=local(keep), free=_buffers(model), places=places)
     try:
-        swap.put_in([value for _, value in parameters])
-        copy_into([target for target, _ in buffers], [value for _, value in buffers])
+        swap.put_in([value for _, value in pairs])
         if recalibrate is not None:
             update_bn(recalibrate, model)
         yield

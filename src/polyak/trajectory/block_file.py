@@ -59,7 +59,7 @@ def merge_files(sources: Mapping[Path, Block], target: Path) -> int:
         for name in copied:
             writer.write(name, 0, newest.read(name).view(-1))
         for path, block in sources.items():
-            _refuse_other_checksum(files[path], block)
+            _refuse_other_checksum(files[path], block.checksum, f"block {block}")
     return checksum.value
 
 
@@ -85,17 +85,17 @@ class Part(Writer):
         """Left to the whole."""
 
 
-def refuse_damaged(path: Path, block: Block) -> None:
-    """Read a block's file and compare it with the checksum that the manifest has.
+def refuse_damaged(path: Path, checksum: int | None, what: str) -> None:
+    """Read a file of the recording and compare it with the checksum that the manifest has of ``what`` it is.
 
     Raises:
         CheckpointError: the file is missing, or its contents have changed since they were written.
     """
     file = CheckedFile(path)
     safetensors.read_file(file)  # also where the sums are right, as with zeros at the end
-    _refuse_other_checksum(file, block)
+    _refuse_other_checksum(file, checksum, what)
 
 
-def _refuse_other_checksum(file: CheckedFile, block: Block) -> None:
-    if block.checksum is not None and file.checksum() != block.checksum:
-        raise CheckpointError(f"{file.path} is corrupt: it is not what was written as block {block}")
+def _refuse_other_checksum(file: CheckedFile, checksum: int | None, what: str) -> None:
+    if checksum is not None and file.checksum() != checksum:
+        raise CheckpointError(f"{file.path} is corrupt: it is not what was written as {what}")

@@ -124,7 +124,8 @@ class TrajectoryFolder:
                 "%s: dropped %d blocks after step %d", self.path, len(manifest.blocks) - len(kept), step
             )
         start = manifest.start if kept else step
-        self._save(replace(manifest, blocks=kept, start=start, live_step=None))
+        goes_on = replace(manifest, blocks=kept, start=start)
+        self._save(goes_on if manifest.live_step == step else goes_on.without_live())
         self._remove_unlisted()
 
     def commit(self, block: Block, snapshot: Snapshot, max_blocks: int, kept_edges: Collection[int]) -> None:
@@ -156,8 +157,8 @@ class TrajectoryFolder:
         if snapshot.frozen and not self._has_frozen(snapshot):
             self._write_frozen(snapshot)
         manifest = replace(self.manifest, live_step=step)
-        write_file(self.path / str(manifest.live_name), snapshot)
-        self._save(manifest)
+        checksum = write_file(self.path / str(manifest.live_name), snapshot)
+        self._save(replace(manifest, live_checksum=checksum))
         self._remove_unlisted()
 
     def _write_frozen(self, snapshot: Snapshot) -> None:
@@ -208,7 +209,7 @@ class TrajectoryFolder:
     def _found_damage(self, block: Block) -> bool:
         """Whether a block is not what was written; it is kept as it is, and the recording goes on without it."""
         try:
-            refuse_damaged(self._file(block), block)
+            refuse_damaged(self._file(block), block.checksum, f"block {block}")
         except CheckpointError as error:
             warnings.warn(f"{error}; it is left alone, and the recording goes on", UserWarning, stacklevel=2)
             self._damaged.add(block.file_name)

@@ -84,6 +84,7 @@ class Manifest:
         blocks: oldest first, each beginning where the one before ends.
         has_frozen: whether the frozen parameters are kept beside the blocks.
         live_step: the step of the live weights that are kept; None where there are none.
+        live_checksum: CRC-32 of their file.
     """
 
     law: Mapping[str, Any]
@@ -93,6 +94,7 @@ class Manifest:
     blocks: tuple[Block, ...] = ()
     has_frozen: bool = False
     live_step: int | None = None
+    live_checksum: int | None = None
 
     @property
     def stop(self) -> int:
@@ -112,7 +114,11 @@ class Manifest:
 
     def with_block(self, block: Block) -> Manifest:
         """With one more block at the end; live weights from before it are no longer the last ones."""
-        return replace(self, blocks=(*self.blocks, block), live_step=None)
+        return replace(self.without_live(), blocks=(*self.blocks, block))
+
+    def without_live(self) -> Manifest:
+        """With no live weights."""
+        return replace(self, live_step=None, live_checksum=None)
 
     def with_merged(self, index: int, block: Block) -> Manifest:
         """With ``block`` in the place of the blocks ``index`` and ``index + 1``."""

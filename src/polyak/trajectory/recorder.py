@@ -190,10 +190,12 @@ class Recorder:
             return
         refuse_swapped(self._binding.live)
         try:
+            moved_on = self._step > self._began_at
             if self._open_block is not None and self._open_block.count:
+                moved_on = True
                 self._hand_over(self._open_block)
             self._writer.wait()
-            if self._step > self._began_at and self._folder.manifest.blocks:
+            if moved_on and self._folder.manifest.blocks:
                 self._follow_model()
                 self._folder.write_live(Snapshot.of(self._binding, self._binding.live), self._step)
         finally:

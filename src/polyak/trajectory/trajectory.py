@@ -68,6 +68,7 @@ class Trajectory:
         self._unchecked = {index for index in range(len(self.blocks)) if index not in self.damaged}
         self._frozen = checkpoints.open(folder / FROZEN_NAME) if manifest.has_frozen else None
         self._live = None if manifest.live_name is None else folder / manifest.live_name
+        self._live_checksum = manifest.live_checksum
 
     @classmethod
     def from_checkpoints(
@@ -160,7 +161,7 @@ class Trajectory:
     ) -> None:
         """Write the averaged model as a checkpoint, whole or not at all, without holding it in memory.
 
-        BatchNorm statistics in it are those of the newest block that counts, which a warning says.
+        BatchNorm statistics in it are not those of the averaged weights, which a warning says.
 
         Args:
             profile: any profile.
@@ -236,6 +237,11 @@ class Trajectory:
             )
         if isinstance(self._live, Weights):
             return self.average(self._live)
+        try:
+            refuse_damaged(self._live, self._live_checksum, "the live weights")
+        except CheckpointError:
+            self._refuse_outdated()
+            raise
         sources = [checkpoints.open(self._live), *([self._frozen] if self._frozen else [])]
         return {name: source.read(name) for source in sources for name in source.tensors}
 
@@ -268,21 +274,24 @@ class Trajectory:
             checkpoint = self._inputs[index]
             assert checkpoint is not None, "what could not be opened is not checked"
             try:
-                refuse_damaged(checkpoint.path, self.blocks[index])
+                refuse_damaged(checkpoint.path, self.blocks[index].checksum, f"block {self.blocks[index]}")
             except CheckpointError as error:
                 self._refuse_outdated()
                 self.damaged[index] = str(error)
             self._unchecked.remove(index)
 
     def _refuse_outdated(self) -> None:
-        """A missing block is no damage where the recording has gone on and merged it into another."""
+        """A missing file is no damage where the recording has gone on, merged blocks, and has other live weights."""
         folder = Path(self._place)
         if not Manifest.exists(folder):
             return
-        if not {block.file_name for block in self.blocks} <= Manifest.read(folder).file_names:
+        names = {block.file_name for block in self.blocks}
+        if isinstance(self._live, Path):
+            names.add(self._live.name)
+        if not names <= Manifest.read(folder).file_names:
             raise CheckpointError(
-                f"{self._place} is being recorded, and its blocks have merged since this trajectory was opened: "
-                "open it again"
+                f"{self._place} has been recorded further since this trajectory was opened, and files of it were "
+                "replaced: open it again"
             )
 
     @property
