@@ -232,8 +232,8 @@ class Trajectory:
         """
         if self._live is None:
             raise NotStartedError(
-                f"{self._place} holds no live weights, which close() writes at the end of a recording; take them "
-                "from the model, or from the training's own last checkpoint"
+                f"{self._place} held no live weights when it was opened, which a recorder writes when it is closed; "
+                "take them from the model, or from the training's own last checkpoint"
             )
         if isinstance(self._live, Weights):
             return self.average(self._live)
