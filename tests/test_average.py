@@ -556,8 +556,32 @@ def test_statistics_recomputed_while_swapped_are_saved_also_where_buffers_are_av
         assert average.named_tensors()["1.running_mean"] == 2
         polyak.update_bn([torch.tensor([[10.0], [14.0]])], model)
         average.save(tmp_path / "a.pt")
-    assert torch.load(tmp_path / "a.pt")["1.running_mean"] == 24
+        copied = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+        average.copy_to(copied)
+    assert torch.load(tmp_path / "a.pt")["1.running_mean"] == copied[1].running_mean == 24
     assert average.named_tensors()["1.running_mean"] == 2 and model[1].running_mean == 3
+
+
+def test_what_named_tensors_gives_follows_a_model_that_was_retyped():
+    model = nn.Linear(2, 1)
+    average = polyak.Average(model, polyak.Uniform())
+    average.update()
+    model.double()
+    first, second = average.named_tensors()["weight"], average.named_tensors()["weight"]
+    assert first.dtype == torch.float64 and first.data_ptr() == second.data_ptr()
+
+
+def test_strided_parameters_are_saved_as_they_are(tmp_path):
+    model = nn.Linear(4, 3, bias=False)
+    model.weight.data = torch.arange(24.0).reshape(3, 8)[:, ::2]
+    average = polyak.Average(model, polyak.Uniform(), buffers="copy")
+    model.register_buffer("mask", torch.arange(8.0)[::2])
+    average.update()
+    for suffix in ("safetensors", "pt", "npz"):
+        average.save(tmp_path / f"a.{suffix}")
+        with polyak.checkpoints.open(tmp_path / f"a.{suffix}") as saved:
+            assert torch.equal(saved.read("weight"), model.weight)
+            assert torch.equal(saved.read("mask"), model.mask)
 
 
 def test_saving_a_batchnorm_model_outside_applied_is_warned_of(tmp_path):

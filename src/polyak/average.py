@@ -157,7 +157,7 @@ class Average:
         Raises:
             NotStartedError: before the first sample.
         """
-        return self._tensors_for("named_tensors()")
+        return self._persistent_tensors("named_tensors()")
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
@@ -218,9 +218,8 @@ class Average:
             NotStartedError: before the first sample.
             StructureError: a tensor of ``model`` is missing here or has another shape; nothing was written.
         """
-        means = self._means("copy_to()")
+        values = self._tensors("copy_to()")
         ours = ModelTensors(self._binding.model)
-        values = {e.name: means.get(e.name, e.tensor) for e in ours.values()}
         sources = {name: values[canonical] for name, canonical in ours.all_names().items()}
         theirs = ModelTensors(model)
         if waiting := theirs.unmaterialised():
@@ -245,7 +244,7 @@ class Average:
         from polyak import checkpoints
         from polyak.batchnorm import tracks_statistics
 
-        tensors = self._tensors_for("save()")
+        tensors = self._persistent_tensors("save()")
         if tracks_statistics(self._binding.model) and not self._is_swapped():
             warnings.warn(
                 "the BatchNorm statistics in this file are not those of the averaged weights; save inside "
@@ -341,19 +340,21 @@ class Average:
         if self._is_swapped():
             self.swap_out()
 
-    def _tensors_for(self, call: str) -> dict[str, Tensor]:
-        means = self._means(call)
-        entries = [e for e in ModelTensors(self._binding.model).values() if e.persistent]
-        own = {e.name for e in entries if e.kind == "parameter" or not self._is_swapped()}
-        return {e.name: means[e.name] if e.name in means.keys() & own else e.tensor.detach() for e in entries}
+    def _persistent_tensors(self, call: str) -> dict[str, Tensor]:
+        tensors = self._tensors(call)
+        entries = ModelTensors(self._binding.model).values()
+        return {e.name: tensors[e.name].detach() for e in entries if e.persistent}
 
-    def _means(self, call: str) -> dict[str, Tensor]:
-        means = self._named(self._started(call).means)
-        self._follow_model()
-        others = (e.tensor for e in self._binding.tensors.values() if e.name not in means)
+    def _tensors(self, call: str) -> dict[str, Tensor]:
+        """The averaged model; while swapped its buffers are those in the model, which may have been recomputed."""
+        self._started(call)
+        means = self._named(self._follow_model().means)
+        entries = list(ModelTensors(self._binding.model).values())
+        others = [e.tensor for e in entries if e.name not in means]
         if not self._is_swapped():  # what is not averaged here must not be another average's
             refuse_swapped(local(others))
-        return means
+        own = {e.name for e in entries if e.kind == "parameter" or not self._is_swapped()}
+        return {e.name: means[e.name] if e.name in means.keys() & own else e.tensor for e in entries}
 
     def _named(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         binding = self._binding

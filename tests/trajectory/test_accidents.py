@@ -152,12 +152,41 @@ def test_live_weights_outlive_a_reopening_that_trains_nothing(tmp_path):
     with polyak.Recorder(model, tmp_path, block=2, step=3):
         pass
     assert polyak.Trajectory(tmp_path).live()["weight"].item() == 9
-    with polyak.Recorder(model, tmp_path, block=2) as again:
-        again.load_state_dict(state)  # whose open block is written anew
+    # Also where only the state was loaded: its open block is written anew, the model at hand is not.
+    with polyak.Recorder(line(), tmp_path, block=2) as again:
+        again.load_state_dict(state)
     assert polyak.Trajectory(tmp_path).live()["weight"].item() == 9
     assert polyak.Trajectory(tmp_path).blocks[-1].stop == 3
     with polyak.Recorder(model, tmp_path, block=2, step=2) as again:  # goes back
         assert not again.trajectory.has_live
+
+
+def test_a_model_that_was_not_loaded_is_never_live(tmp_path):
+    model = line()
+    with polyak.Recorder(model, tmp_path, block=2) as run:
+        record(run, model, [5.0, 1.0, 9.0])
+        state = run.state_dict()
+        record(run, model, [4.0, 3.0])
+    with polyak.Recorder(line(), tmp_path, block=2) as again:
+        again.load_state_dict(state)
+    assert not polyak.Trajectory(tmp_path).has_live
+
+
+def test_live_weights_of_the_same_step_are_replaced_whole(tmp_path, monkeypatch):
+    """A kill between the new file and the manifest leaves none rather than ones that seem damaged."""
+    model = line()
+    with polyak.Recorder(model, tmp_path, every=2, block=2) as run:
+        record(run, model, [5.0, 1.0, 9.0])
+    with pytest.warns(UserWarning, match="which goes on"):
+        again = polyak.Recorder(model, tmp_path, every=2, block=2)
+        record(again, model, [8.0])
+    saves = []
+    monkeypatch.setattr(type(again._folder), "_save", lambda folder, manifest: saves.append(manifest))
+    again.close()
+    assert [(manifest.live_step, manifest.live_checksum is None) for manifest in saves] == [
+        (None, True),
+        (3, False),
+    ]
 
 
 def test_damaged_and_replaced_live_weights_are_told_apart(tmp_path):
@@ -175,6 +204,18 @@ def test_damaged_and_replaced_live_weights_are_told_apart(tmp_path):
     with pytest.raises(CheckpointError, match="open it again"):
         early.live()
     assert again.trajectory.live()["weight"].item() == 7
+
+
+def test_a_run_that_was_recorded_anew_is_no_damage(tmp_path):
+    model = line()
+    with polyak.Recorder(model, tmp_path, block=1, step=0) as run:
+        record(run, model, [5.0, 1.0])
+    early = run.trajectory
+    with polyak.Recorder(model, tmp_path, block=1, step=0) as run:
+        record(run, model, [50.0, 10.0])
+    for use in (early.live, lambda: early.average(Uniform())):
+        with pytest.raises(CheckpointError, match="open it again"):
+            use()
 
 
 def test_huge_metrics_and_a_damaged_block_do_not_end_a_recording(tmp_path):

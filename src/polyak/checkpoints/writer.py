@@ -89,7 +89,9 @@ class Writer(ABC):
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Write whole tensors, of any device; those that the layout has by these names."""
         for name in self.layout.tensors:
-            self.write(name, 0, tensors[name].detach().cpu().resolve_conj().resolve_neg().reshape(-1))
+            self.write(
+                name, 0, tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
+            )
 
     @abstractmethod
     def _write(self, name: str, start: int, values: Tensor) -> None:

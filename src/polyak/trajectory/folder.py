@@ -103,8 +103,8 @@ class TrajectoryFolder:
         """Change the length of the first blocks; it is saved with the next block."""
         self.manifest = replace(self.manifest, block_steps=block_steps, settled=settled)
 
-    def begin_at(self, step: int) -> None:
-        """Go on after ``step``: blocks after it are dropped, and their files with them.
+    def begin_at(self, step: int, live_step: int) -> None:
+        """Go on after ``step``: blocks after it are dropped, and live weights of any step but ``live_step``.
 
         Raises:
             StateError: a block lies across ``step``; nothing was changed.
@@ -125,7 +125,7 @@ class TrajectoryFolder:
             )
         start = manifest.start if kept else step
         goes_on = replace(manifest, blocks=kept, start=start)
-        self._save(goes_on if manifest.live_step == step else goes_on.without_live())
+        self._save(goes_on if manifest.live_step == live_step else goes_on.without_live())
         self._remove_unlisted()
 
     def commit(self, block: Block, snapshot: Snapshot, max_blocks: int, kept_edges: Collection[int]) -> None:
@@ -156,6 +156,10 @@ class TrajectoryFolder:
         """
         if snapshot.frozen and not self._has_frozen(snapshot):
             self._write_frozen(snapshot)
+        if (
+            self.manifest.live_step == step
+        ):  # their file must not be replaced while it is listed with its checksum
+            self._save(self.manifest.without_live())
         manifest = replace(self.manifest, live_step=step)
         checksum = write_file(self.path / str(manifest.live_name), snapshot)
         self._save(replace(manifest, live_checksum=checksum))
@@ -223,7 +227,7 @@ class TrajectoryFolder:
         return self.path / block.file_name
 
     def _remove_unlisted(self) -> None:
-        listed = self.manifest.file_names
+        listed = self.manifest.checksums
         unlisted = [n for n in os.listdir(self.path) if _TRANSIENT.fullmatch(n) and n not in listed]
         for name in unlisted:
             (self.path / name).unlink(missing_ok=True)

@@ -107,14 +107,15 @@ class Manifest:
         return None if self.live_step is None else f"live-{self.live_step:012d}.safetensors"
 
     @property
-    def file_names(self) -> frozenset[str]:
-        """Of the blocks and the live weights."""
-        names = [block.file_name for block in self.blocks]
-        return frozenset([*names, self.live_name] if self.live_name else names)
+    def checksums(self) -> dict[str, int | None]:
+        """File names of the blocks and the live weights, to what is known of their contents."""
+        checksums = {block.file_name: block.checksum for block in self.blocks}
+        return checksums | {self.live_name: self.live_checksum} if self.live_name else checksums
 
     def with_block(self, block: Block) -> Manifest:
-        """With one more block at the end; live weights from before it are no longer the last ones."""
-        return replace(self.without_live(), blocks=(*self.blocks, block))
+        """With one more block at the end; live weights from before its end are no longer the last ones."""
+        manifest = self if self.live_step == block.stop else self.without_live()
+        return replace(manifest, blocks=(*self.blocks, block))
 
     def without_live(self) -> Manifest:
         """With no live weights."""

@@ -190,12 +190,11 @@ class Recorder:
             return
         refuse_swapped(self._binding.live)
         try:
-            moved_on = self._step > self._began_at
             if self._open_block is not None and self._open_block.count:
-                moved_on = True
                 self._hand_over(self._open_block)
             self._writer.wait()
-            if moved_on and self._folder.manifest.blocks:
+            # Without a step since, the model may not even be the trained one.
+            if self._step > self._began_at and self._folder.manifest.blocks:
                 self._follow_model()
                 self._folder.write_live(Snapshot.of(self._binding, self._binding.live), self._step)
         finally:
@@ -241,7 +240,7 @@ class Recorder:
         current = {**self._law, "step": self._step, **block.state_dict()}
         refuse_other_state(current, state, law=list(self._law))
         self._folder.refuse_gap_before(state["start"])
-        self._folder.begin_at(state["start"])
+        self._folder.begin_at(state["start"], live_step=state["step"])
         block.load_state_dict(state)
         self._go_on_from(state["step"])
         self._goes_on_unasked = False
@@ -253,7 +252,7 @@ class Recorder:
             self._allocate()
         if step is not None:
             self._warn_of_gap(step)
-            self._folder.begin_at(step)
+            self._folder.begin_at(step, live_step=step)
         if self._open_block is not None:
             self._open_block.begin(self._folder.manifest.stop)
         self._go_on_from(self._folder.manifest.stop if step is None else step)

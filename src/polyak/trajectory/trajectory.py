@@ -285,10 +285,10 @@ class Trajectory:
         folder = Path(self._place)
         if not Manifest.exists(folder):
             return
-        names = {block.file_name for block in self.blocks}
+        then = {block.file_name: block.checksum for block in self.blocks}
         if isinstance(self._live, Path):
-            names.add(self._live.name)
-        if not names <= Manifest.read(folder).file_names:
+            then[self._live.name] = self._live_checksum
+        if not then.items() <= Manifest.read(folder).checksums.items():
             raise CheckpointError(
                 f"{self._place} has been recorded further since this trajectory was opened, and files of it were "
                 "replaced: open it again"
