@@ -252,12 +252,13 @@ class Accumulator:
         for batch, sources in with_sources(self._batches, tensors, owned=self.compensated):
             sizes.append(_size(sources))
             if not sizes[-1] <= _USUAL_GROWTH * self._sizes[len(sizes) - 1]:
-                del sources
-                return self._fold_rest_if_finite(len(sizes) - 1, tensors, coefficient)
+                break
             self._fold(batch, sources, coefficient)
-            del sources  # before the next copies are made
-        self._sizes = sizes
-        return True
+        else:
+            self._sizes = sizes
+            return True
+        del sources  # and with them the memory that they were copied to
+        return self._fold_rest_if_finite(len(sizes) - 1, tensors, coefficient)
 
     def _fold_rest_if_finite(self, n_folded: int, tensors: Sequence[Tensor], coefficient: float) -> bool:
         sizes = self._sizes_of(tensors)
@@ -279,11 +280,7 @@ class Accumulator:
         return finite
 
     def _sizes_of(self, tensors: Sequence[Tensor]) -> list[float]:
-        sizes: list[float] = []
-        for _, sources in with_sources(self._batches, tensors):
-            sizes.append(_size(sources))
-            del sources
-        return sizes
+        return [_size(sources) for _, sources in with_sources(self._batches, tensors)]
 
     def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
         if coefficient == 1:
@@ -298,7 +295,6 @@ class Accumulator:
     def _fold_batches(self, batches: list[Batch], tensors: Sequence[Tensor], coefficient: float) -> None:
         for batch, sources in with_sources(batches, tensors, owned=self.compensated):
             self._fold(batch, sources, coefficient)
-            del sources  # before the next copies are made
 
     def _fold(self, batch: Batch, sources: Tensors, coefficient: Any) -> None:
         if batch.residual is None:

@@ -7,8 +7,9 @@ an average is bound to a model; an update only walks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import itemgetter
 
 import torch
@@ -26,6 +27,7 @@ _CACHE_NUMEL = 1 << 20
 _ACCELERATOR_NUMEL = 1 << 24
 
 _Kind = tuple[torch.dtype, torch.device]
+_Geometry = tuple[torch.Size, tuple[int, ...], int]
 # What torch's functions on many tensors take.
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -83,8 +85,11 @@ class Batch:
     pieces: list[_Piece]
     means: list[Tensor]
     residual: Tensor | None
-    alike: bool  # the sources have the dtype and device of the means
     copy: _Copy | None  # where several tensors are gathered
+    alike: bool  # the sources have the dtype and device of the means
+    kind: _Kind  # of the means
+    numel: int
+    geometry: list[_Geometry]  # shape, strides and offset of a copy of each source in one buffer
 
     def parts(self, tensors: Sequence[Tensor]) -> Tensors:
         """What :meth:`sources` takes, as views."""
@@ -92,17 +97,22 @@ class Batch:
             return self.copy.pick(tensors)
         return [piece.of(tensors) for piece in self.pieces]
 
-    def sources(self, parts: Tensors, owned: bool = False) -> Tensors:
+    def sources(self, parts: Tensors, copies: Tensors) -> Tensors:
         """The parts in the shapes and the dtype of the means, on their device.
 
-        They are the live tensors themselves where nothing has to be gathered or converted, unless ``owned``
-        asks for copies that may be written to. What is gathered lasts until another batch is.
+        They are the live tensors themselves where nothing has to be gathered and there are no ``copies`` to fill.
+        What is copied lasts until another batch is.
         """
         if self.copy is not None:
             return [self.copy.fill(parts)]
-        if self.alike and not owned:
+        if not copies:
             return parts
-        return [part.to(m.device, m.dtype, copy=True) for part, m in zip(parts, self.means, strict=True)]
+        torch._foreach_copy_(copies, parts)
+        return copies
+
+    def copies_in(self, scratch: Tensor) -> Tensors:
+        """Views of ``scratch`` in the shapes of the means, one after the other."""
+        return [scratch.as_strided(*view) for view in self.geometry]
 
 
 def allocate(
@@ -156,7 +166,9 @@ def plan_batches(
     copies = 3 if residuals else 1  # Kahan's sum works on copies of all it changes
     share = max(sum(mean.numel() for mean in means) // 100, _LEAST_COPIED_NUMEL) // copies
     small = [[_Piece(index) for index in group] for group in _small_groups(tensors, means, share)]
-    buffers = _buffers(small, means)
+    buffers = _buffers(
+        (_kind(means[group[0].index]), sum(means[piece.index].numel() for piece in group)) for group in small
+    )
     plan: list[list[_Piece]] = []
     in_place: list[_Piece] = []
     for index, mean in enumerate(means):
@@ -178,12 +190,21 @@ def with_sources(
 ) -> Iterator[tuple[Batch, Tensors]]:
     """Each batch with its sources, which are copied, where they must be, when their turn comes.
 
+    They are copied where ``owned`` asks for sources that may be written to, and where they are converted: one after
+    the other to the same memory, as pieces of many sizes that come and go would leave holes as large as they.
+
     All views are made first: between two trips to memory, which leave nothing else in the cache, one takes
     five times as long.
     """
     parts = [batch.parts(tensors) for batch in batches]
-    for batch, part in zip(batches, parts, strict=True):
-        yield batch, batch.sources(part, owned)
+    copied = [batch.copy is None and (owned or not batch.alike) for batch in batches]
+    scratch = _buffers((b.kind, b.numel) for b, is_copied in zip(batches, copied, strict=True) if is_copied)
+    copies = [
+        batch.copies_in(scratch[batch.kind]) if is_copied else ()
+        for batch, is_copied in zip(batches, copied, strict=True)
+    ]
+    for batch, part, own in zip(batches, parts, copies, strict=True):
+        yield batch, batch.sources(part, own)
 
 
 def lie_alike(means: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
@@ -240,12 +261,11 @@ def _filled(pieces: list[_Piece], means: Sequence[Tensor], most: int) -> Iterato
         yield batch
 
 
-def _buffers(groups: list[list[_Piece]], means: Sequence[Tensor]) -> dict[_Kind, Tensor]:
-    """Memory for the largest group of small tensors of each kind, in which one after the other is gathered."""
+def _buffers(needs: Iterable[tuple[_Kind, int]]) -> dict[_Kind, Tensor]:
+    """Memory for the largest number of elements of each kind."""
     largest: dict[_Kind, int] = {}
-    for group in groups:
-        kind = _kind(means[group[0].index])
-        largest[kind] = max(largest.get(kind, 0), sum(means[piece.index].numel() for piece in group))
+    for kind, numel in needs:
+        largest[kind] = max(largest.get(kind, 0), numel)
     with torch.inference_mode(False):
         return {(t, d): torch.empty(numel, dtype=t, device=d) for (t, d), numel in largest.items()}
 
@@ -260,10 +280,14 @@ def _batch(
     parts = [piece.of(means) for piece in pieces]
     others = [piece.of(residuals) for piece in pieces] if residuals else []
     alike = _kind(tensors[pieces[0].index]) == _kind(parts[0])
+    kind = _kind(parts[0])
+    ends = list(accumulate(part.numel() for part in parts))
+    geometry = [(p.shape, p.stride(), end - p.numel()) for p, end in zip(parts, ends, strict=True)]
+    about = (alike, kind, ends[-1], geometry)
     if buffers is None or len(pieces) == 1:
-        return Batch(pieces, parts, others[0] if others else None, alike, copy=None)
-    copy = _Copy.of([piece.index for piece in pieces], parts, buffers[_kind(parts[0])], alike)
-    return Batch(pieces, [_as_one(parts)], _as_one(others) if others else None, alike, copy)
+        return Batch(pieces, parts, others[0] if others else None, None, *about)
+    copy = _Copy.of([piece.index for piece in pieces], parts, buffers[kind], alike)
+    return Batch(pieces, [_as_one(parts)], _as_one(others) if others else None, copy, *about)
 
 
 def _pieces(index: int, mean: Tensor, most: int) -> list[_Piece]:
