@@ -23,7 +23,7 @@ from torch.optim import swa_utils
 __all__ = ["CONTENDERS", "DECAY", "LIMIT", "Averager", "Contender"]
 
 DECAY = 0.999
-PIECE_NUMEL = 1 << 20
+_PIECE_NUMEL = 1 << 20
 LIMIT = "flat lerp_ (the limit)"
 
 
@@ -54,7 +54,7 @@ def _flat(model: nn.Module) -> Averager:
 def _flat_checked(model: nn.Module) -> Averager:
     """What looking before adding costs without a model: flat memory, in pieces that the cache holds."""
     average, live = _flat_pair(model)
-    pieces = list(zip(average.split(PIECE_NUMEL), live.split(PIECE_NUMEL), strict=True))
+    pieces = list(zip(average.split(_PIECE_NUMEL), live.split(_PIECE_NUMEL), strict=True))
 
     def update() -> None:
         for mean, value in pieces:

@@ -227,11 +227,11 @@ def test_tensors_made_in_inference_mode_do_not_get_in_the_way():
     assert average.n_averaged == 2
 
 
-@pytest.mark.parametrize("before", [torch.contiguous_format, torch.channels_last])
-def test_a_model_that_is_laid_out_anew_is_followed(before):
-    after = {torch.contiguous_format: torch.channels_last, torch.channels_last: torch.contiguous_format}[
-        before
-    ]
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(torch.contiguous_format, torch.channels_last), (torch.channels_last, torch.contiguous_format)],
+)
+def test_a_model_that_is_laid_out_anew_is_followed(before, after):
     model = nn.Conv2d(64, 64, 3).to(memory_format=before)
     weight = model.weight.detach().clone()
     average = polyak.Average(model, polyak.Uniform())

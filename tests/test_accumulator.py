@@ -287,8 +287,7 @@ def test_memory_of_an_update_is_two_percent_or_a_quarter_of_a_megabyte(rows):
     mean = Accumulator([w.bfloat16() for w in weights], ["a", "b"], Uniform())
     largest = max(m.numel() for batch in mean._batches for m in batch.means)
     assert largest * 4 <= max(0.02 * sum(m.numel() * 4 for m in mean.means), 1 << 18)
-    # All copies in the same place: pieces of many sizes that come and go would leave holes as large as they.
+    # All copies in the same place: pieces of many sizes that come and go would leave holes as large as they. That of
+    # small tensors is another.
     copies = [s for _, sources in with_sources(mean._batches, mean.means, owned=True) for s in sources]
-    assert (
-        len({copy.untyped_storage().data_ptr() for copy in copies}) <= 2
-    )  # that of small tensors is another
+    assert len({copy.untyped_storage().data_ptr() for copy in copies}) <= 2

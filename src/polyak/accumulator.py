@@ -358,9 +358,8 @@ def _size(tensors: Tensors) -> float:
     size = 0.0
     for tensor in tensors:
         if tensor.numel():
-            stored = (
-                tensor.conj() if tensor.is_conj() else tensor
-            )  # only stored numbers can be viewed as real
+            # Only numbers as they are stored can be viewed as real ones; a sign more or less does not matter here.
+            stored = tensor.conj() if tensor.is_conj() else tensor
             reals = torch.view_as_real(stored) if stored.is_complex() else stored
             low, high = torch.aminmax(reals)  # both NaN where an element is
             largest = max(-low.item(), high.item())

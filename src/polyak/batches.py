@@ -279,8 +279,8 @@ def _batch(
 ) -> Batch:
     parts = [piece.of(means) for piece in pieces]
     others = [piece.of(residuals) for piece in pieces] if residuals else []
-    alike = _kind(tensors[pieces[0].index]) == _kind(parts[0])
     kind = _kind(parts[0])
+    alike = _kind(tensors[pieces[0].index]) == kind
     ends = list(accumulate(part.numel() for part in parts))
     geometry = [(p.shape, p.stride(), end - p.numel()) for p, end in zip(parts, ends, strict=True)]
     about = (alike, kind, ends[-1], geometry)

@@ -62,8 +62,8 @@ class Selection:
             LIVE_IS_THE_MODEL: not self._trajectory.has_live,
             STALE_STATISTICS: self._recalibrate is None and tracks_statistics(self._model),
         }
-        true = [caveat for caveat, holds in caveats.items() if holds]
-        return verdict(self.table, self.live, self.mode, self.holdout, true)
+        holding = [caveat for caveat, holds in caveats.items() if holds]
+        return verdict(self.table, self.live, self.mode, self.holdout, holding)
 
     def apply(self, model: nn.Module) -> None:
         """Put the best weights into ``model`` for good, BatchNorm statistics of an average recomputed if asked for.

@@ -156,9 +156,8 @@ class TrajectoryFolder:
         """
         if snapshot.frozen and not self._has_frozen(snapshot):
             self._write_frozen(snapshot)
-        if (
-            self.manifest.live_step == step
-        ):  # their file must not be replaced while it is listed with its checksum
+        # A file must not be replaced while it is listed with its checksum.
+        if self.manifest.live_step == step:
             self._save(self.manifest.without_live())
         manifest = replace(self.manifest, live_step=step)
         checksum = write_file(self.path / str(manifest.live_name), snapshot)
