@@ -1,5 +1,6 @@
 """Every example runs, and says what its docstring promises."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture
 def run(tmp_path):
-    def run(name: str) -> str:
-        command = [sys.executable, "-W", "error", EXAMPLES / name, tmp_path]
+    def run(name: str, warnings: str = "error") -> str:
+        command = [sys.executable, "-W", warnings, EXAMPLES / name, tmp_path]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -26,3 +27,20 @@ def test_choose_after_training(run, tmp_path):
     said = " ".join(run("choose_after_training.py").split())
     assert "live" in said and "The holdout confirms it" in said
     assert "0.weight" in checkpoints.open(tmp_path / "chosen.safetensors").tensors
+
+
+def losses(said: str) -> dict[str, float]:
+    """What follows "loss of the … weights"."""
+    return {name: float(loss) for name, loss in re.findall(r"loss of the (\w+) weights +([\d.]+)", said)}
+
+
+def test_lightning_trainer(run, tmp_path):
+    said = losses(run("lightning_trainer.py", warnings="default"))
+    assert said["averaged"] < said["live"]
+    assert checkpoints.open(tmp_path / "best.ckpt", key="current_model_state").tensors
+
+
+def test_transformers_trainer(run, tmp_path):
+    said = losses(run("transformers_trainer.py"))
+    assert said["averaged"] < said["live"]
+    assert "transformer.wte.weight" in checkpoints.open(tmp_path / "averaged").tensors

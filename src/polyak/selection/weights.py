@@ -123,7 +123,7 @@ def refuse_one_pass(recalibrate: Iterable[Any] | None) -> None:
     if isinstance(recalibrate, Iterator):
         raise OptionError(
             f"recalibrate is a {type(recalibrate).__name__}, which can be gone through only once, and every "
-            "candidate needs a pass of its own: give a list or a DataLoader"
+            "evaluation needs a pass of its own: give a list or a DataLoader"
         )
 
 

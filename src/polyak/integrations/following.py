@@ -1,0 +1,198 @@
+"""What every framework needs of an average: follow the optimizer, stand in for evaluation, become the model."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from polyak.average import Average
+from polyak.batchnorm import tracks_statistics, update_bn
+from polyak.errors import NotStartedError, StructureError
+from polyak.hooks import AttachHandle, attach
+from polyak.profiles import Scheme
+from polyak.selection.weights import refuse_one_pass
+from polyak.swap import copy_into
+from polyak.tensors import ModelTensors
+
+__all__ = ["Following"]
+
+
+class Following:
+    """An average of a model that somebody else trains.
+
+    Until its first sample, evaluations see the live weights, and a warning says so.
+
+    Args:
+        scheme: of the :class:`~polyak.Average`, which is made by :meth:`begin`.
+        recalibrate: batches for :func:`polyak.update_bn`, which can be gone through many times; None: none.
+        options: the keywords of :class:`~polyak.Average`.
+
+    Raises:
+        OptionError: batches that are gone after the first evaluation.
+        TypeError: an unknown option.
+    """
+
+    def __init__(self, scheme: Scheme, recalibrate: Iterable[Any] | None, options: Mapping[str, Any]):
+        # What can be refused is refused here, not hours later when the framework begins.
+        inspect.signature(Average).bind(None, scheme, **options)
+        refuse_one_pass(recalibrate)
+        self.scheme = scheme
+        self._recalibrate = recalibrate
+        self._options = dict(options)
+        self._average: Average | None = None
+        self._handle: AttachHandle | None = None
+        self._model: nn.Module | None = None
+        self._training: set[nn.Module] = set()  # modules in training mode while it trains
+        self._statistics: tuple[int, list[Tensor]] | None = None
+        self._swapped = False
+
+    @property
+    def average(self) -> Average:
+        """The average; it is there from the begin of training on."""
+        if self._average is None:
+            raise NotStartedError("there is no average yet: it is made when training begins")
+        return self._average
+
+    @property
+    def begun(self) -> bool:
+        """Whether an average was made."""
+        return self._average is not None
+
+    @property
+    def following(self) -> bool:
+        """Whether training is under way."""
+        return self._handle is not None
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the averaged weights are in the model."""
+        return self._swapped
+
+    def begin(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Make a new average of ``model`` and follow ``optimizer``.
+
+        Raises:
+            StructureError: the model is sharded, whose checkpoints the frameworks write in ways of their own.
+        """
+        self.stop()
+        entries = list(ModelTensors(model).values())
+        if any(hasattr(entry.tensor, "to_local") for entry in entries):
+            raise StructureError(
+                "the model is sharded, and the framework's checkpoints would not hold its average: call "
+                "polyak.Average yourself, and save its state_dict with torch.distributed.checkpoint"
+            )
+        self._average = Average(model, self.scheme, **self._options)
+        self._model, self._statistics, self._training = model, None, set()
+        if (
+            self._recalibrate is None
+            and tracks_statistics(model)
+            and self._options.get("buffers") != "average"
+        ):
+            warnings.warn(
+                "the model has BatchNorm, whose statistics do not fit averaged weights: pass recalibrate=loader, "
+                "or its evaluations are worthless",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._handle = attach(optimizer, self._average, self)
+
+    def update(self) -> None:
+        """Note which layers train and which are frozen: by the time of an evaluation the model does not show it."""
+        if self._recalibrate is not None and self._model is not None and not self._training:
+            self._training = {module for module in self._model.modules() if module.training}
+
+    def stop(self) -> None:
+        """Follow the optimizer no longer; live weights are in the model."""
+        self.swap_out()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """:meth:`swap_in`, and on leaving, however it is left, :meth:`swap_out`."""
+        try:
+            self.swap_in()
+            yield
+        finally:
+            self.swap_out()
+
+    def swap_in(self) -> None:
+        """Put the averaged weights into the model, with BatchNorm statistics to match, or warn and leave it."""
+        if self._average is None or self._swapped:
+            return
+        if not self._average.n_averaged:
+            warnings.warn(
+                f"{self._average!r} has no sample yet, so the live weights stand in for it",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
+        self._average.swap_in()
+        self._swapped = True
+        try:
+            self._refresh_statistics()
+        except BaseException:
+            self.swap_out()
+            raise
+
+    def swap_out(self) -> None:
+        """Bring the live weights back, if they are out."""
+        if self._swapped:
+            self.average.swap_out()
+            self._swapped = False
+
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged model under all names, in the average's dtype, with statistics as :meth:`swap_in` finds them.
+
+        Inside a swap its buffers are those in the model. Raises ``NotStartedError`` before the first sample.
+        """
+        assert self._model is not None
+        entries = list(ModelTensors(self._model).values())
+        if self._recalibrate is None or self._swapped:
+            named = self.average.named_tensors()
+        else:
+            buffers = {entry.name for entry in entries if entry.kind == "buffer"}
+            with self.applied():
+                inside = self.average.named_tensors()
+                named = {name: t.clone() if name in buffers else t for name, t in inside.items()}
+        return {n: named[e.name] for e in entries if e.persistent for n in (e.name, *e.aliases)}
+
+    def ship(self) -> None:
+        """Make the averaged weights the model's for good, or warn and leave the live ones."""
+        with self.applied():
+            if not self._swapped:
+                return
+            buffers = [buffer.clone() for buffer in self._buffers()]
+        assert self._model is not None
+        self.average.copy_to(self._model)
+        copy_into(self._buffers(), buffers)
+
+    def _refresh_statistics(self) -> None:
+        """A pass over the data, or what the last one found if there was no sample since."""
+        if self._recalibrate is None:
+            return
+        model, n_averaged = self._model, self.average.n_averaged
+        assert model is not None
+        if self._statistics is not None and self._statistics[0] == n_averaged:
+            copy_into(self._buffers(), self._statistics[1])
+            return
+        modes = {module: module.training for module in model.modules()}
+        try:
+            for module in modes:
+                module.training = module in self._training
+            update_bn(self._recalibrate, model, device=next(model.parameters()).device)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        self._statistics = (n_averaged, [buffer.clone() for buffer in self._buffers()])
+
+    def _buffers(self) -> list[Tensor]:
+        assert self._model is not None
+        return [entry.tensor for entry in ModelTensors(self._model).values() if entry.kind == "buffer"]

@@ -1,0 +1,162 @@
+"""Averages in Lightning: a callback."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from polyak.average import Average
+from polyak.errors import OptionError
+from polyak.extras import require
+from polyak.integrations.following import Following
+from polyak.profiles import Scheme
+
+require("lightning.pytorch", extra="lightning", purpose="polyak.integrations.lightning")
+
+from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.trainer.states import TrainerFn  # noqa: E402
+
+__all__ = ["Averaging"]
+
+# Lightning's own name for the live weights in a checkpoint whose "state_dict" is the average.
+_LIVE = "current_model_state"
+
+
+class Averaging(Callback):
+    """Average the weights that ``trainer.fit`` passes through, validate with the average, and end with it.
+
+    - Each step that the last optimizer takes counts once; those that GradScaler skipped do not.
+    - Validation during ``fit`` sees the averaged weights. They come back out afterwards, also after an exception.
+    - In a checkpoint ``state_dict`` is the averaged model, so what a monitored metric chose is what is loaded from it;
+      the live weights are beside it, and ``fit(ckpt_path=…)`` goes on from them, bitwise as if it had never stopped.
+    - When ``fit`` ends the model has the averaged weights.
+
+    Any number of these may run side by side; all but one then only follow (``apply=False``).
+
+    Args:
+        scheme: :class:`polyak.Uniform` (SWA), :class:`polyak.EMA`, :class:`polyak.Power`, :class:`polyak.Polynomial`.
+        recalibrate: for models with BatchNorm: batches for :func:`polyak.update_bn`, a pass over which precedes each
+            evaluation that follows new samples.
+        apply: False: only follow; validation, checkpoints' ``state_dict`` and the final model are the live weights.
+        options: the other keywords of :class:`polyak.Average`: ``start``, ``every``, ``device``, ...
+
+    Raises:
+        OptionError: an option is out of range, or two averages would stand in.
+        StructureError: a sharded model.
+        TypeError: an unknown option.
+
+    >>> import torch, polyak
+    >>> from polyak.integrations.lightning import Averaging
+    >>> averaging = Averaging(polyak.EMA(half_life=500), start=100)    # Trainer(callbacks=[averaging])
+    >>> averaging.state_key
+    'polyak.Averaging[ema:half_life=500]'
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        *,
+        recalibrate: Iterable[Any] | None = None,
+        apply: bool = True,
+        **options: Any,
+    ):
+        self._following = Following(scheme, recalibrate, options)
+        self._apply = apply
+        self._state: dict[str, Any] | None = None
+        self._resumed = False
+
+    @property
+    def average(self) -> Average:
+        """The average; ``NotStartedError`` before training begins."""
+        return self._following.average
+
+    @property
+    def state_key(self) -> str:
+        """The name under which a checkpoint holds the average's state."""
+        return f"polyak.Averaging[{self._following.scheme}]"
+
+    # Following.
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the average."""
+        callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        if sum(isinstance(callback, Averaging) and callback._apply for callback in callbacks) > 1:
+            raise OptionError("two averages would stand in for one model: give all but one apply=False")
+        self._following.begin(pl_module, trainer.optimizers[-1])
+        self._take_up()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if a run goes on without its average."""
+        if trainer.global_step and not self._resumed:
+            warnings.warn(
+                f"training goes on from step {trainer.global_step}, but the checkpoint holds no {self.state_key}: "
+                "the average begins anew",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    # Standing in.
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the averaged weights in."""
+        if self._apply and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._following.swap_in()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the live weights back."""
+        self._following.swap_out()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Bring the live weights back."""
+        self._following.stop()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the averaged weights the model's."""
+        self._following.stop()
+        # Not at the end of training: a last checkpoint, which is written there, needs the live weights too.
+        if self._apply:
+            self._following.ship()
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average's state."""
+        return self.average.state_dict() if self._following.begun else {}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on from the live weights, and keep the average's state until there is an average to take it up."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self._apply and _LIVE in checkpoint:
+            pl_module.load_state_dict(checkpoint[_LIVE], strict=pl_module.strict_loading)
+        self._state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if self._following.following:
+            self._take_up()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the averaged model in the place of the live one, which is kept beside it."""
+        following = self._following
+        if not (self._apply and following.following and following.average.n_averaged):
+            return
+        live = checkpoint["state_dict"]
+        if following.swapped:  # somebody saves in the middle of a validation
+            following.swap_out()
+            live = {
+                name: value.clone() if isinstance(value, Tensor) else value for name, value in live.items()
+            }
+            following.swap_in()
+        checkpoint[_LIVE] = live
+        checkpoint["state_dict"] = {**live, **following.weights()}
+
+    def _take_up(self) -> None:
+        self._resumed = bool(self._state)
+        if self._state:
+            self.average.load_state_dict(self._state)
+        self._state = None

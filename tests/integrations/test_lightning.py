@@ -1,0 +1,214 @@
+"""The Lightning callback in the real Trainer."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import polyak
+from polyak.errors import NotStartedError, OptionError
+from polyak.integrations.lightning import Averaging
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*(TensorBoard|LeafSpec|tree_|num_workers|is not empty)"),
+]
+
+
+class Net(pl.LightningModule):
+    def __init__(self, norm=False, fail_in_validation=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4) if norm else nn.Tanh(), nn.Linear(4, 1))
+        self.fail_in_validation = fail_in_validation
+        self.stepped, self.validated = [], []
+
+    def forward(self, x):
+        return self.body(x)
+
+    def training_step(self, batch, index):
+        return self(batch[0]).square().mean()
+
+    def on_train_batch_end(self, *_):
+        self.stepped.append(weights(self))
+
+    def validation_step(self, batch, index):
+        if self.fail_in_validation and not self.trainer.sanity_checking:
+            raise RuntimeError("validation failed")
+        self.validated.append(weights(self))
+        self.log("loss", self(batch[0]).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def weights(model):
+    return model.body[0].weight.detach().clone()
+
+
+def batches():
+    torch.manual_seed(1)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(32, 3)), batch_size=8)
+
+
+def trainer(folder, *callbacks, epochs=3, **options):
+    return pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **({"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)} | options),
+    )
+
+
+def fit(folder, *callbacks, model=None, ckpt_path=None, **options):
+    model = model or Net()
+    run = trainer(folder, *callbacks, **options)
+    run.fit(model, batches(), batches(), ckpt_path=ckpt_path)
+    return model, run
+
+
+def mean(samples):
+    return torch.stack(samples).double().mean(0).float()
+
+
+def test_it_follows_stands_in_and_becomes_the_model(tmp_path):
+    averaging = Averaging(polyak.Uniform(), start=4)
+    with pytest.warns(UserWarning, match="no sample yet"):  # the first epoch
+        model, _ = fit(tmp_path, averaging)
+    assert averaging.average.n_averaged == 8
+    assert torch.equal(model.validated[0], Net().body[0].weight), "the sanity check"
+    torch.testing.assert_close(model.validated[-1], mean(model.stepped[4:12]))
+    torch.testing.assert_close(model.validated[-5], mean(model.stepped[4:8]))
+    torch.testing.assert_close(model.validated[-9], model.stepped[3])
+    torch.testing.assert_close(weights(model), mean(model.stepped[4:]))
+
+
+def test_training_goes_on_from_the_live_weights(tmp_path):
+    averaged, _ = fit(tmp_path, Averaging(polyak.EMA(decay=0.9)))
+    plain, _ = fit(tmp_path)
+    assert all(map(torch.equal, averaged.stepped, plain.stepped))
+
+
+def test_a_checkpoint_is_the_average_and_resumes_from_the_live_weights(tmp_path):
+    whole, _ = fit(tmp_path, first := Averaging(polyak.EMA(half_life=3)), epochs=4)
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    half, _ = fit(tmp_path, Averaging(polyak.EMA(half_life=3)), saving, epochs=2)
+    saved = torch.load(tmp_path / "at.ckpt", weights_only=True)
+    assert torch.equal(saved["state_dict"]["body.0.weight"], weights(half))
+    assert torch.equal(saved["current_model_state"]["body.0.weight"], half.stepped[-1])
+
+    resumed, _ = fit(
+        tmp_path,
+        second := Averaging(polyak.EMA(half_life=3)),
+        saving,
+        epochs=4,
+        ckpt_path=tmp_path / "at.ckpt",
+    )
+    assert all(map(torch.equal, resumed.stepped, whole.stepped[8:]))
+    assert torch.equal(weights(resumed), weights(whole))
+    assert second.average.n_averaged == first.average.n_averaged == 16
+
+
+def test_a_checkpoint_written_at_the_end_of_training_resumes_too(tmp_path):
+    saving = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=5)
+    model, _ = fit(tmp_path, Averaging(polyak.Uniform()), saving, epochs=2)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(saved["current_model_state"]["body.0.weight"], model.stepped[-1])
+    assert torch.equal(saved["state_dict"]["body.0.weight"], weights(model))
+
+
+def test_a_checkpoint_without_the_average_is_said(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    fit(tmp_path, saving, epochs=1)
+    averaging = Averaging(polyak.Uniform())
+    with pytest.warns(UserWarning, match="the average begins anew"):
+        fit(tmp_path, averaging, saving, epochs=2, ckpt_path=tmp_path / "at.ckpt")
+    assert averaging.average.n_averaged == 4
+
+
+def test_live_weights_return_when_validation_fails(tmp_path):
+    model = Net(fail_in_validation=True)
+    with pytest.raises(RuntimeError, match="validation failed"):
+        fit(tmp_path, Averaging(polyak.Uniform()), model=model)
+    assert torch.equal(weights(model), model.stepped[-1])
+
+
+def test_statistics_are_those_of_the_averaged_weights(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    model, _ = fit(tmp_path, Averaging(polyak.Uniform(), recalibrate=batches()), saving, model=Net(norm=True))
+    shipped = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    saved = torch.load(tmp_path / "at.ckpt", weights_only=True)
+    polyak.update_bn(batches(), model.train())
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(shipped[name], buffer)
+        torch.testing.assert_close(saved["state_dict"][name], buffer)
+        if "running" in name:
+            assert not torch.equal(saved["current_model_state"][name], buffer)
+
+
+def test_a_model_with_batch_norm_is_told_about_its_statistics(tmp_path):
+    with pytest.warns(UserWarning, match="pass recalibrate=loader"):
+        fit(tmp_path, Averaging(polyak.Uniform()), model=Net(norm=True), epochs=1)
+
+
+def test_frozen_statistics_stay(tmp_path):
+    class Frozen(Net):
+        def on_train_epoch_start(self):
+            self.body[1].eval()
+
+    model = Frozen(norm=True)
+    model.body[1].running_mean.fill_(3.0)
+    fit(tmp_path, Averaging(polyak.Uniform(), recalibrate=batches()), model=model, epochs=1)
+    assert torch.equal(model.body[1].running_mean, torch.full((4,), 3.0))
+
+
+def test_several_averages_one_of_which_stands_in(tmp_path):
+    swa = Averaging(polyak.Uniform())
+    emas = [Averaging(polyak.EMA(decay=d), apply=False) for d in (0.5, 0.9)]
+    model, _ = fit(tmp_path, swa, *emas)
+    assert [c.average.n_averaged for c in (swa, *emas)] == [12, 12, 12]
+    torch.testing.assert_close(weights(model), mean(model.stepped))
+    with pytest.raises(OptionError, match="apply=False"):
+        fit(tmp_path, Averaging(polyak.Uniform()), Averaging(polyak.EMA(decay=0.9)))
+
+
+def test_gradient_accumulation_counts_steps(tmp_path):
+    averaging = Averaging(polyak.Uniform())
+    fit(tmp_path, averaging, epochs=1, accumulate_grad_batches=2)
+    assert averaging.average.n_averaged == 2
+
+
+def test_a_checkpoint_saved_within_a_validation_holds_the_live_weights(tmp_path):
+    class Saving(pl.Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    model, _ = fit(tmp_path, Saving(), Averaging(polyak.Uniform()))
+    saved = torch.load(tmp_path / "within.ckpt", weights_only=True)
+    assert torch.equal(saved["current_model_state"]["body.0.weight"], model.stepped[-1])
+    assert torch.equal(saved["state_dict"]["body.0.weight"], model.validated[-1])
+
+
+def test_validating_alone_changes_nothing(tmp_path):
+    averaging = Averaging(polyak.Uniform())
+    model, run = fit(tmp_path, averaging)
+    before = weights(model)
+    run.validate(model, batches(), verbose=False)
+    assert torch.equal(model.validated[-1], before) and torch.equal(weights(model), before)
+
+
+def test_what_cannot_work_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="evry"):
+        Averaging(polyak.Uniform(), evry=2)
+    with pytest.raises(OptionError, match="only once"):
+        Averaging(polyak.Uniform(), recalibrate=iter([]))
+    with pytest.raises(NotStartedError, match="when training begins"):
+        _ = Averaging(polyak.Uniform()).average

@@ -1,0 +1,234 @@
+"""The callback of transformers in the real Trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+import polyak
+from polyak.errors import NotStartedError, OptionError
+from polyak.integrations.transformers import Averaging
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(pin_memory|generation|lr_scheduler)")
+
+
+class Net(nn.Module):
+    """Notes the weights that it is evaluated with; ``fail`` makes evaluations raise."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4) if norm else nn.Tanh(), nn.Linear(4, 1))
+        self.evaluated, self.fail = [], False
+
+    def forward(self, x, labels=None):
+        if not self.training:
+            if self.fail:
+                raise ValueError("evaluation failed")
+            self.evaluated.append(weights(self))
+        out = self.body(x)
+        return {"loss": (out.squeeze(-1) - labels).square().mean(), "logits": out}
+
+
+class Steps(TrainerCallback):
+    def __init__(self):
+        self.weights = []
+
+    def on_step_end(self, args, state, control, *, model, **kwargs):
+        self.weights.append(weights(model))
+
+
+def weights(model):
+    return model.body[0].weight.detach().clone()
+
+
+def mean(samples):
+    return torch.stack(samples).double().mean(0).float()
+
+
+def rows():
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(3, generator=generator), "labels": torch.tensor(1.0)} for _ in range(16)]
+
+
+def trainer_for(folder, model=None, **options):
+    arguments = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "no", "max_steps": 12} | options
+    args = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=16,
+        learning_rate=0.05,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+        **arguments,
+    )
+    trainer = Trainer(model or Net(), args, train_dataset=rows(), eval_dataset=rows())
+    trainer.add_callback(steps := Steps())
+    return trainer, steps
+
+
+def test_it_follows_stands_in_and_becomes_the_model(tmp_path):
+    trainer, steps = trainer_for(tmp_path)
+    averaging = Averaging(trainer, polyak.Uniform(), start=4)
+    with pytest.warns(UserWarning, match="no sample yet"):
+        trainer.train()
+    first, second, third = trainer.model.evaluated
+    assert torch.equal(first, steps.weights[3])
+    torch.testing.assert_close(second, mean(steps.weights[4:8]))
+    torch.testing.assert_close(third, mean(steps.weights[4:12]))
+    torch.testing.assert_close(weights(trainer.model), third)
+    assert averaging.average.n_averaged == 8
+    trainer.evaluate()
+    assert torch.equal(trainer.model.evaluated[-1], weights(trainer.model))
+
+
+def test_training_goes_on_from_the_live_weights(tmp_path):
+    averaged, steps = trainer_for(tmp_path)
+    Averaging(averaged, polyak.EMA(decay=0.9))
+    averaged.train()
+    plain, plain_steps = trainer_for(tmp_path)
+    plain.train()
+    assert all(map(torch.equal, steps.weights, plain_steps.weights))
+
+
+def test_every_one_of_several_data_sets_sees_the_average(tmp_path):
+    trainer, steps = trainer_for(tmp_path, eval_steps=12)
+    trainer.eval_dataset = {"one": rows(), "two": rows()}
+    Averaging(trainer, polyak.Uniform())
+    trainer.train()
+    for seen in trainer.model.evaluated:
+        torch.testing.assert_close(seen, mean(steps.weights))
+
+
+def test_live_weights_return_when_an_evaluation_fails(tmp_path):
+    trainer, steps = trainer_for(tmp_path)
+    Averaging(trainer, polyak.Uniform())
+    trainer.model.fail = True
+    with pytest.raises(ValueError, match="evaluation failed"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), steps.weights[-1])
+
+
+def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path):
+    whole, _ = trainer_for(tmp_path / "whole")
+    Averaging(whole, polyak.EMA(half_life=3))
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    options = {"save_strategy": "steps", "save_steps": 6}
+    half, _ = trainer_for(tmp_path / "half", **options)
+    half.add_callback(Stop())
+    Averaging(half, polyak.EMA(half_life=3))
+    half.train()
+    resumed, _ = trainer_for(tmp_path / "half", **options)
+    averaging = Averaging(resumed, polyak.EMA(half_life=3))
+    resumed.train(resume_from_checkpoint=True)
+    assert averaging.average.n_averaged == 12
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
+def test_a_checkpoint_without_the_average_is_said(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 6}
+    trainer_for(tmp_path, **options)[0].train()
+    resumed, _ = trainer_for(tmp_path, **options)
+    Averaging(resumed, polyak.Uniform())
+    (tmp_path / "checkpoint-12").rename(tmp_path / "aside")
+    with pytest.warns(UserWarning, match="the average begins anew"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_the_best_checkpoint_gives_the_average_that_was_best(tmp_path):
+    trainer, steps = trainer_for(
+        tmp_path,
+        save_strategy="steps",
+        save_steps=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="distance",
+    )
+    losses = iter([3.0, 1.0, 2.0])
+    trainer.compute_metrics = lambda _: {"distance": next(losses)}
+    trainer.args.greater_is_better = False
+    averaging = Averaging(trainer, polyak.Uniform())
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-8")
+    torch.testing.assert_close(weights(trainer.model), mean(steps.weights[:8]))
+    assert averaging.average.n_averaged == 8
+
+
+def test_a_lost_average_of_the_best_checkpoint_is_said(tmp_path):
+    class Lose(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            (tmp_path / f"checkpoint-{state.global_step}" / averaging.file_name).unlink()
+
+    trainer, steps = trainer_for(
+        tmp_path, save_strategy="steps", save_steps=12, eval_steps=12, load_best_model_at_end=True
+    )
+    averaging = Averaging(trainer, polyak.Uniform())
+    trainer.add_callback(Lose())
+    with pytest.warns(UserWarning, match="has the live weights of that checkpoint"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), steps.weights[-1])
+
+
+def test_statistics_are_those_of_the_averaged_weights(tmp_path):
+    trainer, _ = trainer_for(tmp_path, Net(norm=True))
+    batches = [{"x": torch.stack([row["x"] for row in rows()]), "labels": torch.ones(16)}]
+    Averaging(trainer, polyak.Uniform(), recalibrate=batches)
+    trainer.train()
+    shipped = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    polyak.update_bn(batches, trainer.model.train())
+    for name, buffer in trainer.model.named_buffers():
+        torch.testing.assert_close(shipped[name], buffer)
+
+
+def test_several_averages_one_of_which_stands_in(tmp_path):
+    trainer, steps = trainer_for(tmp_path)
+    Averaging(trainer, polyak.Uniform())
+    followers = [Averaging(trainer, polyak.EMA(decay=d), apply=False) for d in (0.5, 0.9)]
+    with pytest.raises(OptionError, match="apply=False"):
+        Averaging(trainer, polyak.EMA(decay=0.7))
+    with pytest.raises(OptionError, match="already"):
+        Averaging(trainer, polyak.EMA(decay=0.9), apply=False)
+    trainer.train()
+    assert [f.average.n_averaged for f in followers] == [12, 12]
+    torch.testing.assert_close(weights(trainer.model), mean(steps.weights))
+
+
+def test_accumulation_counts_steps(tmp_path):
+    trainer, _ = trainer_for(tmp_path, gradient_accumulation_steps=2, max_steps=3)
+    averaging = Averaging(trainer, polyak.Uniform())
+    trainer.train()
+    assert averaging.average.n_averaged == 3
+
+
+def test_what_cannot_work_is_refused(tmp_path):
+    trainer, _ = trainer_for(tmp_path)
+    with pytest.raises(TypeError, match="evry"):
+        Averaging(trainer, polyak.Uniform(), evry=2)
+    averaging = Averaging(trainer, polyak.Uniform())
+    with pytest.raises(NotStartedError, match="when training begins"):
+        _ = averaging.average
+
+
+def test_a_language_model_keeps_its_ties_and_is_saved_as_the_average(tmp_path):
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8, dtype="bfloat16")
+    tokens = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(16)]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=4, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    trainer = Trainer(GPT2LMHeadModel(config).bfloat16(), args, train_dataset=tokens)
+    averaging = Averaging(trainer, polyak.EMA(half_life=2))
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "final")
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    average = averaging.average.named_tensors()["transformer.wte.weight"]
+    assert average.dtype == torch.float32
+    assert torch.equal(loaded.lm_head.weight, average.bfloat16())
