@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyak.cli.inputs import expanded
+from polyak.cli.recording import average_recording
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 def average(
     inputs: Annotated[
-        list[str], typer.Argument(help="Checkpoints (files or folders), folders of them, and patterns.")
+        list[str],
+        typer.Argument(help="Checkpoints (files or folders), folders of them, patterns; or a recorded run."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="What to write; its suffix says the format.")
@@ -62,14 +64,30 @@ def average(
     polyak average run/ -o average.safetensors --dtype bf16 --max-memory 1GB
     polyak average timm/*.pth.tar -o average.pt --key state_dict_ema
     torchrun --nproc-per-node 4 -m polyak average run/ -o average.safetensors
+    polyak average recording/ -o average.safetensors --profile tail:0.4     what a polyak.Recorder wrote
 
     A profile takes the inputs in the order of their training steps. The output says what it was made of, and
     appears whole or not at all. BatchNorm statistics of an average must be computed anew: polyak.update_bn.
     """
+    from polyak.checkpoints.folders import is_recording
     from polyak.combine import plan_average
 
+    paths = expanded(inputs)
+    if len(paths) == 1 and is_recording(paths[0]):
+        _refuse(paths[0], {"--weights": weights, "--key": key, "--dtype": dtype, "--hash": hashes or None})
+        if _is_first_process():  # blocks are few: one process is enough
+            average_recording(
+                paths[0],
+                output,
+                profile or "uniform",
+                max_memory=max_memory,
+                dry_run=dry_run,
+                force=force,
+                as_json=as_json,
+            )
+        return
     plan = plan_average(
-        expanded(inputs),
+        paths,
         output,
         weights=None if weights is None else _numbers(weights),
         profile=profile,
@@ -87,6 +105,16 @@ def average(
         typer.echo(json.dumps(report.to_dict() | {"dry_run": dry_run}, indent=2))
     else:
         _show(report, None if dry_run else time.monotonic() - started)
+
+
+def _refuse(recording: Path, options: dict[str, object]) -> None:
+    from polyak.errors import OptionError
+
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise OptionError(
+            f"{recording} is a recorded run, which takes no {', '.join(given)}: say --profile, such as tail:0.4"
+        )
 
 
 def _numbers(weights: str) -> list[float]:

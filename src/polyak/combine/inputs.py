@@ -69,7 +69,7 @@ def _expanded(path: Path) -> list[Path]:
     if is_recording(path):
         raise OptionError(
             f"{path} is a recorded trajectory, whose blocks stand for unlike numbers of samples: take averages of it "
-            f"with polyak.Trajectory({str(path)!r}).write(profile, output), or let polyak select choose one"
+            f"alone, by polyak average or polyak.Trajectory({str(path)!r}).write, or let polyak select choose one"
         )
     files = checkpoint_paths(path)
     if not files:
