@@ -206,6 +206,26 @@ def test_damaged_and_replaced_live_weights_are_told_apart(tmp_path):
     assert again.trajectory.live()["weight"].item() == 7
 
 
+def test_damaged_and_replaced_frozen_parameters_are_told_apart(tmp_path):
+    model = nn.Sequential(line(), line())
+    model[1].requires_grad_(False)
+    with polyak.Recorder(model, tmp_path, block=1) as run:
+        run.update()
+    early, frozen = run.trajectory, tmp_path / "frozen.safetensors"
+    whole = frozen.read_bytes()
+    frozen.write_bytes(whole[:-1] + b"!")
+    for use in (run.trajectory.live, lambda: run.trajectory.average(Uniform())):
+        with pytest.raises(CheckpointError, match="not what was written as the frozen parameters"):
+            use()
+    frozen.write_bytes(whole)
+    with polyak.Recorder(model, tmp_path, block=1, step=1) as again:
+        again.update()
+        model[1].weight.data.fill_(7.0)
+    with pytest.raises(CheckpointError, match="open it again"):
+        early.average(Uniform())
+    assert again.trajectory.average(Uniform())["1.weight"].item() == 7
+
+
 def test_a_run_that_was_recorded_anew_is_no_damage(tmp_path):
     model = line()
     with polyak.Recorder(model, tmp_path, block=1, step=0) as run:

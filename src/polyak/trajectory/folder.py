@@ -20,14 +20,14 @@ from polyak.checkpoints.atomic import writing
 from polyak.checkpoints.regions import DataFile
 from polyak.errors import CheckpointError, StateError, name_list
 from polyak.trajectory.block_file import copied_names, merge_files, refuse_damaged, write_file
+from polyak.trajectory.checksum import CheckedFile
 from polyak.trajectory.lock import FolderLock
-from polyak.trajectory.manifest import Block, Manifest
+from polyak.trajectory.manifest import FROZEN_NAME, Block, Manifest
 from polyak.trajectory.policy import pair_to_merge
 from polyak.trajectory.snapshot import Snapshot
 
-__all__ = ["FROZEN_NAME", "TrajectoryFolder"]
+__all__ = ["TrajectoryFolder"]
 
-FROZEN_NAME = "frozen.safetensors"
 _TRANSIENT = re.compile(r"(block-\d{12}-\d{12}|live-\d{12})\.safetensors|\.polyak-[0-9a-f]{12}\.tmp")
 
 Shape = tuple[int, ...]
@@ -140,7 +140,7 @@ class TrajectoryFolder:
         if snapshot.frozen and not self.manifest.blocks:
             self._write_frozen(snapshot)
         block = replace(block, checksum=write_file(self._file(block), snapshot))
-        manifest = replace(self.manifest, has_frozen=bool(snapshot.frozen)).with_block(block)
+        manifest = self.manifest.with_block(block)
         try:
             manifest = self._merged(manifest, max_blocks, kept_edges)
         finally:
@@ -165,8 +165,12 @@ class TrajectoryFolder:
         self._remove_unlisted()
 
     def _write_frozen(self, snapshot: Snapshot) -> None:
-        ties = snapshot.ties_of(snapshot.frozen)
-        checkpoints.write(self.path / FROZEN_NAME, snapshot.frozen, ties=ties, overwrite=True)
+        if self.manifest.has_frozen:  # a file must not be replaced while it is listed with its checksum
+            self._save(replace(self.manifest, frozen_checksum=None))
+        path, ties = self.path / FROZEN_NAME, snapshot.ties_of(snapshot.frozen)
+        checkpoints.write(path, snapshot.frozen, ties=ties, overwrite=True)
+        # Listed with the block or the live weights that they are written for.
+        self.manifest = replace(self.manifest, has_frozen=True, frozen_checksum=CheckedFile(path).checksum())
 
     def _has_frozen(self, snapshot: Snapshot) -> bool:
         with checkpoints.open(self.path / FROZEN_NAME) as stored:

@@ -17,8 +17,9 @@ from polyak.checkpoints.folders import RECORDING_NAME
 from polyak.errors import CheckpointError
 from polyak.trajectory.summaries import Summary, merged
 
-__all__ = ["Block", "Manifest"]
+__all__ = ["FROZEN_NAME", "Block", "Manifest"]
 
+FROZEN_NAME = "frozen.safetensors"
 _FORMAT = "polyak trajectory 1"
 
 
@@ -83,6 +84,7 @@ class Manifest:
         start: the optimizer step at which the recording began.
         blocks: oldest first, each beginning where the one before ends.
         has_frozen: whether the frozen parameters are kept beside the blocks.
+        frozen_checksum: CRC-32 of their file; None while it is replaced.
         live_step: the step of the live weights that are kept; None where there are none.
         live_checksum: CRC-32 of their file.
     """
@@ -93,6 +95,7 @@ class Manifest:
     start: int = 0
     blocks: tuple[Block, ...] = ()
     has_frozen: bool = False
+    frozen_checksum: int | None = None
     live_step: int | None = None
     live_checksum: int | None = None
 
@@ -108,9 +111,11 @@ class Manifest:
 
     @property
     def checksums(self) -> dict[str, int | None]:
-        """File names of the blocks and the live weights, to what is known of their contents."""
+        """File names of all that is listed, to what is known of their contents."""
         checksums = {block.file_name: block.checksum for block in self.blocks}
-        return checksums | {self.live_name: self.live_checksum} if self.live_name else checksums
+        frozen = {FROZEN_NAME: self.frozen_checksum} if self.has_frozen else {}
+        live = {self.live_name: self.live_checksum} if self.live_name else {}
+        return checksums | frozen | live
 
     def with_block(self, block: Block) -> Manifest:
         """With one more block at the end; live weights from before its end are no longer the last ones."""

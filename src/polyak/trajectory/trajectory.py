@@ -19,8 +19,7 @@ from polyak.profiles import Profile, Weights, as_profile
 from polyak.trajectory.assembly import Assembly
 from polyak.trajectory.block_file import copied_names, refuse_damaged
 from polyak.trajectory.explain import Explanation, block_coefficients, explain
-from polyak.trajectory.folder import FROZEN_NAME
-from polyak.trajectory.manifest import Block, Manifest
+from polyak.trajectory.manifest import FROZEN_NAME, Block, Manifest
 from polyak.trajectory.steps import checkpoint_steps
 
 __all__ = ["Trajectory"]
@@ -69,6 +68,7 @@ class Trajectory:
         self._frozen = checkpoints.open(folder / FROZEN_NAME) if manifest.has_frozen else None
         self._live = None if manifest.live_name is None else folder / manifest.live_name
         self._live_checksum = manifest.live_checksum
+        self._frozen_checksum = manifest.frozen_checksum
 
     @classmethod
     def from_checkpoints(
@@ -109,7 +109,7 @@ class Trajectory:
         spans = spans_of_steps([step for step, _ in found])
         trajectory.blocks = tuple(Block(span.start, span.stop, span.count) for span in spans)
         trajectory.damaged, trajectory._unchecked = {}, set()
-        trajectory._frozen = None
+        trajectory._frozen = trajectory._frozen_checksum = None
         trajectory._live = Weights([float(index == len(found) - 1) for index in range(len(found))])
         common_layout(inputs)  # refuses checkpoints of different models
         return trajectory
@@ -242,6 +242,7 @@ class Trajectory:
         except CheckpointError:
             self._refuse_outdated()
             raise
+        self._check_frozen()
         sources = [checkpoints.open(self._live), *([self._frozen] if self._frozen else [])]
         return {name: source.read(name) for source in sources for name in source.tensors}
 
@@ -259,6 +260,7 @@ class Trajectory:
         found = block_coefficients(as_profile(profile), self.blocks).tolist()
         used = [index for index, a in enumerate(found) if a]
         self._check(used)
+        self._check_frozen()
         broken = [index for index in used if index in self.damaged]
         if broken:
             others = len(self.blocks) - len(self.damaged)
@@ -280,6 +282,16 @@ class Trajectory:
                 self.damaged[index] = str(error)
             self._unchecked.remove(index)
 
+    def _check_frozen(self) -> None:
+        if self._frozen is None or self._frozen_checksum is None:
+            return
+        try:
+            refuse_damaged(self._frozen.path, self._frozen_checksum, "the frozen parameters")
+        except CheckpointError:
+            self._refuse_outdated()
+            raise
+        self._frozen_checksum = None  # once is enough
+
     def _refuse_outdated(self) -> None:
         """A missing file is no damage where the recording has gone on, merged blocks, and has other live weights."""
         folder = Path(self._place)
@@ -288,6 +300,8 @@ class Trajectory:
         then = {block.file_name: block.checksum for block in self.blocks}
         if isinstance(self._live, Path):
             then[self._live.name] = self._live_checksum
+        if self._frozen_checksum is not None:
+            then[FROZEN_NAME] = self._frozen_checksum
         if not then.items() <= Manifest.read(folder).checksums.items():
             raise CheckpointError(
                 f"{self._place} has been recorded further since this trajectory was opened, and files of it were "
