@@ -57,6 +57,7 @@ class Accumulator:
         check_finite: True skips and counts a sample with a NaN or an infinity, "raise" raises, False does
             not look.
         agree: takes a 0-dim bool tensor, this rank's verdict on the sample, and returns that of all ranks.
+        means: memory for them, with the values it is to begin with; None: zeros of their own.
 
     Where a mean lives on an accelerator nothing is read back to the host: the verdict masks the update on the
     device, and the counters are tensors until somebody asks.
@@ -81,6 +82,7 @@ class Accumulator:
         compensated: bool = False,
         check_finite: CheckFinite = True,
         agree: Callable[[Tensor], Tensor] | None = None,
+        means: Sequence[Tensor] | None = None,
     ):
         if check_finite not in (True, False, "raise"):
             raise OptionError(f"check_finite must be True, False or 'raise', got {check_finite!r}")
@@ -94,7 +96,7 @@ class Accumulator:
         self.check_finite = check_finite
         self._agree = agree
         self._dtype, self._device = dtype, device
-        self.means: list[Tensor] = []
+        self.means: list[Tensor] = list(means or ())
         self.residuals: list[Tensor] = []
         self._n_averaged: Any = 0
         self._n_skipped: Any = 0

@@ -15,7 +15,16 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Tensors", "allocate", "are_mostly_small", "lie_alike", "plan_batches", "with_sources"]
+__all__ = [
+    "Batch",
+    "Tensors",
+    "allocate",
+    "are_mostly_small",
+    "in_place_of",
+    "lie_alike",
+    "plan_batches",
+    "with_sources",
+]
 
 # Tensors below this many elements cost more to call upon than to touch.
 _SMALL_NUMEL = 1 << 14
@@ -144,6 +153,26 @@ def _allocate(tensors: Sequence[Tensor], kinds: list[_Kind]) -> list[Tensor]:
         else torch.zeros_like(tensor, dtype=kind[0], device=kind[1], requires_grad=False)
         for tensor, kind in zip(tensors, kinds, strict=True)
     ]
+
+
+def in_place_of(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Means with the values of ``tensors``, in their very memory where they are large and of the dtype asked for.
+
+    >>> big, small = torch.ones(200, 100), torch.ones(2)
+    >>> [m is t for m, t in zip(in_place_of([big, small], [torch.float32] * 2), [big, small])]
+    [True, False]
+    """
+    apart = [
+        i
+        for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True))
+        if tensor.numel() < _SMALL_NUMEL or tensor.dtype != dtype
+    ]
+    means = list(tensors)
+    sources = [tensors[i] for i in apart]
+    copies = allocate(sources, [dtypes[i] for i in apart], [source.device for source in sources])
+    for i, copy in zip(apart, copies, strict=True):
+        means[i] = copy.copy_(tensors[i])
+    return means
 
 
 def plan_batches(

@@ -13,7 +13,7 @@ from polyak.errors import OptionError, StructureError, name_list
 from polyak.swap import Place
 from polyak.tensors import ModelTensors, NamedTensor, local, meshes, shape_of
 
-__all__ = ["Binding"]
+__all__ = ["Binding", "differences"]
 
 
 class Binding:
@@ -162,7 +162,7 @@ class Binding:
             )
 
     def _refuse_restructured(self, tensors: ModelTensors) -> None:
-        complaints = _differences(self._shapes, self._describe(tensors))
+        complaints = differences(self._shapes, self._describe(tensors))
         if complaints:
             raise StructureError(
                 f"the model is no longer the one that is averaged: {'; '.join(complaints)}. "
@@ -183,8 +183,12 @@ def _is_trained(entry: NamedTensor) -> bool:
     return entry.kind == "buffer" or entry.tensor.requires_grad
 
 
-def _differences(before: dict[str, str | None], now: dict[str, str | None]) -> list[str]:
-    """What differs between two models, in words; a lazy tensor (None) may take any shape."""
+def differences(before: dict[str, str | None], now: dict[str, str | None]) -> list[str]:
+    """What differs between two models, in words, from names to shapes; a lazy tensor (None) may take any shape.
+
+    >>> differences({"a": "(2,)", "b": "(2,)"}, {"b": "(3,)"})
+    ["missing 'a'", "reshaped 'b (2,) -> (3,)'"]
+    """
     missing = [n for n in before if n not in now]
     added = [n for n in now if n not in before]
     reshaped = [
