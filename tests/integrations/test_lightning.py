@@ -124,6 +124,14 @@ def test_a_checkpoint_written_at_the_end_of_training_resumes_too(tmp_path):
     assert torch.equal(saved["state_dict"]["body.0.weight"], weights(model))
 
 
+def test_a_checkpoint_of_weights_only_is_the_average_too(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="at", save_weights_only=True)
+    model, _ = fit(tmp_path, Averaging(polyak.Uniform()), saving)
+    saved = torch.load(tmp_path / "at.ckpt", weights_only=True)
+    assert torch.equal(saved["state_dict"]["body.0.weight"], weights(model))
+    assert "current_model_state" not in saved and "on_save_checkpoint" not in vars(model)
+
+
 def test_a_checkpoint_without_the_average_is_said(tmp_path):
     saving = ModelCheckpoint(tmp_path, filename="at")
     fit(tmp_path, saving, epochs=1)

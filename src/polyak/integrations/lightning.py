@@ -31,7 +31,7 @@ class Averaging(Callback):
     - Each step that the last optimizer takes counts once; those that GradScaler skipped do not.
     - Validation during ``fit`` sees the averaged weights. They come back out afterwards, also after an exception.
     - In a checkpoint ``state_dict`` is the averaged model, so what a monitored metric chose is what is loaded from it;
-      the live weights are beside it, and ``fit(ckpt_path=…)`` goes on from them, bitwise as if it had never stopped.
+      the live weights are beside it, and ``fit(ckpt_path=…)`` goes on from them, exactly where Lightning itself does.
     - When ``fit`` ends the model has the averaged weights.
 
     Any number of these may run side by side; all but one then only follow (``apply=False``).
@@ -85,7 +85,10 @@ class Averaging(Callback):
         callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         if sum(isinstance(callback, Averaging) and callback._apply for callback in callbacks) > 1:
             raise OptionError("two averages would stand in for one model: give all but one apply=False")
+        self._stop(pl_module)
         self._following.begin(pl_module, trainer.optimizers[-1])
+        if self._apply:
+            self._save_averaged(pl_module)
         self._take_up()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,11 +114,11 @@ class Averaging(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Bring the live weights back."""
-        self._following.stop()
+        self._stop(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the averaged weights the model's."""
-        self._following.stop()
+        self._stop(pl_module)
         # Not at the end of training: a last checkpoint, which is written there, needs the live weights too.
         if self._apply:
             self._following.ship()
@@ -138,12 +141,20 @@ class Averaging(Callback):
         if self._following.following:
             self._take_up()
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Put the averaged model in the place of the live one, which is kept beside it."""
+    def _save_averaged(self, pl_module: LightningModule) -> None:
+        # By the module's hook, not the callback's, which Lightning skips for checkpoints of weights only.
+        hook = pl_module.on_save_checkpoint
+
+        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+            self._exchange(checkpoint)
+            hook(checkpoint)
+
+        pl_module.on_save_checkpoint = on_save_checkpoint
+
+    def _exchange(self, checkpoint: dict[str, Any]) -> None:
+        """Put the averaged model in the place of the live one, which is kept beside it in whole checkpoints."""
         following = self._following
-        if not (self._apply and following.following and following.average.n_averaged):
+        if not following.average.n_averaged:
             return
         live = checkpoint["state_dict"]
         if following.swapped:  # somebody saves in the middle of a validation
@@ -152,8 +163,13 @@ class Averaging(Callback):
                 name: value.clone() if isinstance(value, Tensor) else value for name, value in live.items()
             }
             following.swap_in()
-        checkpoint[_LIVE] = live
         checkpoint["state_dict"] = {**live, **following.weights()}
+        if "callbacks" in checkpoint:
+            checkpoint[_LIVE] = live
+
+    def _stop(self, pl_module: LightningModule) -> None:
+        self._following.stop()
+        vars(pl_module).pop("on_save_checkpoint", None)
 
     def _take_up(self) -> None:
         self._resumed = bool(self._state)
