@@ -10,7 +10,7 @@ from torch import nn
 
 import polyak
 from polyak.errors import NotStartedError, OptionError
-from polyak.integrations.lightning import Averaging
+from polyak.integrations.lightning import Averaging, Recording
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
@@ -220,3 +220,42 @@ def test_what_cannot_work_is_refused(tmp_path):
         Averaging(polyak.Uniform(), recalibrate=iter([]))
     with pytest.raises(NotStartedError, match="when training begins"):
         _ = Averaging(polyak.Uniform()).average
+
+
+@pytest.mark.parametrize("beside", [[], [Averaging(polyak.Uniform())]], ids=["alone", "beside an average"])
+def test_a_recording_is_the_run(tmp_path, beside):
+    recording = Recording(tmp_path / "run", block=2)
+    model, _ = fit(tmp_path, *beside, recording)
+    trajectory = recording.trajectory
+    assert [str(block) for block in trajectory.blocks] == [f"({k}, {k + 2}]" for k in range(0, 12, 2)]
+    assert trajectory.blocks[0].lr.mean == pytest.approx(0.1)
+    torch.testing.assert_close(trajectory.average("tail:steps=4")["body.0.weight"], mean(model.stepped[8:]))
+    assert torch.equal(trajectory.live()["body.0.weight"], model.stepped[-1])
+
+
+def test_a_recording_goes_on_with_its_checkpoint(tmp_path):
+    whole, _ = fit(tmp_path, Recording(tmp_path / "whole", block=6), epochs=4)
+    saving = ModelCheckpoint(tmp_path, filename="at", save_last=True)
+    fit(tmp_path, Recording(tmp_path / "run", block=6), saving, epochs=2)
+    fit(tmp_path, Recording(tmp_path / "run", block=6), saving, epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    resumed, once = polyak.Trajectory(tmp_path / "run"), polyak.Trajectory(tmp_path / "whole")
+    assert resumed.blocks[0].stop == once.blocks[0].stop == 6
+    for profile in ("uniform", "tail:steps=6"):
+        assert torch.equal(resumed.average(profile)["body.0.weight"], once.average(profile)["body.0.weight"])
+
+
+def test_a_recording_is_whole_when_training_fails(tmp_path):
+    model = Net(fail_in_validation=True)
+    recording = Recording(tmp_path / "run", block=3)
+    with pytest.raises(RuntimeError, match="validation failed"):
+        fit(tmp_path, recording, Averaging(polyak.Uniform()), model=model)
+    trajectory = recording.trajectory
+    assert trajectory.blocks[-1].stop == 4
+    assert torch.equal(trajectory.live()["body.0.weight"], model.stepped[-1])
+
+
+def test_a_recording_refuses_what_it_does_not_know(tmp_path):
+    with pytest.raises(TypeError, match="blok"):
+        Recording(tmp_path, blok=2)
+    with pytest.raises(NotStartedError, match="when training does"):
+        _ = Recording(tmp_path).trajectory

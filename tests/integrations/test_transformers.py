@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 import polyak
 from polyak.errors import NotStartedError, OptionError
-from polyak.integrations.transformers import Averaging
+from polyak.integrations.transformers import Averaging, Recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(pin_memory|generation|lr_scheduler)")
 
@@ -63,8 +63,7 @@ def trainer_for(folder, model=None, **options):
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        logging_strategy="no",
-        **arguments,
+        **({"logging_strategy": "no"} | arguments),
     )
     trainer = Trainer(model or Net(), args, train_dataset=rows(), eval_dataset=rows())
     trainer.add_callback(steps := Steps())
@@ -232,3 +231,44 @@ def test_a_language_model_keeps_its_ties_and_is_saved_as_the_average(tmp_path):
     average = averaging.average.named_tensors()["transformer.wte.weight"]
     assert average.dtype == torch.float32
     assert torch.equal(loaded.lm_head.weight, average.bfloat16())
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_recording_is_the_run(tmp_path, beside):
+    trainer, steps = trainer_for(
+        tmp_path, save_strategy="steps", save_steps=4, load_best_model_at_end=True, logging_strategy="steps"
+    )
+    if beside:
+        Averaging(trainer, polyak.Uniform())
+    recording = Recording(trainer, tmp_path / "run", block=2)
+    trainer.train()
+    trajectory = recording.trajectory
+    assert [str(block) for block in trajectory.blocks] == [f"({k}, {k + 2}]" for k in range(0, 12, 2)]
+    assert trajectory.blocks[0].lr.max > 0
+    torch.testing.assert_close(trajectory.average("tail:steps=4")["body.0.weight"], mean(steps.weights[8:]))
+    assert torch.equal(trajectory.live()["body.0.weight"], steps.weights[-1])
+
+
+def test_a_recording_goes_on_with_its_checkpoint(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 5}
+    whole, _ = trainer_for(tmp_path / "a", **options)
+    Recording(whole, tmp_path / "whole", block=4)
+    whole.train()
+    resumed, _ = trainer_for(tmp_path / "a", **options)
+    recording = Recording(resumed, tmp_path / "whole", block=4)
+    before = polyak.Trajectory(tmp_path / "whole").average("uniform")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
+    assert recording.trajectory.blocks[-1].stop == 12
+    for name, tensor in recording.trajectory.average("uniform").items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_recording_can_be_closed_when_training_failed(tmp_path):
+    trainer, steps = trainer_for(tmp_path)
+    recording = Recording(trainer, tmp_path / "run", block=3)
+    trainer.model.fail = True
+    with pytest.raises(ValueError, match="evaluation failed"):
+        trainer.train()
+    recording.close()
+    assert recording.trajectory.blocks[-1].stop == 4
+    assert torch.equal(recording.trajectory.live()["body.0.weight"], steps.weights[-1])

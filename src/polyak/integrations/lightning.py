@@ -1,9 +1,10 @@
-"""Averages in Lightning: a callback."""
+"""Averages and recordings in Lightning: callbacks."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from os import PathLike
 from typing import Any
 
 from torch import Tensor
@@ -11,15 +12,17 @@ from torch import Tensor
 from polyak.average import Average
 from polyak.errors import OptionError
 from polyak.extras import require
+from polyak.integrations import recording
 from polyak.integrations.following import Following
 from polyak.profiles import Scheme
+from polyak.trajectory import Trajectory
 
 require("lightning.pytorch", extra="lightning", purpose="polyak.integrations.lightning")
 
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.trainer.states import TrainerFn  # noqa: E402
 
-__all__ = ["Averaging"]
+__all__ = ["Averaging", "Recording"]
 
 # Lightning's own name for the live weights in a checkpoint whose "state_dict" is the average.
 _LIVE = "current_model_state"
@@ -135,7 +138,7 @@ class Averaging(Callback):
         """Go on from the live weights, and keep the average's state until there is an average to take it up."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if self._apply and _LIVE in checkpoint:
+        if _LIVE in checkpoint:
             pl_module.load_state_dict(checkpoint[_LIVE], strict=pl_module.strict_loading)
         self._state = checkpoint.get("callbacks", {}).get(self.state_key)
         if self._following.following:
@@ -176,3 +179,60 @@ class Averaging(Callback):
         if self._state:
             self.average.load_state_dict(self._state)
         self._state = None
+
+
+class Recording(Callback):
+    """Record the run that ``trainer.fit`` makes, to choose the average when it is over.
+
+    The last optimizer's steps are counted. Checkpoints carry what is not on disk yet, and ``fit(ckpt_path=…)`` goes on
+    from there. When training ends, or fails, the last block and the live weights are written. With several processes
+    the first one records.
+
+    Args:
+        directory: where the blocks go.
+        options: the other keywords of :class:`polyak.Recorder`: ``every``, ``block``, ``device``, ...
+
+    Raises:
+        TypeError: an unknown option. When ``fit`` begins, what :class:`polyak.Recorder` raises.
+
+    >>> from polyak.integrations.lightning import Recording
+    >>> recording = Recording("run/trajectory", every=10)    # Trainer(callbacks=[recording])
+    >>> # polyak.select(recording.trajectory, model, score=...)
+    """
+
+    def __init__(self, directory: str | PathLike[str], **options: Any):
+        self._recording = recording.Recording(directory, options)
+        self._state: dict[str, Any] | None = None
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """What was recorded so far; ``NotStartedError`` before training begins."""
+        return self._recording.trajectory
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, or go on."""
+        if trainer.is_global_zero:
+            self._recording.begin(pl_module, trainer.optimizers[-1], self._state)
+        self._state = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is left, while the live weights are in the model."""
+        self._recording.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what is left, once the live weights are in the model."""
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, Averaging):
+                callback.on_exception(trainer, pl_module, exception)
+        self._recording.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not on disk yet."""
+        return self._recording.state_dict()
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the state until training begins."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._state = checkpoint.get("callbacks", {}).get(self.state_key)

@@ -1,10 +1,11 @@
-"""Averages in the Trainer of transformers: a callback that adds itself."""
+"""Averages and recordings under the Trainer of transformers: callbacks that add themselves."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections.abc import Iterable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from polyak.average import Average
 from polyak.checkpoints.atomic import AtomicOutput
 from polyak.errors import OptionError
 from polyak.extras import require
+from polyak.integrations import recording
 from polyak.integrations.following import Following
 from polyak.profiles import Scheme
+from polyak.trajectory import Trajectory
 
 require("transformers", extra="transformers", purpose="polyak.integrations.transformers")
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 
-__all__ = ["Averaging"]
+__all__ = ["Averaging", "Recording"]
 
 
 class Averaging(TrainerCallback):
@@ -124,15 +127,7 @@ class Averaging(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the average's state into the checkpoint."""
-        folder = _checkpoint(args, state)
-        if not (args.should_save and folder.is_dir()):
-            return
-        output = AtomicOutput(folder / self.file_name, overwrite=True)
-        try:
-            torch.save(self.average.state_dict(), output.temporary)
-            output.commit()
-        finally:
-            output.abort()
+        _save(args, state, self.file_name, self.average)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,11 +148,10 @@ class Averaging(TrainerCallback):
 
     def _load(self, checkpoint: Path) -> bool:
         """Take up the state in a checkpoint, if there is one."""
-        path = checkpoint / self.file_name
-        if not path.is_file():
-            return False
-        self.average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        return True
+        saved = _saved(checkpoint / self.file_name)
+        if saved is not None:
+            self.average.load_state_dict(saved)
+        return saved is not None
 
     def _stand_in(self, trainer: Trainer) -> None:
         # Around the loop, not at its events: those know no exception, and one of them ends each of several data sets.
@@ -172,5 +166,95 @@ class Averaging(TrainerCallback):
         trainer.evaluation_loop = evaluation_loop
 
 
+class Recording(TrainerCallback):
+    """Record the run that ``trainer.train`` makes, to choose the average when it is over.
+
+    It adds itself to the Trainer. Checkpoints carry what is not on disk yet, and ``train(resume_from_checkpoint=…)``
+    goes on from there. When training ends the last block and the live weights are written; after an exception
+    :meth:`close` does that. With several processes the first one records.
+
+    Args:
+        trainer: a Trainer, or one of another library's that derives from it.
+        directory: where the blocks go.
+        options: the other keywords of :class:`polyak.Recorder`: ``every``, ``block``, ``device``, ...
+
+    Raises:
+        TypeError: an unknown option. When training begins, what :class:`polyak.Recorder` raises.
+
+    >>> from polyak.integrations.transformers import Recording
+    >>> # recording = Recording(trainer, "run/trajectory", every=10)
+    >>> # trainer.train()
+    >>> # polyak.select(recording.trajectory, trainer.model, score=...)
+    """
+
+    file_name = "polyak-recording.pt"
+
+    def __init__(self, trainer: Trainer, directory: str | PathLike[str], **options: Any):
+        self._recording = recording.Recording(directory, options)
+        trainer.add_callback(self)
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """What was recorded so far; ``NotStartedError`` before training begins."""
+        return self._recording.trajectory
+
+    def close(self) -> None:
+        """Write the last block and the live weights; calling it again does nothing."""
+        self._recording.close()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        """Begin, or go on."""
+        if state.is_world_process_zero:
+            saved = _saved(_checkpoint(args, state) / self.file_name) if state.global_step else None
+            self._recording.begin(model, optimizer, saved)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put what is not on disk yet into the checkpoint."""
+        if state.is_world_process_zero:
+            _save(args, state, self.file_name, self._recording)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        """Write what is left at the last log, as the best checkpoint or an average may enter the model after it."""
+        if "train_runtime" in logs:
+            self.close()
+
+
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _saved(path: Path) -> dict[str, Any] | None:
+    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+
+
+def _save(
+    args: TrainingArguments, state: TrainerState, file_name: str, what: Average | recording.Recording
+) -> None:
+    folder = _checkpoint(args, state)
+    if not (args.should_save and folder.is_dir()):
+        return
+    output = AtomicOutput(folder / file_name, overwrite=True)
+    try:
+        torch.save(what.state_dict(), output.temporary)
+        output.commit()
+    finally:
+        output.abort()

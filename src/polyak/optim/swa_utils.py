@@ -192,7 +192,8 @@ class AveragedModel(nn.Module):
         tensors = {e.name: e.tensor.detach() for e in ModelTensors(self.module).values()}
         for name, mean in wide.items():
             tensors[name].copy_(mean)  # a wider dtype then holds all of the mean
-        self._wide = {n: m.to(tensors[n].device) for n, m in wide.items() if not tensors[n].is_meta}
+        wider = [n for n, m in wide.items() if m.dtype != tensors[n].dtype and not tensors[n].is_meta]
+        self._wide = {name: wide[name].to(tensors[name].device) for name in wider}
         self._forget_model()
         return self
 
