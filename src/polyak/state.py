@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from polyak.errors import StateError, name_list
+from polyak.tensors import is_sharded
 
 __all__ = ["refuse_other_state"]
 
@@ -61,5 +62,5 @@ def _refuse_other_tensors(key: str, current: Mapping[str, Tensor], saved: Mappin
 
 
 def _kind(tensor: Tensor) -> str:
-    split = ", sharded" if hasattr(tensor, "to_local") else ""
+    split = ", sharded" if is_sharded(tensor) else ""
     return f"{tuple(tensor.shape)} {tensor.dtype}{split}"

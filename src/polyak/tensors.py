@@ -20,7 +20,16 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from polyak.errors import OptionError, StructureError, name_list
 
-__all__ = ["ModelTensors", "NamedTensor", "bare_model", "local", "meshes", "shape_of", "sharded_like"]
+__all__ = [
+    "ModelTensors",
+    "NamedTensor",
+    "bare_model",
+    "is_sharded",
+    "local",
+    "meshes",
+    "shape_of",
+    "sharded_like",
+]
 
 # Child names that only wrappers use; what they hold keeps the name it had before it was wrapped.
 _WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -155,15 +164,24 @@ def bare_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which every rank holds its own part.
+
+    >>> is_sharded(torch.ones(1))
+    False
+    """
+    return hasattr(tensor, "to_local")
+
+
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor: the shard of a DTensor, the tensor itself otherwise."""
     with torch.no_grad():  # with gradients enabled a DTensor gives out a new view of its shard each time
-        return [_to_local(t) if hasattr(t, "to_local") else t for t in tensors]
+        return [_to_local(t) if is_sharded(t) else t for t in tensors]
 
 
 def meshes(tensors: Iterable[Tensor]) -> list[Any]:
     """The device meshes that the DTensors among ``tensors`` are spread over, each once."""
-    found = {t.device_mesh for t in tensors if hasattr(t, "to_local")}  # type: ignore[attr-defined]
+    found = {t.device_mesh for t in tensors if is_sharded(t)}  # type: ignore[attr-defined]
     return sorted(found, key=lambda mesh: str(mesh))
 
 
@@ -173,14 +191,14 @@ def shape_of(tensor: Tensor) -> str:
     >>> shape_of(torch.ones(2, 3))
     '(2, 3)'
     """
-    if not hasattr(tensor, "to_local"):
+    if not is_sharded(tensor):
         return f"{tuple(tensor.shape)}"
     return f"{tuple(tensor.shape)} sharded as {tensor.placements} on {tensor.device_mesh}"  # type: ignore[attr-defined]
 
 
 def sharded_like(shard: Tensor, whole: Tensor) -> Tensor:
     """``shard`` as a tensor that is distributed as ``whole`` is; no data moves."""
-    if not hasattr(whole, "to_local"):
+    if not is_sharded(whole):
         return shard
     from torch.distributed.tensor import DTensor
 

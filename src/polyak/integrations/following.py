@@ -18,7 +18,7 @@ from polyak.hooks import AttachHandle, attach
 from polyak.profiles import Scheme
 from polyak.selection.weights import refuse_one_pass
 from polyak.swap import copy_into
-from polyak.tensors import ModelTensors
+from polyak.tensors import ModelTensors, is_sharded
 
 __all__ = ["Following"]
 
@@ -82,7 +82,7 @@ class Following:
         """
         self.stop()
         entries = list(ModelTensors(model).values())
-        if any(hasattr(entry.tensor, "to_local") for entry in entries):
+        if any(is_sharded(entry.tensor) for entry in entries):
             raise StructureError(
                 "the model is sharded, and the framework's checkpoints would not hold its average: call "
                 "polyak.Average yourself, and save its state_dict with torch.distributed.checkpoint"

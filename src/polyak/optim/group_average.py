@@ -14,6 +14,7 @@ from polyak.accumulator import Accumulator
 from polyak.errors import StateError, StructureError, name_list
 from polyak.profiles import Uniform
 from polyak.swap import copy_into, refuse_swapped
+from polyak.tensors import is_sharded
 
 __all__ = ["GroupAverage", "all_params", "averageable", "refuse_sharded", "saved_buffers"]
 
@@ -132,7 +133,7 @@ def all_params(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
 
 def refuse_sharded(groups: Iterable[Mapping[str, Any]]) -> None:
     """Whole parameters are averaged here, and the ranks would not agree on which samples are finite."""
-    if any(hasattr(parameter, "to_local") for parameter in all_params(groups)):
+    if any(is_sharded(parameter) for parameter in all_params(groups)):
         raise StructureError(
             "the parameters are sharded, which SWA cannot average; polyak.Average with polyak.Uniform() can"
         )

@@ -13,7 +13,7 @@ from polyak.binding import differences
 from polyak.errors import OptionError, StructureError, name_list
 from polyak.profiles import Scheme, Uniform
 from polyak.swap import copy_into
-from polyak.tensors import ModelTensors, NamedTensor, shape_of
+from polyak.tensors import ModelTensors, NamedTensor, is_sharded, shape_of
 
 __all__ = ["ModuleMean", "Pairing", "are_finite", "can_be_lerped", "refuse_sharded"]
 
@@ -152,7 +152,7 @@ def can_be_lerped(tensor: Tensor) -> bool:
 
 def refuse_sharded(tensors: ModelTensors) -> None:
     """Whole tensors are averaged here, and a copy of a sharded module would be out of step with its mesh."""
-    if sharded := [e.name for e in tensors.values() if hasattr(e.tensor, "to_local")]:
+    if sharded := [e.name for e in tensors.values() if is_sharded(e.tensor)]:
         raise StructureError(
             f"{name_list(sharded)} are sharded, and AveragedModel is a whole copy of the model; use "
             "polyak.Average(model, scheme), which averages every shard where it is"
