@@ -145,6 +145,11 @@ class Average:
         """Samples left out because they held a NaN or an infinity."""
         return self._accumulator.n_skipped if self._accumulator else 0
 
+    @property
+    def swapped(self) -> bool:
+        """Whether the averaged weights are in the model."""
+        return self._swap is not None and self._swap.active
+
     # Using the average.
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -245,7 +250,7 @@ class Average:
         from polyak.batchnorm import tracks_statistics
 
         tensors = self._persistent_tensors("save()")
-        if tracks_statistics(self._binding.model) and not self._is_swapped():
+        if tracks_statistics(self._binding.model) and not self.swapped:
             warnings.warn(
                 "the BatchNorm statistics in this file are not those of the averaged weights; save inside "
                 "applied(), after polyak.update_bn(loader, model)",
@@ -333,11 +338,8 @@ class Average:
             )
         return self._accumulator
 
-    def _is_swapped(self) -> bool:
-        return self._swap is not None and self._swap.active
-
     def _swap_out_if_swapped(self) -> None:
-        if self._is_swapped():
+        if self.swapped:
             self.swap_out()
 
     def _persistent_tensors(self, call: str) -> dict[str, Tensor]:
@@ -351,9 +353,9 @@ class Average:
         means = self._named(self._follow_model().means)
         entries = list(ModelTensors(self._binding.model).values())
         others = [e.tensor for e in entries if e.name not in means]
-        if not self._is_swapped():  # what is not averaged here must not be another average's
+        if not self.swapped:  # what is not averaged here must not be another average's
             refuse_swapped(local(others))
-        own = {e.name for e in entries if e.kind == "parameter" or not self._is_swapped()}
+        own = {e.name for e in entries if e.kind == "parameter" or not self.swapped}
         return {e.name: means[e.name] if e.name in means.keys() & own else e.tensor for e in entries}
 
     def _named(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -370,7 +372,7 @@ class Average:
         }
 
     def _refuse_while_swapped(self, why: str) -> None:
-        if self._is_swapped():
+        if self.swapped:
             raise SwapError(
                 f"the averaged weights are in the model: {why}. Leave applied() or call swap_out()"
             )

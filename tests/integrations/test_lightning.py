@@ -161,6 +161,23 @@ def test_statistics_are_those_of_the_averaged_weights(tmp_path):
             assert not torch.equal(saved["current_model_state"][name], buffer)
 
 
+def test_other_buffers_are_those_of_the_end(tmp_path):
+    class Counting(Net):
+        def __init__(self):
+            super().__init__(norm=True)
+            self.register_buffer("steps", torch.tensor(0))
+
+        def training_step(self, batch, index):
+            self.steps += 1
+            return super().training_step(batch, index)
+
+    averaging = Averaging(polyak.Uniform(), every=10, recalibrate=batches())
+    with pytest.warns(UserWarning, match="no sample yet"):  # two of three epochs
+        model, _ = fit(tmp_path, averaging, model=Counting(), val_check_interval=1)
+    assert averaging.average.n_averaged == 1
+    assert model.steps == 12
+
+
 def test_a_model_with_batch_norm_is_told_about_its_statistics(tmp_path):
     with pytest.warns(UserWarning, match="pass recalibrate=loader"):
         fit(tmp_path, Averaging(polyak.Uniform()), model=Net(norm=True), epochs=1)

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from polyak.batchnorm.moments import PooledMoments
 from polyak.errors import NonFiniteError, StructureError, name_list
 
-__all__ = ["BatchNormLayer", "layers_to_refresh", "lent", "store", "tracks_statistics"]
+__all__ = ["BatchNormLayer", "layers_to_refresh", "lent", "statistics", "store", "tracks_statistics"]
 
 
 class BatchNormLayer:
@@ -92,6 +92,17 @@ def tracks_statistics(model: nn.Module) -> bool:
     (True, False)
     """
     return any(map(_tracks, model.modules()))
+
+
+def statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers of every BatchNorm layer of ``model``: means, variances and counts of batches.
+
+    >>> statistics(nn.Sequential(nn.BatchNorm1d(1), nn.BatchNorm1d(2, track_running_stats=False)))
+    [tensor([0.]), tensor([1.]), tensor(0)]
+    """
+    return [
+        buffer for module in model.modules() if _tracks(module) for buffer in module.buffers(recurse=False)
+    ]
 
 
 def _tracks(module: nn.Module) -> TypeGuard[_BatchNorm]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.average import Average
-from polyak.batchnorm import tracks_statistics, update_bn
+from polyak.batchnorm import statistics, tracks_statistics, update_bn
 from polyak.errors import NotStartedError, StructureError
 from polyak.hooks import AttachHandle, attach
 from polyak.profiles import Scheme
@@ -50,7 +50,6 @@ class Following:
         self._model: nn.Module | None = None
         self._training: set[nn.Module] = set()  # modules in training mode while it trains
         self._statistics: tuple[int, list[Tensor]] | None = None
-        self._swapped = False
 
     @property
     def average(self) -> Average:
@@ -72,7 +71,7 @@ class Following:
     @property
     def swapped(self) -> bool:
         """Whether the averaged weights are in the model."""
-        return self._swapped
+        return self._average is not None and self._average.swapped
 
     def begin(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Make a new average of ``model`` and follow ``optimizer``.
@@ -125,7 +124,7 @@ class Following:
 
     def swap_in(self) -> None:
         """Put the averaged weights into the model, with BatchNorm statistics to match, or warn and leave it."""
-        if self._average is None or self._swapped:
+        if self._average is None or self.swapped:
             return
         if not self._average.n_averaged:
             warnings.warn(
@@ -134,9 +133,8 @@ class Following:
                 stacklevel=2,
             )
             return
-        self._average.swap_in()
-        self._swapped = True
         try:
+            self._average.swap_in()
             self._refresh_statistics()
         except BaseException:
             self.swap_out()
@@ -144,9 +142,8 @@ class Following:
 
     def swap_out(self) -> None:
         """Bring the live weights back, if they are out."""
-        if self._swapped:
+        if self.swapped:
             self.average.swap_out()
-            self._swapped = False
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged model under all names, in the average's dtype, with statistics as :meth:`swap_in` finds them.
@@ -155,7 +152,7 @@ class Following:
         """
         assert self._model is not None
         entries = list(ModelTensors(self._model).values())
-        if self._recalibrate is None or self._swapped:
+        if self._recalibrate is None or self.swapped:
             named = self.average.named_tensors()
         else:
             buffers = {entry.name for entry in entries if entry.kind == "buffer"}
@@ -167,12 +164,11 @@ class Following:
     def ship(self) -> None:
         """Make the averaged weights the model's for good, or warn and leave the live ones."""
         with self.applied():
-            if not self._swapped:
+            if self._model is None or not self.swapped:
                 return
-            buffers = [buffer.clone() for buffer in self._buffers()]
-        assert self._model is not None
+            found = [buffer.clone() for buffer in statistics(self._model)]
         self.average.copy_to(self._model)
-        copy_into(self._buffers(), buffers)
+        copy_into(statistics(self._model), found)
 
     def _refresh_statistics(self) -> None:
         """A pass over the data, or what the last one found if there was no sample since."""
@@ -181,7 +177,7 @@ class Following:
         model, n_averaged = self._model, self.average.n_averaged
         assert model is not None
         if self._statistics is not None and self._statistics[0] == n_averaged:
-            copy_into(self._buffers(), self._statistics[1])
+            copy_into(statistics(model), self._statistics[1])
             return
         modes = {module: module.training for module in model.modules()}
         try:
@@ -191,8 +187,4 @@ class Following:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        self._statistics = (n_averaged, [buffer.clone() for buffer in self._buffers()])
-
-    def _buffers(self) -> list[Tensor]:
-        assert self._model is not None
-        return [entry.tensor for entry in ModelTensors(self._model).values() if entry.kind == "buffer"]
+        self._statistics = (n_averaged, [buffer.clone() for buffer in statistics(model)])
