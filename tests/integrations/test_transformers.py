@@ -58,12 +58,10 @@ def trainer_for(folder, model=None, **options):
     args = TrainingArguments(
         str(folder),
         per_device_train_batch_size=4,
-        per_device_eval_batch_size=16,
-        learning_rate=0.05,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        **({"logging_strategy": "no"} | arguments),
+        **({"learning_rate": 0.05, "logging_strategy": "no", "per_device_eval_batch_size": 16} | arguments),
     )
     trainer = Trainer(model or Net(), args, train_dataset=rows(), eval_dataset=rows())
     trainer.add_callback(steps := Steps())
@@ -110,6 +108,56 @@ def test_live_weights_return_when_an_evaluation_fails(tmp_path):
     with pytest.raises(ValueError, match="evaluation failed"):
         trainer.train()
     assert torch.equal(weights(trainer.model), steps.weights[-1])
+    trainer.model.fail = False
+    trainer.evaluate()
+    assert torch.equal(trainer.model.evaluated[-1], steps.weights[-1]), "what save_model would save"
+
+
+def test_an_evaluation_within_another_leaves_it_the_average(tmp_path):
+    class Predict(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if not self.inside:
+                self.inside = True
+                trainer.predict(rows()[:4])
+
+    trainer, steps = trainer_for(tmp_path, eval_steps=12, per_device_eval_batch_size=4)
+    Averaging(trainer, polyak.Uniform())
+    trainer.add_callback(predict := Predict())
+    predict.inside = False
+    trainer.train()
+    assert predict.inside and len(trainer.model.evaluated) == 5
+    for seen in trainer.model.evaluated:
+        torch.testing.assert_close(seen, mean(steps.weights))
+
+
+def test_what_was_removed_stands_in_no_longer(tmp_path):
+    class Remove(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                trainer.remove_callback(averaging)
+
+    trainer, steps = trainer_for(tmp_path)
+    averaging = Averaging(trainer, polyak.Uniform())
+    trainer.add_callback(Remove())
+    trainer.train()
+    assert torch.equal(trainer.model.evaluated[-1], steps.weights[-1])
+    assert torch.equal(weights(trainer.model), steps.weights[-1])
+
+
+def test_other_callbacks_find_its_work_done(tmp_path):
+    class Upload(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            self.found = (tmp_path / f"checkpoint-{state.global_step}" / averaging.file_name).is_file()
+
+        def on_train_end(self, args, state, control, *, model, **kwargs):
+            self.final = weights(model)
+
+    trainer, steps = trainer_for(tmp_path, save_strategy="steps", save_steps=4)
+    trainer.add_callback(upload := Upload())
+    averaging = Averaging(trainer, polyak.Uniform())
+    trainer.train()
+    assert upload.found
+    torch.testing.assert_close(upload.final, mean(steps.weights))
 
 
 def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path):
@@ -138,9 +186,21 @@ def test_a_checkpoint_without_the_average_is_said(tmp_path):
     trainer_for(tmp_path, **options)[0].train()
     resumed, _ = trainer_for(tmp_path, **options)
     Averaging(resumed, polyak.Uniform())
-    (tmp_path / "checkpoint-12").rename(tmp_path / "aside")
     with pytest.warns(UserWarning, match="the average begins anew"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_the_average_is_that_of_the_checkpoint_that_is_resumed(tmp_path):
+    for name, lr in (("mine", 0.05), ("other", 0.5)):
+        trainer, _ = trainer_for(tmp_path / name, save_strategy="steps", save_steps=6, learning_rate=lr)
+        Averaging(trainer, polyak.Uniform())
+        trainer.train()
+        if name == "mine":
+            final = weights(trainer.model)
+    resumed, _ = trainer_for(tmp_path / "other")
+    Averaging(resumed, polyak.Uniform())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "mine" / "checkpoint-6"))
+    assert torch.equal(weights(resumed.model), final)
 
 
 def test_the_best_checkpoint_gives_the_average_that_was_best(tmp_path):
@@ -263,12 +323,11 @@ def test_a_recording_goes_on_with_its_checkpoint(tmp_path):
         assert torch.equal(tensor, before[name])
 
 
-def test_a_recording_can_be_closed_when_training_failed(tmp_path):
+def test_a_recording_is_whole_when_training_fails(tmp_path):
     trainer, steps = trainer_for(tmp_path)
     recording = Recording(trainer, tmp_path / "run", block=3)
     trainer.model.fail = True
     with pytest.raises(ValueError, match="evaluation failed"):
         trainer.train()
-    recording.close()
     assert recording.trajectory.blocks[-1].stop == 4
     assert torch.equal(recording.trajectory.live()["body.0.weight"], steps.weights[-1])

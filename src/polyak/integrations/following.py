@@ -115,7 +115,10 @@ class Following:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """:meth:`swap_in`, and on leaving, however it is left, :meth:`swap_out`."""
+        """:meth:`swap_in`, and on leaving, however it is left, :meth:`swap_out`; inside another one, nothing."""
+        if self.swapped:
+            yield
+            return
         try:
             self.swap_in()
             yield

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,53 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 __all__ = ["Averaging", "Recording"]
 
 
-class Averaging(TrainerCallback):
+class _Watching(TrainerCallback):
+    """A callback that adds itself, and knows what the events do not say: where training resumes, and that it failed."""
+
+    file_name: str
+
+    def __init__(self, trainer: Trainer):
+        # First, so that others, which may upload what they see, find its work done.
+        trainer.callback_handler.callbacks.insert(0, self)
+        self._resumed_from: Path | None = None
+        loop = trainer._inner_training_loop
+
+        @wraps(loop)
+        def inner_training_loop(*args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+            self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+            try:
+                return loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except BaseException:
+                self.stop()
+                raise
+
+        trainer._inner_training_loop = inner_training_loop
+
+    def stop(self) -> None:
+        """Training has ended, or failed."""
+        raise NotImplementedError
+
+    def _saved(self, checkpoint: str | PathLike[str] | None) -> dict[str, Any] | None:
+        """The state in a checkpoint, if there is one."""
+        path = None if checkpoint is None else Path(checkpoint) / self.file_name
+        if path is None or not path.is_file():
+            return None
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def _save(self, args: TrainingArguments, state: TrainerState, what: Mapping[str, Any]) -> None:
+        """Put a state into the checkpoint that was just written."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if not folder.is_dir():
+            return
+        output = AtomicOutput(folder / self.file_name, overwrite=True)
+        try:
+            torch.save(what, output.temporary)
+            output.commit()
+        finally:
+            output.abort()
+
+
+class Averaging(_Watching):
     """Average the weights that ``trainer.train`` passes through, evaluate with the average, and end with it.
 
     - Each optimizer step counts once; those that GradScaler skipped do not.
@@ -78,6 +125,7 @@ class Averaging(TrainerCallback):
     ):
         self._following = Following(scheme, recalibrate, options)
         self._apply = apply
+        self.file_name = f"polyak-{re.sub(r'[^A-Za-z0-9_.]+', '-', str(scheme))}.pt"
         others = [
             callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Averaging)
         ]
@@ -85,19 +133,18 @@ class Averaging(TrainerCallback):
             raise OptionError("two averages would stand in for one model: give all but one apply=False")
         if any(other.file_name == self.file_name for other in others):
             raise OptionError(f"the Trainer has an average of {scheme} already")
+        super().__init__(trainer)
         if apply:
             self._stand_in(trainer)
-        trainer.callback_handler.callbacks.append(self)  # add_callback would warn of a second one
 
     @property
     def average(self) -> Average:
         """The average; ``NotStartedError`` before training begins."""
         return self._following.average
 
-    @property
-    def file_name(self) -> str:
-        """The file in each checkpoint that holds the average's state."""
-        return f"polyak-{re.sub(r'[^A-Za-z0-9_.]+', '-', str(self._following.scheme))}.pt"
+    def stop(self) -> None:
+        """Follow no longer; the live weights are in the model."""
+        self._following.stop()
 
     def on_train_begin(
         self,
@@ -115,10 +162,10 @@ class Averaging(TrainerCallback):
                 "averages do not follow a hyper-parameter search: add them to the run that is kept"
             )
         self._following.begin(model, optimizer)
-        if state.global_step and not self._load(_checkpoint(args, state)):
+        if self._resumed_from is not None and not self._load(self._resumed_from):
             warnings.warn(
-                f"training goes on from step {state.global_step}, but there is no {self.file_name} in "
-                f"{_checkpoint(args, state)}: the average begins anew",
+                f"training goes on from {self._resumed_from}, where there is no {self.file_name}: the average begins "
+                "anew",
                 UserWarning,
                 stacklevel=2,
             )
@@ -127,17 +174,18 @@ class Averaging(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the average's state into the checkpoint."""
-        _save(args, state, self.file_name, self.average)
+        if args.should_save:
+            self._save(args, state, self.average.state_dict())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the averaged weights the model's: the last, or those that were best."""
-        self._following.stop()
+        self.stop()
         if not self._apply:
             return
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best is not None and not self._load(Path(best)):
+        if best is not None and not self._load(best):
             warnings.warn(
                 f"there is no {self.file_name} in {best}, so the model has the live weights of that checkpoint",
                 UserWarning,
@@ -146,9 +194,8 @@ class Averaging(TrainerCallback):
             return
         self._following.ship()
 
-    def _load(self, checkpoint: Path) -> bool:
-        """Take up the state in a checkpoint, if there is one."""
-        saved = _saved(checkpoint / self.file_name)
+    def _load(self, checkpoint: str | PathLike[str]) -> bool:
+        saved = self._saved(checkpoint)
         if saved is not None:
             self.average.load_state_dict(saved)
         return saved is not None
@@ -158,7 +205,7 @@ class Averaging(TrainerCallback):
         loop = trainer.evaluation_loop
 
         def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
-            if not self._following.following:
+            if not self._following.following or self not in trainer.callback_handler.callbacks:
                 return loop(*args, **kwargs)
             with self._following.applied():
                 return loop(*args, **kwargs)
@@ -166,12 +213,12 @@ class Averaging(TrainerCallback):
         trainer.evaluation_loop = evaluation_loop
 
 
-class Recording(TrainerCallback):
+class Recording(_Watching):
     """Record the run that ``trainer.train`` makes, to choose the average when it is over.
 
     It adds itself to the Trainer. Checkpoints carry what is not on disk yet, and ``train(resume_from_checkpoint=…)``
-    goes on from there. When training ends the last block and the live weights are written; after an exception
-    :meth:`close` does that. With several processes the first one records.
+    goes on from there. When training ends, or fails, the last block and the live weights are written. With several
+    processes the first one records.
 
     Args:
         trainer: a Trainer, or one of another library's that derives from it.
@@ -191,14 +238,14 @@ class Recording(TrainerCallback):
 
     def __init__(self, trainer: Trainer, directory: str | PathLike[str], **options: Any):
         self._recording = recording.Recording(directory, options)
-        trainer.add_callback(self)
+        super().__init__(trainer)
 
     @property
     def trajectory(self) -> Trajectory:
         """What was recorded so far; ``NotStartedError`` before training begins."""
         return self._recording.trajectory
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Write the last block and the live weights; calling it again does nothing."""
         self._recording.close()
 
@@ -214,15 +261,14 @@ class Recording(TrainerCallback):
     ) -> None:
         """Begin, or go on."""
         if state.is_world_process_zero:
-            saved = _saved(_checkpoint(args, state) / self.file_name) if state.global_step else None
-            self._recording.begin(model, optimizer, saved)
+            self._recording.begin(model, optimizer, self._saved(self._resumed_from))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put what is not on disk yet into the checkpoint."""
         if state.is_world_process_zero:
-            _save(args, state, self.file_name, self._recording)
+            self._save(args, state, self._recording.state_dict())
 
     def on_log(
         self,
@@ -235,26 +281,4 @@ class Recording(TrainerCallback):
     ) -> None:
         """Write what is left at the last log, as the best checkpoint or an average may enter the model after it."""
         if "train_runtime" in logs:
-            self.close()
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-
-
-def _saved(path: Path) -> dict[str, Any] | None:
-    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
-
-
-def _save(
-    args: TrainingArguments, state: TrainerState, file_name: str, what: Average | recording.Recording
-) -> None:
-    folder = _checkpoint(args, state)
-    if not (args.should_save and folder.is_dir()):
-        return
-    output = AtomicOutput(folder / file_name, overwrite=True)
-    try:
-        torch.save(what.state_dict(), output.temporary)
-        output.commit()
-    finally:
-        output.abort()
+            self.stop()
