@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint, WeightAveraging
 from torch import nn
 
 import polyak
@@ -14,7 +14,7 @@ from polyak.integrations.lightning import Averaging, Recording
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*(TensorBoard|LeafSpec|tree_|num_workers|is not empty)"),
+    pytest.mark.filterwarnings("ignore:.*(TensorBoard|LeafSpec|tree_|num_workers|is not empty|ckpt_path=None)"),
 ]
 
 
@@ -63,7 +63,7 @@ def trainer(folder, *callbacks, epochs=3, **options):
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **({"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)} | options),
+        **({"enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks)} | options),
     )
 
 
@@ -129,7 +129,61 @@ def test_a_checkpoint_of_weights_only_is_the_average_too(tmp_path):
     model, _ = fit(tmp_path, Averaging(polyak.Uniform()), saving)
     saved = torch.load(tmp_path / "at.ckpt", weights_only=True)
     assert torch.equal(saved["state_dict"]["body.0.weight"], weights(model))
-    assert "current_model_state" not in saved and "on_save_checkpoint" not in vars(model)
+    assert "current_model_state" not in saved
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_that_only_follow_leave_checkpoints_alone(tmp_path, first):
+    averages = [Averaging(polyak.Uniform()), Averaging(polyak.EMA(decay=0.9), apply=False)]
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    model, _ = fit(tmp_path, *(averages if first else averages[::-1]), saving)
+    saved = torch.load(tmp_path / "at.ckpt", weights_only=True)
+    assert torch.equal(saved["state_dict"]["body.0.weight"], weights(model))
+    assert torch.equal(saved["current_model_state"]["body.0.weight"], model.stepped[-1])
+
+
+def test_checkpoints_have_the_modules_own_names(tmp_path):
+    class Renamed(Net):
+        def __init__(self):
+            super().__init__()
+            self.body[0].weight.requires_grad_(False)
+
+        def state_dict(self, *args, **kwargs):
+            return {
+                f"my.{n}": t for n, t in super().state_dict(*args, **kwargs).items() if n != "body.0.bias"
+            }
+
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    averaging = Averaging(polyak.Uniform())
+    model, run = fit(tmp_path, averaging, saving, model=Renamed())
+    saved = torch.load(tmp_path / "at.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == saved["current_model_state"].keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(saved["state_dict"][name], value)
+    assert "lightning_module_state_dict" not in vars(run.strategy)
+
+
+def test_the_checkpoint_of_a_run_that_failed_is_the_average_too(tmp_path):
+    model = Net(fail_in_validation=True)
+    saving = OnExceptionCheckpoint(tmp_path, "failed")
+    with pytest.raises(RuntimeError, match="validation failed"):
+        fit(tmp_path, Averaging(polyak.Uniform()), saving, model=model)
+    saved = torch.load(tmp_path / "failed.ckpt", weights_only=True)
+    torch.testing.assert_close(saved["state_dict"]["body.0.weight"], mean(model.stepped))
+    assert torch.equal(saved["current_model_state"]["body.0.weight"], model.stepped[-1])
+
+
+def test_a_failed_resume_leaves_nothing_behind(tmp_path):
+    class Fails(Net):
+        def configure_optimizers(self):
+            raise RuntimeError("no optimizer")
+
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    fit(tmp_path, averaging := Averaging(polyak.Uniform()), saving)
+    with pytest.raises(RuntimeError, match="no optimizer"):
+        fit(tmp_path, averaging, saving, model=Fails(), epochs=4, ckpt_path=tmp_path / "at.ckpt")
+    fit(tmp_path, averaging, epochs=1)
+    assert averaging.average.n_averaged == 4
 
 
 def test_a_checkpoint_without_the_average_is_said(tmp_path):
@@ -181,6 +235,46 @@ def test_other_buffers_are_those_of_the_end(tmp_path):
 def test_a_model_with_batch_norm_is_told_about_its_statistics(tmp_path):
     with pytest.warns(UserWarning, match="pass recalibrate=loader"):
         fit(tmp_path, Averaging(polyak.Uniform()), model=Net(norm=True), epochs=1)
+
+
+def test_batches_for_the_statistics_are_those_that_a_step_gets(tmp_path):
+    class Shifted(Net):
+        def on_after_batch_transfer(self, batch, index):
+            return [batch[0] + 100]
+
+        def forward(self, x):
+            assert x.dtype == self.body[0].weight.dtype
+            return super().forward(x)
+
+    averaging = Averaging(polyak.Uniform(), recalibrate=batches())
+    model, _ = fit(tmp_path, averaging, model=Shifted(norm=True), precision="bf16-true")
+    shifted = [(batch + 100).bfloat16() for (batch,) in batches()]
+    shipped = model.body[1].running_mean.clone()
+    polyak.update_bn(shifted, model)
+    torch.testing.assert_close(shipped, model.body[1].running_mean)
+
+
+def test_batches_may_be_passed_another_way(tmp_path):
+    averaging = Averaging(
+        polyak.Uniform(), recalibrate=batches(), forward=lambda model, batch: model(batch[0] + 100)
+    )
+    model, _ = fit(tmp_path, averaging, model=Net(norm=True), epochs=1)
+    shipped = model.body[1].running_mean.clone()
+    polyak.update_bn([batch + 100 for (batch,) in batches()], model)
+    torch.testing.assert_close(shipped, model.body[1].running_mean)
+
+
+def test_a_loader_that_shuffles_leaves_training_as_it_is(tmp_path):
+    def run(*callbacks):
+        torch.manual_seed(3)
+        data = torch.utils.data.TensorDataset(torch.randn(32, 3))
+        loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
+        model = Net(norm=True)
+        trainer(tmp_path, *(make(loader) for make in callbacks)).fit(model, loader, batches())
+        return model.stepped
+
+    averaged = run(lambda loader: Averaging(polyak.Uniform(), recalibrate=loader))
+    assert all(map(torch.equal, averaged, run()))
 
 
 def test_frozen_statistics_stay(tmp_path):
@@ -235,6 +329,11 @@ def test_what_cannot_work_is_refused(tmp_path):
         Averaging(polyak.Uniform(), evry=2)
     with pytest.raises(OptionError, match="only once"):
         Averaging(polyak.Uniform(), recalibrate=iter([]))
+    loader = torch.utils.data.DataLoader([1], num_workers=1, persistent_workers=True)
+    with pytest.raises(OptionError, match="persistent_workers"):
+        Averaging(polyak.Uniform(), recalibrate=loader)
+    with pytest.raises(OptionError, match="WeightAveraging"):
+        fit(tmp_path, Averaging(polyak.Uniform()), WeightAveraging())
     with pytest.raises(NotStartedError, match="when training begins"):
         _ = Averaging(polyak.Uniform()).average
 

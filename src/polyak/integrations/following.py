@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.average import Average
 from polyak.batchnorm import statistics, tracks_statistics, update_bn
-from polyak.errors import NotStartedError, StructureError
+from polyak.batchnorm.calls import call_model
+from polyak.errors import NotStartedError, OptionError, StructureError
 from polyak.hooks import AttachHandle, attach
 from polyak.profiles import Scheme
 from polyak.selection.weights import refuse_one_pass
 from polyak.swap import copy_into
 from polyak.tensors import ModelTensors, is_sharded
 
-__all__ = ["Following"]
+__all__ = ["Following", "Forward"]
+
+Forward = Callable[[nn.Module, Any], object]
 
 
 class Following:
@@ -34,7 +38,7 @@ class Following:
         options: the keywords of :class:`~polyak.Average`.
 
     Raises:
-        OptionError: batches that are gone after the first evaluation.
+        OptionError: batches that are gone after the first evaluation, or whose workers are shared.
         TypeError: an unknown option.
     """
 
@@ -42,8 +46,14 @@ class Following:
         # What can be refused is refused here, not hours later when the framework begins.
         inspect.signature(Average).bind(None, scheme, **options)
         refuse_one_pass(recalibrate)
+        if getattr(recalibrate, "persistent_workers", False):
+            raise OptionError(
+                "recalibrate has persistent_workers, which a pass over it takes from whoever else iterates it, as an "
+                "epoch of training: give a loader of its own, without them"
+            )
         self.scheme = scheme
         self._recalibrate = recalibrate
+        self._forward: Forward = call_model
         self._options = dict(options)
         self._average: Average | None = None
         self._handle: AttachHandle | None = None
@@ -73,8 +83,13 @@ class Following:
         """Whether the averaged weights are in the model."""
         return self._average is not None and self._average.swapped
 
-    def begin(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def begin(self, model: nn.Module, optimizer: Optimizer, forward: Forward) -> None:
         """Make a new average of ``model`` and follow ``optimizer``.
+
+        Args:
+            model: the one that trains.
+            optimizer: whose steps count.
+            forward: runs ``model`` on a batch of ``recalibrate`` as training would.
 
         Raises:
             StructureError: the model is sharded, whose checkpoints the frameworks write in ways of their own.
@@ -87,7 +102,7 @@ class Following:
                 "polyak.Average yourself, and save its state_dict with torch.distributed.checkpoint"
             )
         self._average = Average(model, self.scheme, **self._options)
-        self._model, self._statistics, self._training = model, None, set()
+        self._model, self._forward, self._statistics, self._training = model, forward, None, set()
         if (
             self._recalibrate is None
             and tracks_statistics(model)
@@ -148,21 +163,30 @@ class Following:
         if self.swapped:
             self.average.swap_out()
 
-    def weights(self) -> dict[str, Tensor]:
-        """The averaged model under all names, in the average's dtype, with statistics as :meth:`swap_in` finds them.
+    def averaged_state(self, read: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """What ``read()``, a state dict of the model, is with the averaged weights in it.
 
-        Inside a swap its buffers are those in the model. Raises ``NotStartedError`` before the first sample.
+        Names are its own; averaged tensors are the average's, in its dtype, the rest copies.
         """
         assert self._model is not None
-        entries = list(ModelTensors(self._model).values())
-        if self._recalibrate is None or self.swapped:
-            named = self.average.named_tensors()
-        else:
-            buffers = {entry.name for entry in entries if entry.kind == "buffer"}
-            with self.applied():
-                inside = self.average.named_tensors()
-                named = {name: t.clone() if name in buffers else t for name, t in inside.items()}
-        return {n: named[e.name] for e in entries if e.persistent for n in (e.name, *e.aliases)}
+        with self.applied():
+            means = self.average.named_tensors()
+            in_full = {
+                entry.tensor.data_ptr(): means[entry.name]
+                for entry in ModelTensors(self._model).values()
+                if entry.name in means and entry.tensor.data_ptr() != means[entry.name].data_ptr()
+            }
+            return {name: _in_full(value, in_full) for name, value in read().items()}
+
+    def live_state(self, read: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """What ``read()`` is with the live weights in the model."""
+        if not self.swapped:
+            return dict(read())
+        self.swap_out()
+        try:
+            return {name: _in_full(value, {}) for name, value in read().items()}
+        finally:
+            self.swap_in()
 
     def ship(self) -> None:
         """Make the averaged weights the model's for good, or warn and leave the live ones."""
@@ -186,8 +210,16 @@ class Following:
         try:
             for module in modes:
                 module.training = module in self._training
-            update_bn(self._recalibrate, model, device=next(model.parameters()).device)
+            with torch.random.fork_rng(devices=[]):  # a loader that shuffles must not change the training
+                update_bn(self._recalibrate, model, next(model.parameters()).device, forward=self._forward)
         finally:
             for module, mode in modes.items():
                 module.training = mode
         self._statistics = (n_averaged, [buffer.clone() for buffer in statistics(model)])
+
+
+def _in_full(value: Any, in_full: Mapping[int, Tensor]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    mean = in_full.get(value.data_ptr())
+    return value.clone() if mean is None or mean.shape != value.shape else mean

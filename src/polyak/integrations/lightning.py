@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from os import PathLike
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
 from polyak.average import Average
+from polyak.batchnorm.calls import call_model
 from polyak.errors import OptionError
 from polyak.extras import require
 from polyak.integrations import recording
-from polyak.integrations.following import Following
+from polyak.integrations.following import Following, Forward
 from polyak.profiles import Scheme
 from polyak.trajectory import Trajectory
 
 require("lightning.pytorch", extra="lightning", purpose="polyak.integrations.lightning")
 
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
 from lightning.pytorch.trainer.states import TrainerFn  # noqa: E402
 
 __all__ = ["Averaging", "Recording"]
@@ -42,7 +45,8 @@ class Averaging(Callback):
     Args:
         scheme: :class:`polyak.Uniform` (SWA), :class:`polyak.EMA`, :class:`polyak.Power`, :class:`polyak.Polynomial`.
         recalibrate: for models with BatchNorm: batches for :func:`polyak.update_bn`, a pass over which precedes each
-            evaluation that follows new samples.
+            evaluation that follows new samples. They go through the module's transfer hooks and precision.
+        forward: how :func:`polyak.update_bn` runs such a batch, if not by ``model(batch[0])`` or ``model(**batch)``.
         apply: False: only follow; validation, checkpoints' ``state_dict`` and the final model are the live weights.
         options: the other keywords of :class:`polyak.Average`: ``start``, ``every``, ``device``, ...
 
@@ -63,13 +67,17 @@ class Averaging(Callback):
         scheme: Scheme,
         *,
         recalibrate: Iterable[Any] | None = None,
+        forward: Forward | None = None,
         apply: bool = True,
         **options: Any,
     ):
         self._following = Following(scheme, recalibrate, options)
         self._apply = apply
+        self._given_forward = forward
         self._state: dict[str, Any] | None = None
         self._resumed = False
+        self._live: dict[str, Any] | None = None
+        self._undo: Callable[..., Any] = _nothing
 
     @property
     def average(self) -> Average:
@@ -88,18 +96,22 @@ class Averaging(Callback):
         callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         if sum(isinstance(callback, Averaging) and callback._apply for callback in callbacks) > 1:
             raise OptionError("two averages would stand in for one model: give all but one apply=False")
-        self._stop(pl_module)
-        self._following.begin(pl_module, trainer.optimizers[-1])
+        if self._apply and any(isinstance(callback, WeightAveraging) for callback in callbacks):
+            raise OptionError(
+                "Lightning's WeightAveraging would stand in for the model too: leave one of them out"
+            )
+        self._stop()
+        self._following.begin(pl_module, trainer.optimizers[-1], self._forward(trainer))
         if self._apply:
-            self._save_averaged(pl_module)
+            self._stand_in_checkpoints(trainer.strategy)
         self._take_up()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if a run goes on without its average."""
         if trainer.global_step and not self._resumed:
             warnings.warn(
-                f"training goes on from step {trainer.global_step}, but the checkpoint holds no {self.state_key}: "
-                "the average begins anew",
+                f"training goes on from step {trainer.global_step} without a saved {self.state_key}: the average "
+                "begins anew",
                 UserWarning,
                 stacklevel=2,
             )
@@ -116,12 +128,13 @@ class Averaging(Callback):
         self._following.swap_out()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Bring the live weights back."""
-        self._stop(pl_module)
+        """Bring the live weights back; a checkpoint of the failed run is still to be written, perhaps."""
+        self._following.swap_out()
+        self._state = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the averaged weights the model's."""
-        self._stop(pl_module)
+        self._stop()
         # Not at the end of training: a last checkpoint, which is written there, needs the live weights too.
         if self._apply:
             self._following.ship()
@@ -129,8 +142,8 @@ class Averaging(Callback):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """The average's state."""
-        return self.average.state_dict() if self._following.begun else {}
+        """The average's state; nothing once it is the model, which then is all there is to go on from."""
+        return self.average.state_dict() if self._following.following else {}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -144,41 +157,53 @@ class Averaging(Callback):
         if self._following.following:
             self._take_up()
 
-    def _save_averaged(self, pl_module: LightningModule) -> None:
-        # By the module's hook, not the callback's, which Lightning skips for checkpoints of weights only.
-        hook = pl_module.on_save_checkpoint
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the live weights beside the averaged ones."""
+        if self._live is not None:
+            checkpoint[_LIVE] = self._live
 
-        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-            self._exchange(checkpoint)
-            hook(checkpoint)
+    def _stand_in_checkpoints(self, strategy: Any) -> None:
+        # Where the weights are read, as for checkpoints of weights only Lightning calls no callback.
+        read = strategy.lightning_module_state_dict
 
-        pl_module.on_save_checkpoint = on_save_checkpoint
+        def averaged_state() -> dict[str, Any]:
+            started = self.average.n_averaged > 0
+            self._live = self._following.live_state(read) if started else None
+            return self._following.averaged_state(read) if started else read()
 
-    def _exchange(self, checkpoint: dict[str, Any]) -> None:
-        """Put the averaged model in the place of the live one, which is kept beside it in whole checkpoints."""
-        following = self._following
-        if not following.average.n_averaged:
-            return
-        live = checkpoint["state_dict"]
-        if following.swapped:  # somebody saves in the middle of a validation
-            following.swap_out()
-            live = {
-                name: value.clone() if isinstance(value, Tensor) else value for name, value in live.items()
-            }
-            following.swap_in()
-        checkpoint["state_dict"] = {**live, **following.weights()}
-        if "callbacks" in checkpoint:
-            checkpoint[_LIVE] = live
+        strategy.lightning_module_state_dict = averaged_state
+        self._undo = partial(vars(strategy).pop, "lightning_module_state_dict")
 
-    def _stop(self, pl_module: LightningModule) -> None:
+    def _stop(self) -> None:
         self._following.stop()
-        vars(pl_module).pop("on_save_checkpoint", None)
+        self._undo()
+        self._undo, self._live = _nothing, None
 
     def _take_up(self) -> None:
-        self._resumed = bool(self._state)
-        if self._state:
-            self.average.load_state_dict(self._state)
-        self._state = None
+        state, self._state = self._state, None
+        self._resumed = bool(state)
+        if state:
+            self.average.load_state_dict(state)
+
+    def _forward(self, trainer: Trainer) -> Forward:
+        """Runs a batch as a training step would get it."""
+        forward, precision = self._given_forward or call_model, trainer.precision_plugin
+
+        def run(model: nn.Module, batch: Any) -> None:
+            batch = trainer.lightning_module._on_before_batch_transfer(
+                precision.convert_input(batch), dataloader_idx=0
+            )
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            with precision.forward_context():
+                forward(model, batch)
+
+        return run
+
+
+def _nothing() -> None:
+    pass
 
 
 class Recording(Callback):

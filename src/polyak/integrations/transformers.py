@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from polyak.average import Average
+from polyak.batchnorm.calls import call_model
 from polyak.checkpoints.atomic import AtomicOutput
 from polyak.errors import OptionError
 from polyak.extras import require
 from polyak.integrations import recording
-from polyak.integrations.following import Following
+from polyak.integrations.following import Following, Forward
 from polyak.profiles import Scheme
 from polyak.trajectory import Trajectory
 
@@ -94,6 +95,7 @@ class Averaging(_Watching):
         scheme: :class:`polyak.Uniform` (SWA), :class:`polyak.EMA`, :class:`polyak.Power`, :class:`polyak.Polynomial`.
         recalibrate: for models with BatchNorm: batches for :func:`polyak.update_bn`, a pass over which precedes each
             evaluation that follows new samples.
+        forward: how :func:`polyak.update_bn` runs such a batch, if not by ``model(**batch)`` or ``model(batch[0])``.
         apply: False: only follow; evaluations and the final model are the live weights.
         options: the other keywords of :class:`polyak.Average`: ``start``, ``every``, ``device``, ...
 
@@ -120,6 +122,7 @@ class Averaging(_Watching):
         scheme: Scheme,
         *,
         recalibrate: Iterable[Any] | None = None,
+        forward: Forward | None = None,
         apply: bool = True,
         **options: Any,
     ):
@@ -134,6 +137,12 @@ class Averaging(_Watching):
         if any(other.file_name == self.file_name for other in others):
             raise OptionError(f"the Trainer has an average of {scheme} already")
         super().__init__(trainer)
+
+        def run(model: nn.Module, batch: Any) -> None:
+            with trainer.compute_loss_context_manager():
+                (forward or call_model)(model, batch)
+
+        self._forward = run
         if apply:
             self._stand_in(trainer)
 
@@ -161,7 +170,7 @@ class Averaging(_Watching):
             raise OptionError(
                 "averages do not follow a hyper-parameter search: add them to the run that is kept"
             )
-        self._following.begin(model, optimizer)
+        self._following.begin(model, optimizer, self._forward)
         if self._resumed_from is not None and not self._load(self._resumed_from):
             warnings.warn(
                 f"training goes on from {self._resumed_from}, where there is no {self.file_name}: the average begins "
