@@ -14,7 +14,7 @@ from polyak.integrations.lightning import Averaging, Recording
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*(TensorBoard|LeafSpec|tree_|num_workers|is not empty|ckpt_path=None)"),
+    pytest.mark.filterwarnings("ignore:.*(TensorBoard|LeafSpec|tree_|num_workers|is not empty|ckpt_path=)"),
 ]
 
 

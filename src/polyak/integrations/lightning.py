@@ -163,6 +163,7 @@ class Averaging(Callback):
         """Keep the live weights beside the averaged ones."""
         if self._live is not None:
             checkpoint[_LIVE] = self._live
+            self._live = None
 
     def _stand_in_checkpoints(self, strategy: Any) -> None:
         # Where the weights are read, as for checkpoints of weights only Lightning calls no callback.
@@ -174,7 +175,7 @@ class Averaging(Callback):
             return self._following.averaged_state(read) if started else read()
 
         strategy.lightning_module_state_dict = averaged_state
-        self._undo = partial(vars(strategy).pop, "lightning_module_state_dict")
+        self._undo = partial(vars(strategy).pop, "lightning_module_state_dict", None)
 
     def _stop(self) -> None:
         self._following.stop()
@@ -249,6 +250,7 @@ class Recording(Callback):
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, Averaging):
                 callback.on_exception(trainer, pl_module, exception)
+        self._state = None
         self._recording.close()
 
     def state_dict(self) -> dict[str, Any]:
