@@ -19,7 +19,7 @@ from polyak.integrations.following import Following, Forward
 from polyak.profiles import Scheme
 from polyak.trajectory import Trajectory
 
-require("lightning.pytorch", extra="lightning", purpose="polyak.integrations.lightning")
+require("lightning", extra="lightning", purpose="polyak.integrations.lightning")
 
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
