@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnException
 from torch import nn
 
 import polyak
-from polyak.errors import NotStartedError, OptionError
+from polyak.errors import NotStartedError, OptionError, StateError
 from polyak.integrations.lightning import Averaging, Recording
 
 pytestmark = [
@@ -184,6 +184,16 @@ def test_a_failed_resume_leaves_nothing_behind(tmp_path):
         fit(tmp_path, averaging, saving, model=Fails(), epochs=4, ckpt_path=tmp_path / "at.ckpt")
     fit(tmp_path, averaging, epochs=1)
     assert averaging.average.n_averaged == 4
+
+
+def test_a_run_that_failed_is_resumed_with_the_same_callback(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="at", save_on_train_epoch_end=True)
+    averaging = Averaging(polyak.Uniform())
+    fit(tmp_path, averaging, saving, epochs=2)
+    with pytest.raises(RuntimeError, match="validation failed"):
+        fit(tmp_path / "other", averaging, model=Net(fail_in_validation=True))
+    fit(tmp_path, averaging, saving, epochs=3, ckpt_path=tmp_path / "at.ckpt")
+    assert averaging.average.n_averaged == 12
 
 
 def test_a_checkpoint_without_the_average_is_said(tmp_path):
@@ -368,6 +378,15 @@ def test_a_recording_is_whole_when_training_fails(tmp_path):
     trajectory = recording.trajectory
     assert trajectory.blocks[-1].stop == 4
     assert torch.equal(trajectory.live()["body.0.weight"], model.stepped[-1])
+
+
+def test_a_recording_that_cannot_go_on_lets_go_of_its_directory(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    fit(tmp_path, Recording(tmp_path / "run", block=2), saving, epochs=1)
+    other = Recording(tmp_path / "other", block=2, every=2)
+    with pytest.raises(StateError, match="every=1"):
+        fit(tmp_path, other, saving, epochs=2, ckpt_path=tmp_path / "at.ckpt")
+    fit(tmp_path, Recording(tmp_path / "other", block=2), epochs=1)
 
 
 def test_a_recording_refuses_what_it_does_not_know(tmp_path):

@@ -69,11 +69,6 @@ class Following:
         return self._average
 
     @property
-    def begun(self) -> bool:
-        """Whether an average was made."""
-        return self._average is not None
-
-    @property
     def following(self) -> bool:
         """Whether training is under way."""
         return self._handle is not None

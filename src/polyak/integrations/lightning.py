@@ -91,6 +91,11 @@ class Averaging(Callback):
 
     # Following.
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of a run that failed, before a checkpoint is loaded for the next."""
+        if stage == TrainerFn.FITTING:
+            self._stop()
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the average."""
         callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
@@ -100,7 +105,6 @@ class Averaging(Callback):
             raise OptionError(
                 "Lightning's WeightAveraging would stand in for the model too: leave one of them out"
             )
-        self._stop()
         self._following.begin(pl_module, trainer.optimizers[-1], self._forward(trainer))
         if self._apply:
             self._stand_in_checkpoints(trainer.strategy)

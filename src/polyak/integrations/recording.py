@@ -40,8 +40,12 @@ class Recording:
         """Follow ``optimizer``, from a saved state where there is one."""
         self.close()
         recorder = self._recorder = Recorder(model, self._directory, optimizer=optimizer, **self._options)
-        if state:
-            recorder.load_state_dict(dict(state))
+        try:
+            if state:
+                recorder.load_state_dict(dict(state))
+        except BaseException:
+            recorder.close()  # lets go of the directory
+            raise
         self._handle = attach(optimizer, recorder)
 
     def state_dict(self) -> dict[str, Any]:
