@@ -57,7 +57,7 @@ _HOMES = {
     "Recorder": "trajectory",
     "Trajectory": "trajectory",
 }
-_MODULES = ("errors", "integrations", "optim", "schedules")
+_MODULES = ("errors", "integrations", "landscape", "optim", "schedules")
 
 __all__ = [
     "EMA",

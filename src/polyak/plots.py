@@ -6,10 +6,10 @@ changes, and the user's own figures and backend are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Dot", "Line", "Panel", "dot_chart", "line_panels", "png_bytes"]
+__all__ = [
+    "Dot",
+    "Line",
+    "Mark",
+    "Panel",
+    "contour_chart",
+    "dot_chart",
+    "line_chart",
+    "line_panels",
+    "png_bytes",
+]
 
 # Grey for what the others are compared with, then Okabe and Ito's colours, told apart by all colour vision.
 _COLOURS = ("#4D4D4D", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
@@ -54,6 +64,14 @@ class Dot:
     value: float
     low: float | None = None
     high: float | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A named place on the horizontal axis."""
+
+    label: str
+    x: float
 
 
 def line_panels(title: str, x_label: str, panels: Sequence[Panel]) -> Figure:
@@ -113,8 +131,79 @@ def dot_chart(title: str, x_label: str, dots: Sequence[Dot]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel(x_label)
     axes.set_title(title, fontsize=12)
-    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    _lighten(axes, grid="x")
+    return figure
+
+
+def line_chart(
+    title: str,
+    x_label: str,
+    y_label: str,
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    marks: Sequence[Mark] = (),
+) -> Figure:
+    """Lines over one pair of axes, each with points of its own; marks are named vertical lines.
+
+    Raises:
+        OptionError: if there are no lines, or more than colours.
+        MissingExtraError: if matplotlib is not installed.
+
+    >>> figure = line_chart("Along the line", "position", "loss", {"loss": ([0, 1], [2.0, 1.0])}, [Mark("live", 0)])
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['live']
+    """
+    colours = _coloured(list(lines))
+    figure = _figure(width_inches=7.0, height_inches=3.6)
+    axes = figure.subplots()
+    for label, (x, y) in lines.items():
+        axes.plot(x, y, label=label, color=colours[label], linewidth=1.6)
+    for mark in marks:
+        axes.axvline(mark.x, color=_COLOURS[0], linewidth=0.8, linestyle=":")
+        axes.annotate(
+            mark.label,
+            (mark.x, 1.0),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+        )
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=12, pad=18 if marks else 6)
+    _lighten(axes)
+    return figure
+
+
+def contour_chart(
+    title: str,
+    x: Sequence[float],
+    y: Sequence[float],
+    values: Sequence[Sequence[float]],
+    places: Mapping[str, tuple[float, float]],
+) -> Figure:
+    """Contours of ``values`` [len(y), len(x)] over a plane, and named places on it.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+
+    >>> figure = contour_chart("Plane", [0, 1], [0, 1], [[1.0, 2.0], [2.0, 3.0]], {"live": (0.5, 0.5)})
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['live']
+    """
+    figure = _figure(width_inches=6.4, height_inches=4.8)
+    axes = figure.subplots()
+    filled = axes.contourf(x, y, np.asarray(values), levels=24, cmap="cividis")
+    figure.colorbar(filled, ax=axes, label="score")
+    for name, (right, up) in places.items():
+        axes.plot([right], [up], "o", color="white", markeredgecolor="black", markersize=7)
+        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        axes.annotate(name, (right, up), xytext=(6, 6), textcoords="offset points", fontsize=9, bbox=box)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_xlabel("distance")
+    axes.set_ylabel("distance")
+    axes.set_title(title, fontsize=12)
     return figure
 
 
@@ -137,7 +226,10 @@ def _figure(width_inches: float, height_inches: float) -> Figure:
 
 
 def _colours_by_label(panels: Sequence[Panel]) -> dict[str, str]:
-    labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
+    return _coloured(list(dict.fromkeys(line.label for panel in panels for line in panel.lines)))
+
+
+def _coloured(labels: Sequence[str]) -> dict[str, str]:
     if not labels:
         raise OptionError("there is nothing to draw: give at least one panel with a line")
     if len(labels) > len(_COLOURS):
@@ -166,5 +258,9 @@ def _draw_panel(axes: Axes, panel: Panel, colours: dict[str, str]) -> None:
     axes.set_ylabel(panel.y_label)
     if panel.y_limits:
         axes.set_ylim(panel.y_limits)
-    axes.grid(alpha=0.25, linewidth=0.6)
+    _lighten(axes)
+
+
+def _lighten(axes: Axes, grid: Literal["both", "x"] = "both") -> None:
+    axes.grid(axis=grid, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

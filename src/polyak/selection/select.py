@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from polyak.distributed import is_main_rank
 from polyak.errors import OptionError
 from polyak.profiles import Profile, as_profile
 from polyak.selection.candidates import coarse_grid, fine_grid
+from polyak.selection.progress import bar
 from polyak.selection.selection import Selection, ranked
 from polyak.selection.stream import averages
 from polyak.selection.trial import (
@@ -97,7 +96,7 @@ def select(
     refuse_no_trajectory(trajectory)
     steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
     tried = _distinct(trajectory, coarse_grid(steps)) if profiles is None else _given(trajectory, profiles)
-    with _bar(progress) as advance:
+    with bar("candidates", progress) as advance:
 
         def try_all(explained: Sequence[Explanation]) -> Scores:
             scores: Scores = {}
@@ -189,15 +188,3 @@ def _check(
         low=interval.low if interval else None,
         high=interval.high if interval else None,
     )
-
-
-@contextmanager
-def _bar(shown: bool) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A bar on stderr of the main rank, or nothing; yields what wraps an iterable of known length."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("candidates"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    hidden = not (shown and is_main_rank())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
-        yield lambda items, total: iter(bar.track(items, total=total))

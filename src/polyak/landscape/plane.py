@@ -1,0 +1,149 @@
+"""The loss over the plane through three weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from polyak.errors import OptionError
+from polyak.landscape.points import combined, inner, points, refuse_stale_statistics, scores
+from polyak.selection.trial import ScoreFunction
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["PlaneScores", "plane"]
+
+# The three are on a line where the third lies nearer to it than this part of its distance from the first.
+_FLAT = 1e-3
+
+Place = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class PlaneScores:
+    """Scores on a grid of the plane through three weights. Made by :func:`plane`.
+
+    Distances are Euclidean, over the parameters: one along ``x`` is as long as one along ``y``.
+
+    Attributes:
+        places: name to (x, y) of the three weights; the first lies at (0, 0), the second at (distance, 0).
+        x: the columns of the grid.
+        y: its rows.
+        scores: a row for each of ``y``, with a score for each of ``x``.
+        at_places: name to the score of the three weights themselves.
+    """
+
+    places: dict[str, Place]
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    scores: tuple[tuple[float, ...], ...]
+    at_places: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that was found, as plain values for JSON."""
+        return asdict(self)
+
+    def plot(self) -> Figure:
+        """A matplotlib figure: contours of the score, and the three weights.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        from polyak.plots import contour_chart
+
+        return contour_chart("The plane of three weights", self.x, self.y, self.scores, self.places)
+
+    def __str__(self) -> str:
+        rows = [
+            f"{name} at ({x:.4g}, {y:.4g}): score {self.at_places[name]:.5g}"
+            for name, (x, y) in self.places.items()
+        ]
+        every = np.asarray(self.scores)
+        reach = f"{every.size} points of their plane: scores {every.min():.5g} to {every.max():.5g}"
+        return "\n".join([*rows, reach])
+
+
+def plane(
+    model: nn.Module,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    score: ScoreFunction,
+    *,
+    size: int = 13,
+    margin: float = 0.5,
+    recalibrate: Iterable[Any] | None = None,
+    progress: bool = True,
+) -> PlaneScores:
+    """Score a grid of the plane through three weights, as figures 1 and 3 of Izmailov et al. 2018 show it.
+
+    With u = w_2 - w_1 and v the part of w_3 - w_1 that is orthogonal to u, the grid is w_1 + x·u/‖u‖ + y·v/‖v‖.
+    Good choices are two iterates of the run and their average, or the live weights, the averaged ones and those
+    of a decayed run. Every point costs an evaluation, size² and three in all.
+
+    Args:
+        model: as for :func:`polyak.landscape.path`.
+        weights: three names with their weights.
+        score: as for :func:`polyak.select`.
+        size: points along each side.
+        margin: how far the grid goes beyond the three, as a part of how far apart they are.
+        recalibrate: as for :func:`polyak.landscape.path`.
+        progress: show a bar on stderr.
+
+    Raises:
+        OptionError: not three weights, or three on one line, or an option out of range.
+        StructureError: the weights do not fit the model.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> corners = {"a": (0.0, 0.0), "b": (2.0, 0.0), "c": (1.0, 3.0)}
+    >>> weights = {name: {"weight": torch.tensor([place])} for name, place in corners.items()}
+    >>> found = plane(model, weights, lambda m: m.weight.sum(), size=2, margin=0.0, progress=False)
+    >>> found.places, found.scores
+    ({'a': (0.0, 0.0), 'b': (2.0, 0.0), 'c': (1.0, 3.0)}, ((0.0, 2.0), (3.0, 5.0)))
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+        raise OptionError(f"size must be a whole number of points, at least 2, got {size!r}")
+    if not (math.isfinite(margin) and margin >= 0):
+        raise OptionError(f"margin must be finite and not negative, got {margin!r}")
+    refuse_stale_statistics(model, recalibrate)
+    first, second, third = points(model, weights, count=3)
+    u, v = ({name: other[name] - first[name] for name in first} for other in (second, third))
+    length, slant, height = _triangle(inner(model, u, u), inner(model, u, v), inner(model, v, v))
+    del u, v
+    x, y = _reach([0, length, slant], size, margin), _reach([0, 0, height], size, margin)
+
+    def at(right: float, up: float) -> dict[str, Tensor]:
+        part = up / height
+        return combined(first, [second, third], [(right - part * slant) / length, part])
+
+    places = dict(zip(weights, [(0.0, 0.0), (length, 0.0), (slant, height)], strict=True))
+    tried = [*places.values(), *((right, up) for up in y for right in x)]
+    found = list(scores(model, (at(*place) for place in tried), len(tried), score, recalibrate, progress))
+    grid = np.reshape(found[3:], (size, size))
+    return PlaneScores(
+        places=places,
+        x=tuple(x),
+        y=tuple(y),
+        scores=tuple(map(tuple, grid.tolist())),
+        at_places=dict(zip(weights, found, strict=False)),
+    )
+
+
+def _triangle(uu: float, uv: float, vv: float) -> tuple[float, float, float]:
+    """‖u‖, and where w_3 lies along it and across, from the inner products."""
+    length = math.sqrt(uu)
+    slant = uv / length if length else 0.0
+    height = math.sqrt(max(vv - slant**2, 0.0))
+    if not length or height <= _FLAT * math.sqrt(vv) or not vv:
+        raise OptionError("the three weights lie on one line, through which there is no one plane: use path")
+    return length, slant, height
+
+
+def _reach(corners: list[float], size: int, margin: float) -> list[float]:
+    extra = margin * (max(corners) - min(corners))
+    return np.linspace(min(corners) - extra, max(corners) + extra, size).tolist()

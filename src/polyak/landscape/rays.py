@@ -1,0 +1,184 @@
+"""How wide the place is where weights lie: the loss in random directions from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from polyak.errors import OptionError
+from polyak.landscape.points import Point, points, refuse_stale_statistics, scores
+from polyak.selection.trial import ScoreFunction
+from polyak.tensors import ModelTensors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["RayScores", "rays"]
+
+_RADII = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+@dataclass(frozen=True)
+class RayScores:
+    """Scores along random rays from one or more weights. Made by :func:`rays`.
+
+    Attributes:
+        radii: how far along each ray, relative to the size of the weights.
+        centres: name to the score of the weights themselves.
+        scores: name to a row for each direction, with a score for each radius.
+    """
+
+    radii: tuple[float, ...]
+    centres: dict[str, float]
+    scores: dict[str, tuple[tuple[float, ...], ...]]
+
+    def rise(self, name: str) -> NDArray[np.float64]:
+        """The score at each radius less that of the centre, [directions, radii]: small around a wide place."""
+        return np.asarray(self.scores[name]) - self.centres[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that was found, as plain values for JSON."""
+        return asdict(self)
+
+    def plot(self) -> Figure:
+        """A matplotlib figure: the mean rise over the radius, in a band of one standard error either way.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        from polyak.plots import Line, Panel, line_panels
+
+        lines = [
+            Line(name, [0.0, *self.radii], np.insert(self.rise(name), 0, 0.0, axis=1)) for name in self.scores
+        ]
+        panel = Panel("score minus that of the centre", lines)
+        return line_panels("In random directions", "radius, relative to the weights", [panel])
+
+    def __str__(self) -> str:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("radius", justify="right")
+        for name in self.scores:
+            table.add_column(f"{name}, rise ± error", justify="right", no_wrap=True)
+        for index, radius in enumerate(self.radii):
+            table.add_row(f"{radius:g}", *(_mean_and_error(self.rise(n)[:, index]) for n in self.scores))
+        console = Console(file=StringIO(), width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def rays(
+    model: nn.Module,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    score: ScoreFunction,
+    *,
+    radii: Sequence[float] = _RADII,
+    directions: int = 10,
+    seed: int = 0,
+    recalibrate: Iterable[Any] | None = None,
+    progress: bool = True,
+) -> RayScores:
+    """Score weights moved by ``radius`` in random directions; around a wide optimum the loss rises slowly.
+
+    A direction is drawn from a normal distribution, and each of its filters (the slices of a tensor along its
+    first dimension) scaled to the size of the same filter of the weights, so that a network and the same one
+    rescaled, as BatchNorm and ReLU allow, look alike. Vectors such as biases stay where they are. All weights
+    get the same draws, so their rises may be compared direction by direction.
+
+    Args:
+        model: as for :func:`polyak.landscape.path`.
+        weights: names with their weights, such as ``{"live": run.live(), "averaged": run.average(profile)}``.
+        score: as for :func:`polyak.select`.
+        radii: distances, relative to the size of each filter; every one is scored in every direction.
+        directions: how many.
+        seed: of the draws, which are the same on every device.
+        recalibrate: as for :func:`polyak.landscape.path`.
+        progress: show a bar on stderr.
+
+    Raises:
+        OptionError: an option is out of range, or the model has no filters.
+        StructureError: the weights do not fit the model.
+
+    References:
+        Li et al. 2018, Visualizing the Loss Landscape of Neural Nets (filter normalisation);
+        Izmailov et al. 2018, section 4.2 (rays from SWA's and SGD's weights).
+
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 2, bias=False)
+    >>> centre = {"wide": {"weight": torch.tensor([[1.0], [2.0]])}}
+    >>> centred = lambda m: ((m.weight - torch.tensor([[1.0], [2.0]])) ** 2).sum()
+    >>> found = rays(model, centre, centred, radii=[1.0, 2.0], directions=1, progress=False)
+    >>> found.centres["wide"], found.rise("wide").tolist()
+    (0.0, [[5.0, 20.0]])
+    """
+    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
+        raise OptionError(f"directions must be a whole number, at least 1, got {directions!r}")
+    if not radii or not all(math.isfinite(radius) and radius > 0 for radius in radii):
+        raise OptionError(f"radii must be finite and above 0, got {list(radii)}")
+    refuse_stale_statistics(model, recalibrate)
+    found = points(model, weights, count=None)
+    names = _filtered(model, found[0])
+    tried = (point for centre in found for point in _along(centre, names, radii, directions, seed))
+    per_centre = 1 + directions * len(radii)
+    total = per_centre * len(found)
+    rows = np.reshape(
+        list(scores(model, tried, total, score, recalibrate, progress)), (len(found), per_centre)
+    )
+    return RayScores(
+        radii=tuple(map(float, radii)),
+        centres=dict(zip(weights, rows[:, 0].tolist(), strict=True)),
+        scores={
+            name: tuple(map(tuple, row[1:].reshape(directions, len(radii)).tolist()))
+            for name, row in zip(weights, rows, strict=True)
+        },
+    )
+
+
+def _filtered(model: nn.Module, point: Point) -> list[str]:
+    """The parameters that have filters."""
+    entries = ModelTensors(model).values()
+    names = [e.name for e in entries if e.name in point and e.tensor.requires_grad and point[e.name].ndim > 1]
+    if not names:
+        raise OptionError(
+            "the model has no trainable parameter with two dimensions or more, so no filters to move"
+        )
+    return names
+
+
+def _along(
+    centre: Point, names: Sequence[str], radii: Sequence[float], directions: int, seed: int
+) -> Iterator[Point]:
+    yield centre
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(directions):
+        direction = {name: _scaled(_drawn(centre[name], generator), centre[name]) for name in names}
+        for radius in radii:
+            yield centre | {name: centre[name] + radius * direction[name] for name in names}
+
+
+def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
+
+
+def _scaled(direction: Tensor, weights: Tensor) -> Tensor:
+    """Each filter of ``direction`` as long as the same one of ``weights``."""
+    within = tuple(range(1, weights.ndim))
+    sizes = [torch.linalg.vector_norm(t, dim=within, keepdim=True) for t in (weights, direction)]
+    return direction * (sizes[0] / sizes[1])
+
+
+def _mean_and_error(rises: NDArray[np.float64]) -> str:
+    error = f" ± {rises.std(ddof=1) / np.sqrt(len(rises)):.2g}" if len(rises) > 1 else ""
+    return f"{rises.mean():+.4g}{error}"
