@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from polyak.combine import average_checkpoints
     from polyak.errors import PolyakError
     from polyak.hooks import attach
+    from polyak.posterior import SWAG
     from polyak.profiles import (
         EMA,
         Decay,
@@ -50,6 +51,7 @@ _HOMES = {
     "Weights": "profiles",
     "Window": "profiles",
     "parse": "profiles",
+    "SWAG": "posterior",
     "Selection": "selection",
     "fit": "selection",
     "select": "selection",
@@ -61,6 +63,7 @@ _MODULES = ("errors", "integrations", "landscape", "optim", "schedules")
 
 __all__ = [
     "EMA",
+    "SWAG",
     "Average",
     "Decay",
     "PolyakError",

@@ -199,6 +199,26 @@ def test_a_rescaled_network_is_as_wide_as_before():
     np.testing.assert_allclose(found.rise("one"), found.rise("other"), rtol=1e-4, atol=1e-6)
 
 
+def test_all_weights_may_be_moved_by_the_same_vectors():
+    centres = weights_at({"long": (30.0, 40.0), "short": (0.3, 0.4)})
+    moved = {}
+
+    def look(m):
+        places.append(m.weight[0].clone())
+        return 0.0
+
+    for size_of in (None, "long"):
+        places = []
+        landscape.rays(pair_of_numbers(), centres, look, radii=[0.1], directions=1, size_of=size_of, **QUIET)
+        moved[size_of] = [
+            (there - centre).norm().item() for centre, there in zip(places[::2], places[1::2], strict=True)
+        ]
+    assert moved[None] == pytest.approx([5.0, 0.05], rel=1e-4)
+    assert moved["long"] == pytest.approx([5.0, 5.0], rel=1e-4)
+    with pytest.raises(OptionError, match="size_of must be one of long, short, got 'live'"):
+        landscape.rays(pair_of_numbers(), centres, look, size_of="live", **QUIET)
+
+
 def test_vectors_and_frozen_parameters_stay_where_they_are():
     model = network()
     model[3].weight.requires_grad_(False)

@@ -5,7 +5,7 @@ from polyak.combine.headers import common_layout
 from polyak.combine.inputs import in_step_order, known_steps, open_inputs, refuse_partly_known
 from polyak.combine.memory import MemoryWriter
 from polyak.combine.offline import average_checkpoints
-from polyak.combine.plan import AverageReport, Plan, batchnorm_statistics, plan_average
+from polyak.combine.plan import AverageReport, Plan, batchnorm_statistics, is_statistic, plan_average
 from polyak.combine.running import is_averaged
 from polyak.combine.spans import Span, coefficients, spans_of_steps
 
@@ -22,6 +22,7 @@ __all__ = [
     "common_layout",
     "in_step_order",
     "is_averaged",
+    "is_statistic",
     "known_steps",
     "open_inputs",
     "plan_average",

@@ -182,11 +182,16 @@ def _notes(inputs: Sequence[Checkpoint]) -> list[str]:
 
 def batchnorm_statistics(tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Names of running statistics: what a file tells of BatchNorm layers."""
-    return [
-        name
-        for name, info in tensors.items()
-        if name.endswith(("running_mean", "running_var")) and is_averaged(info.dtype)
-    ]
+    return [name for name, info in tensors.items() if is_statistic(name) and is_averaged(info.dtype)]
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is, by its name, a running statistic of a BatchNorm layer.
+
+    >>> is_statistic("layer1.bn.running_var"), is_statistic("layer1.bn.weight")
+    (True, False)
+    """
+    return name.endswith(("running_mean", "running_var"))
 
 
 def _batchnorm_note(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:

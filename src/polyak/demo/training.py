@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +17,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from polyak.demo.candidates import Candidates, Curve, Scoring, choose
 from polyak.demo.data import batches, with_noise
 from polyak.demo.tasks import CHOSEN, Task
-from polyak.trajectory import Recorder
+from polyak.selection import Selection
+from polyak.trajectory import Recorder, Trajectory
 
 __all__ = ["Run", "learning_rate_factor", "train"]
 
 # update_bn sees what training sees, noise included; several draws make the statistics exact enough.
 _UPDATE_BN_DRAWS = 4
+
+# What is done with a recorded run at its end: the recording, the model, how it is scored, what was chosen.
+Look = Callable[[Trajectory, nn.Module, Scoring, Selection], Any]
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,13 @@ class Run:
         curves: of the live weights, of each average, and the end of the chosen one, by label.
         selection: what :func:`polyak.select` found, as plain values; None where the run was not recorded.
         selection_text: the same as it prints.
+        seen: what ``look`` returned.
     """
 
     curves: dict[str, Curve]
     selection: dict[str, Any] | None = None
     selection_text: str = ""
+    seen: Any = None
 
 
 def train(
@@ -47,6 +53,7 @@ def train(
     decay_fraction: float = 0.0,
     record: bool = False,
     eval_steps: int | None = None,
+    look: Look | None = None,
 ) -> Run:
     """Train once; the averages are followed where the learning rate is constant.
 
@@ -59,6 +66,7 @@ def train(
         decay_fraction: from 0 to 1; at 0 the learning rate stays constant and the averages are followed.
         record: whether to record the run, and to choose from the recording at its end.
         eval_steps: optimizer steps between scores; by default the task's own.
+        look: called at the end of a run that is recorded.
     """
     with _one_thread():
         split = task.load(seed)
@@ -97,7 +105,8 @@ def train(
                 return Run(candidates.curves)
             recorder.close()
             chosen, selection = choose(recorder.trajectory, model, scoring, task.steps)
-    return Run(candidates.curves | {CHOSEN: chosen}, selection.to_dict(), str(selection))
+            seen = None if look is None else look(recorder.trajectory, model, scoring, selection)
+    return Run(candidates.curves | {CHOSEN: chosen}, selection.to_dict(), str(selection), seen)
 
 
 def learning_rate_factor(steps_done: int, *, steps: int, warmup_steps: int, decay_steps: int) -> float:

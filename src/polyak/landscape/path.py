@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from polyak.errors import OptionError
-from polyak.landscape.points import combined, inner, points, refuse_stale_statistics, scores
+from polyak.landscape.points import combined, inner, points, scores
 from polyak.selection.trial import Mode, ScoreFunction, badness, refuse_unknown_mode
+from polyak.selection.weights import check_statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,7 +121,7 @@ def path(
     ((0.0, 0.5, 1.0, 1.5), (4.0, 1.0, 0.0, 1.0), 1.0, 0.0)
     """
     refuse_unknown_mode(mode)
-    refuse_stale_statistics(model, recalibrate)
+    check_statistics(model, recalibrate)
     if not all(math.isfinite(t) for t in positions):
         raise OptionError(f"positions must be finite, got {list(positions)}")
     start, end = points(model, weights, count=2)

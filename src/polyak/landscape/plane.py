@@ -11,8 +11,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from polyak.errors import OptionError
-from polyak.landscape.points import combined, inner, points, refuse_stale_statistics, scores
+from polyak.landscape.points import combined, inner, points, scores
 from polyak.selection.trial import ScoreFunction
+from polyak.selection.weights import check_statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,7 +111,7 @@ def plane(
         raise OptionError(f"size must be a whole number of points, at least 2, got {size!r}")
     if not (math.isfinite(margin) and margin >= 0):
         raise OptionError(f"margin must be finite and not negative, got {margin!r}")
-    refuse_stale_statistics(model, recalibrate)
+    check_statistics(model, recalibrate)
     first, second, third = points(model, weights, count=3)
     u, v = ({name: other[name] - first[name] for name in first} for other in (second, third))
     length, slant, height = _triangle(inner(model, u, u), inner(model, u, v), inner(model, v, v))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from polyak.accumulator import mean_dtype
-from polyak.batchnorm import tracks_statistics
 from polyak.errors import OptionError, StructureError
 from polyak.selection.progress import bar
 from polyak.selection.trial import ScoreFunction, try_weights
-from polyak.selection.weights import matched, refuse_one_pass
+from polyak.selection.weights import matched
 from polyak.tensors import ModelTensors
 
-__all__ = ["Point", "combined", "inner", "points", "refuse_stale_statistics", "scores"]
+__all__ = ["Point", "combined", "inner", "points", "scores"]
 
 # Canonical name to value: the floating-point tensors of a model, in fp32 at least, on the model's devices.
 Point = dict[str, Tensor]
@@ -90,18 +88,6 @@ def scores(
     with bar("weights", progress) as advance:
         for point in advance(tried, total):
             yield try_weights(model, point, score, recalibrate).value
-
-
-def refuse_stale_statistics(model: nn.Module, recalibrate: Iterable[Any] | None) -> None:
-    """Refuse (``OptionError``) batches that are gone after one pass, and warn where BatchNorm needs some."""
-    refuse_one_pass(recalibrate)
-    if recalibrate is None and tracks_statistics(model):
-        warnings.warn(
-            "the model has BatchNorm layers, whose statistics do not fit the weights in between: the scores are not "
-            "those the weights can have. Give recalibrate the batches to recompute them from",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyak.errors import OptionError
-from polyak.landscape.points import Point, points, refuse_stale_statistics, scores
+from polyak.landscape.points import Point, points, scores
 from polyak.selection.trial import ScoreFunction
+from polyak.selection.weights import check_statistics
 from polyak.tensors import ModelTensors
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def rays(
     radii: Sequence[float] = _RADII,
     directions: int = 10,
     seed: int = 0,
+    size_of: str | None = None,
     recalibrate: Iterable[Any] | None = None,
     progress: bool = True,
 ) -> RayScores:
@@ -97,6 +99,10 @@ def rays(
     rescaled, as BatchNorm and ReLU allow, look alike. Vectors such as biases stay where they are. All weights
     get the same draws, so their rises may be compared direction by direction.
 
+    Averaging removes noise from weights and makes them shorter, so an average is moved less far than the live
+    weights at the same radius. Look also with ``size_of``, which moves all by the very same vectors, before saying
+    that one lies wider than the other.
+
     Args:
         model: as for :func:`polyak.landscape.path`.
         weights: names with their weights, such as ``{"live": run.live(), "averaged": run.average(profile)}``.
@@ -104,6 +110,7 @@ def rays(
         radii: distances, relative to the size of each filter; every one is scored in every direction.
         directions: how many.
         seed: of the draws, which are the same on every device.
+        size_of: name of the weights to whose filters all directions are scaled; None: each to its own.
         recalibrate: as for :func:`polyak.landscape.path`.
         progress: show a bar on stderr.
 
@@ -127,10 +134,17 @@ def rays(
         raise OptionError(f"directions must be a whole number, at least 1, got {directions!r}")
     if not radii or not all(math.isfinite(radius) and radius > 0 for radius in radii):
         raise OptionError(f"radii must be finite and above 0, got {list(radii)}")
-    refuse_stale_statistics(model, recalibrate)
+    check_statistics(model, recalibrate)
     found = points(model, weights, count=None)
+    if size_of is not None and size_of not in weights:
+        raise OptionError(f"size_of must be one of {', '.join(weights)}, got {size_of!r}")
     names = _filtered(model, found[0])
-    tried = (point for centre in found for point in _along(centre, names, radii, directions, seed))
+    sizes = found if size_of is None else [found[list(weights).index(size_of)]] * len(found)
+    tried = (
+        point
+        for centre, size in zip(found, sizes, strict=True)
+        for point in _along(centre, size, names, radii, directions, seed)
+    )
     per_centre = 1 + directions * len(radii)
     total = per_centre * len(found)
     rows = np.reshape(
@@ -158,12 +172,12 @@ def _filtered(model: nn.Module, point: Point) -> list[str]:
 
 
 def _along(
-    centre: Point, names: Sequence[str], radii: Sequence[float], directions: int, seed: int
+    centre: Point, size: Point, names: Sequence[str], radii: Sequence[float], directions: int, seed: int
 ) -> Iterator[Point]:
     yield centre
     generator = torch.Generator().manual_seed(seed)
     for _ in range(directions):
-        direction = {name: _scaled(_drawn(centre[name], generator), centre[name]) for name in names}
+        direction = {name: _scaled(_drawn(size[name], generator), size[name]) for name in names}
         for radius in radii:
             yield centre | {name: centre[name] + radius * direction[name] for name in names}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyak import checkpoints
-from polyak.batchnorm import update_bn
+from polyak.batchnorm import tracks_statistics, update_bn
 from polyak.errors import OptionError, StructureError, name_list
 from polyak.swap import Swap, copy_into
 from polyak.tensors import ModelTensors, NamedTensor, local
@@ -19,6 +20,7 @@ from polyak.trajectory import Trajectory
 __all__ = [
     "apply_weights",
     "averaged",
+    "check_statistics",
     "evaluation",
     "live_weights",
     "matched",
@@ -124,6 +126,18 @@ def refuse_one_pass(recalibrate: Iterable[Any] | None) -> None:
         raise OptionError(
             f"recalibrate is a {type(recalibrate).__name__}, which can be gone through only once, and every "
             "evaluation needs a pass of its own: give a list or a DataLoader"
+        )
+
+
+def check_statistics(model: nn.Module, recalibrate: Iterable[Any] | None) -> None:
+    """Warn where BatchNorm statistics would be of other weights, and refuse batches as ``refuse_one_pass``."""
+    refuse_one_pass(recalibrate)
+    if recalibrate is None and tracks_statistics(model):
+        warnings.warn(
+            "the model has BatchNorm layers, whose statistics do not fit the weights that are tried: the results are "
+            "not those the weights can have. Give recalibrate the batches to recompute them from",
+            UserWarning,
+            stacklevel=3,
         )
 
 

@@ -1,0 +1,218 @@
+"""What predicting with SWAG's distribution over weights adds to predicting with the average, on the demo's tasks.
+
+    python benchmarks/posterior.py [--seeds 8] [--output benchmarks/results/posterior.json]
+
+Each run trains at a constant learning rate and is recorded; validation chooses an average, and the scale of a SWAG of
+the same profile. On test data stand the live weights, the average, SWAG's predictions, and the mean prediction of as
+many blocks of the run, which costs the same at inference and needs no distribution. Differences are paired over
+seeds. About 5 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import nll_loss
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+import harness
+import polyak
+from polyak.batchnorm import tracks_statistics
+from polyak.demo.candidates import Scoring
+from polyak.demo.data import Examples, digits
+from polyak.demo.statistics import Difference, mean_and_error, paired_difference
+from polyak.demo.tasks import TASKS
+from polyak.demo.training import train
+from polyak.selection.weights import averaged, evaluation
+
+LIVE, AVERAGE, POSTERIOR, BLOCKS = "live weights", "average", "SWAG", "blocks' predictions"
+METRICS = ("nll", "accuracy", "calibration_error")
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+TASKS_HERE = {
+    "digits": TASKS["digits"],
+    # Wrong labels teach a network to doubt; without them it is as sure of itself as networks usually are.
+    "digits, clean labels": replace(TASKS["digits"], load=partial(digits, label_noise=0.0)),
+    "text": TASKS["text"],
+}
+DRAWS, TUNING_DRAWS, RANK, BINS = 30, 10, 20, 15
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    task: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Test metrics by contender, the profile that all but the live weights use, and SWAG's scale."""
+
+    job: Job
+    profile: str
+    scale: float
+    metrics: dict[str, dict[str, float]]
+
+
+def run(job: Job) -> Outcome:
+    """Train, record, choose, predict."""
+    task = TASKS_HERE[job.task]
+
+    def look(
+        trajectory: polyak.Trajectory, model: nn.Module, scoring: Scoring, selection: polyak.Selection
+    ) -> Outcome:
+        profile = next(candidate.profile for candidate in selection.table if candidate.profile is not None)
+        batches = scoring.update_bn_batches[:1] if tracks_statistics(model) else None
+        common: dict[str, Any] = {"recalibrate": batches, "seed": job.seed, "progress": False}
+        validation, test = scoring.split.validation, scoring.split.test
+
+        def validation_nll(scale: float) -> float:
+            posterior = polyak.SWAG(trajectory, profile, rank=RANK, scale=scale)
+            predicted = posterior.predict(model, on(validation), samples=TUNING_DRAWS, **common)
+            return measure(predicted, validation)["nll"]
+
+        scale = min(SCALES, key=validation_nll)
+        posterior = polyak.SWAG(trajectory, profile, rank=RANK, scale=scale)
+        predictions = {
+            LIVE: with_weights(model, trajectory.live(), on(test), None),
+            AVERAGE: with_weights(model, posterior.mean, on(test), batches),
+            POSTERIOR: posterior.predict(model, on(test), samples=DRAWS, **common),
+            BLOCKS: of_blocks(trajectory, profile, model, on(test), batches),
+        }
+        metrics = {name: measure(predicted, test) for name, predicted in predictions.items()}
+        return Outcome(job, str(profile), scale, metrics)
+
+    return train(task, job.seed, record=True, eval_steps=task.steps, look=look).seen
+
+
+def on(examples: Examples) -> Callable[[nn.Module], Tensor]:
+    """The probabilities of each class, [N, classes]."""
+    return lambda model: model(examples.inputs).softmax(dim=1)
+
+
+def of_blocks(
+    trajectory: polyak.Trajectory,
+    profile: polyak.Profile,
+    model: nn.Module,
+    function: Callable[[nn.Module], Tensor],
+    batches: Any,
+) -> Tensor:
+    """The mean prediction of the newest blocks that the profile covers, as many as SWAG makes draws."""
+    covered = np.flatnonzero(trajectory.explain(profile).coefficients)[-DRAWS:]
+    one_hot = np.eye(len(trajectory.blocks))
+    each = [
+        with_weights(model, trajectory.average(polyak.Weights(one_hot[index])), function, batches)
+        for index in covered
+    ]
+    return torch.stack(each).mean(dim=0)
+
+
+@torch.no_grad()
+def with_weights(
+    model: nn.Module, weights: dict[str, Tensor], function: Callable[[nn.Module], Tensor], batches: Any
+) -> Tensor:
+    """What ``function`` says of the model with ``weights`` in it."""
+    with averaged(model, weights, batches), evaluation(model):
+        return function(model)
+
+
+def measure(probabilities: Tensor, examples: Examples) -> dict[str, float]:
+    """NLL in nats, accuracy and expected calibration error, the latter two from 0 to 1."""
+    classes = probabilities.shape[1]
+    return {
+        "nll": nll_loss(probabilities.clamp_min(1e-12).log(), examples.targets).item(),
+        "accuracy": (probabilities.argmax(dim=1) == examples.targets).double().mean().item(),
+        "calibration_error": multiclass_calibration_error(
+            probabilities, examples.targets, num_classes=classes, n_bins=BINS
+        ).item(),
+    }
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, Any]:
+    """For each task: every contender over seeds, and its paired difference to the average."""
+    found: dict[str, Any] = {}
+    for task in dict.fromkeys(outcome.job.task for outcome in outcomes):
+        ours = [outcome for outcome in outcomes if outcome.job.task == task]
+        contenders = {}
+        for name in ours[0].metrics:
+            values = {metric: [o.metrics[name][metric] for o in ours] for metric in METRICS}
+            average = {metric: [o.metrics[AVERAGE][metric] for o in ours] for metric in METRICS}
+            contenders[name] = {
+                metric: {
+                    "by_seed": values[metric],
+                    "mean_and_error": mean_and_error(values[metric]),
+                    "minus_average": asdict(paired_difference(values[metric], average[metric])),
+                }
+                for metric in METRICS
+            }
+        found[task] = {
+            "contenders": contenders,
+            "scales": dict(Counter(str(o.scale) for o in ours)),
+            "profiles": dict(Counter(o.profile for o in ours)),
+        }
+    return found
+
+
+def table(found: dict[str, Any]) -> Table:
+    """The same for the eye."""
+    shown = Table(title="Test data", box=box.SIMPLE_HEAD)
+    shown.add_column("task: prediction", no_wrap=True)
+    for heading in ("NLL", "acc., %", "ECE, %", "minus average"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for task, entry in found.items():
+        for name, metrics in entry["contenders"].items():
+            nll, accuracy, error = (metrics[metric]["mean_and_error"][0] for metric in METRICS)
+            d = Difference(**metrics["nll"]["minus_average"])
+            against = "" if name == AVERAGE else f"{d.mean:+.4f} (p={d.p_value:.2g})"
+            shown.add_row(
+                f"{task}: {name}", f"{nll:.4f}", f"{accuracy:.2%}"[:-1], f"{error:.2%}"[:-1], against
+            )
+    return shown
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=8, help="seeds to report on, at least 2 (default 8)")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(TASKS_HERE), default=list(TASKS_HERE), help="which tasks"
+    )
+    parser.add_argument("--output", type=Path, help="write the figures to this file as JSON")
+    options = parser.parse_args(arguments)
+    if options.seeds < 2:
+        parser.error("--seeds must be at least 2: a single run shows nothing about chance")
+    environment = harness.environment(("polyak", "scipy", "scikit-learn", "torchmetrics"))
+    jobs = [Job(task, seed) for task in options.tasks for seed in range(options.seeds)]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        outcomes = list(track(pool.map(run, jobs), description=f"{len(jobs)} runs", total=len(jobs)))
+    found = summary(outcomes)
+    Console().print(table(found))
+    if options.output is not None:
+        record = {
+            "benchmark": "posterior",
+            "environment": environment,
+            "draws": DRAWS,
+            "rank": RANK,
+            "scales": SCALES,
+            "tasks": found,
+        }
+        harness.write_json(options.output, record)
+
+
+if __name__ == "__main__":
+    main()

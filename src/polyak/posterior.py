@@ -1,0 +1,230 @@
+"""SWAG: a normal distribution over weights from the same run that was averaged, and predictions averaged over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from polyak.accumulator import mean_dtype
+from polyak.combine import is_statistic
+from polyak.errors import OptionError
+from polyak.profiles import Profile, Weights, as_profile
+from polyak.selection.progress import bar
+from polyak.selection.trial import refuse_no_trajectory
+from polyak.selection.weights import averaged, check_statistics, evaluation
+from polyak.trajectory import Trajectory
+
+__all__ = ["SWAG"]
+
+# Samples of a small model are made in one pass over the blocks; this many bytes of them at once.
+_TOGETHER_BYTES = 64 << 20
+
+
+class SWAG:
+    """SWA-Gaussian: weights drawn around an average, as widely as the run scattered there.
+
+    With blocks b_k and the profile's coefficients a_k, Σ a_k = 1, the mean is μ = Σ a_k b_k. With d_k = b_k - μ,
+
+        Σ_diag = diag(Σ a_k d_k²) / (1 - Σ a_k²)
+        Σ_low  = Σ' a_k d_k d_kᵀ / (1 - Σ' a_k²), over the newest ``rank`` blocks, their a_k rescaled to sum to 1
+        w ~ N(μ, scale · (Σ_diag + Σ_low) / 2)
+
+    which for equal weights are the paper's moments, both divided by n - 1. A draw of the second part is a signed
+    combination of blocks, so deviations are never stored: memory is the mean, the variances and one block.
+
+    A block of a recording is a mean of ``count`` samples and scatters less than they do, the less the longer it
+    is. So take ``scale`` from validation, or record with ``block`` equal to ``every``; checkpoints are samples.
+
+    Args:
+        trajectory: a recorded run, or a folder of checkpoints.
+        profile: where the distribution lies; one that covers the part of the run with a high learning rate.
+        rank: how many of the newest blocks give the correlations between weights.
+        scale: of the covariance, above 0. The reference code's ``scale=0.5`` is 1 here.
+
+    Attributes:
+        mean: μ by name, as ``trajectory.average(profile)`` gives it.
+        variance: the diagonal of Σ_diag, by name, for the tensors that are drawn: the averaged ones other than
+            BatchNorm statistics. The rest is the mean's.
+
+    Raises:
+        OptionError: an option is out of range, or the profile covers fewer than two blocks or has negative weights.
+        NotStartedError: the trajectory holds no block yet.
+        CheckpointError: a block or checkpoint is damaged.
+
+    References:
+        Maddox et al. 2019, A Simple Baseline for Bayesian Uncertainty in Deep Learning.
+
+    >>> import tempfile, torch, polyak
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> with polyak.Recorder(model, folder.name, block=1) as run:
+    ...     for value in (1.0, 3.0, 1.0, 3.0):
+    ...         _ = model.weight.data.fill_(value)
+    ...         run.update()
+    >>> posterior = polyak.SWAG(run.trajectory, "uniform")
+    >>> posterior.mean["weight"].item(), round(posterior.variance["weight"].item(), 4)
+    (2.0, 1.3333)
+    >>> [weights["weight"].shape for weights in posterior.samples(2, seed=0)]
+    [torch.Size([1, 1]), torch.Size([1, 1])]
+    >>> spread = posterior.predict(model, lambda m: (m.weight - 2) ** 2, samples=500, progress=False)
+    >>> 1 < spread.item() < 1.7
+    True
+    >>> folder.cleanup()
+    """
+
+    mean: dict[str, Tensor]
+    variance: dict[str, Tensor]
+
+    def __init__(self, trajectory: Trajectory, profile: Profile | str, *, rank: int = 20, scale: float = 1.0):
+        refuse_no_trajectory(trajectory)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 2:
+            raise OptionError(f"rank must be a whole number of blocks, at least 2, got {rank!r}")
+        if not (math.isfinite(scale) and scale > 0):
+            raise OptionError(f"scale must be finite and above 0, got {scale!r}")
+        self._trajectory = trajectory
+        self.profile = as_profile(profile)
+        self.rank, self.scale = rank, float(scale)
+        self._coefficients = trajectory.explain(self.profile).coefficients
+        self._refuse_coefficients()
+        self.mean = trajectory.average(self.profile)
+        self.variance = self._variances()
+
+    def samples(self, count: int, *, seed: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Draw weights: name to tensor on the host, as :meth:`Trajectory.average` gives them.
+
+        The same ``seed`` gives the same draws, the first few of them whatever ``count`` is. Each draw is a pass
+        over the blocks; of a small model there is one for many.
+
+        Raises:
+            OptionError: ``count`` is not a whole number, at least 1.
+            CheckpointError: a block is damaged.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise OptionError(f"the number of samples must be whole, at least 1, got {count!r}")
+        return self._drawn(count, seed)
+
+    def predict(
+        self,
+        model: nn.Module,
+        function: Callable[[nn.Module], Tensor],
+        *,
+        samples: int = 30,
+        seed: int = 0,
+        recalibrate: Iterable[Any] | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """The mean of ``function(model)`` over draws of the weights: the Bayesian model average.
+
+        Args:
+            model: takes each draw, in evaluation mode and without gradients; it is as before when this returns
+                or raises.
+            function: what to average, always of one shape. For a classifier its probabilities, not its logits.
+            samples: how many draws.
+            seed: of the draws.
+            recalibrate: batches for :func:`polyak.update_bn` for each draw; BatchNorm needs them.
+            progress: show a bar on stderr.
+
+        Raises:
+            OptionError: an option is out of range, or ``function`` returns no tensor or another shape.
+            StructureError: the trajectory is that of another model.
+        """
+        check_statistics(model, recalibrate)
+        mean: Tensor | None = None
+        with bar("draws", progress) as advance:
+            for n, weights in enumerate(advance(self.samples(samples, seed=seed), samples), 1):
+                with torch.no_grad(), averaged(model, weights, recalibrate), evaluation(model):
+                    value = _checked(function(model), mean)
+                mean = value if mean is None else mean + (value - mean) / n
+        assert mean is not None, "there is at least one sample"
+        return mean
+
+    def __repr__(self) -> str:
+        return f"SWAG({self._trajectory!r}, {str(self.profile)!r}, rank={self.rank}, scale={self.scale:g})"
+
+    # How it works inside.
+
+    def _refuse_coefficients(self) -> None:
+        if (self._coefficients < 0).any():
+            raise OptionError(
+                f"{self.profile} has negative weights, which have no variance: take another profile"
+            )
+        if np.count_nonzero(self._coefficients) < 2:
+            raise OptionError(
+                f"{self.profile} covers a single block of this run, which shows no scatter: take a longer profile, or "
+                "record shorter blocks"
+            )
+
+    def _variances(self) -> dict[str, Tensor]:
+        drawn = _first_of_each(
+            self.mean, [n for n in self.mean if n in self._trajectory.averaged_names and not is_statistic(n)]
+        )
+        variances = {name: torch.zeros_like(self.mean[name], dtype=_real(self.mean[name])) for name in drawn}
+        for index in np.flatnonzero(self._coefficients):
+            block = self._trajectory.average(Weights(np.eye(len(self._coefficients))[index]))
+            for name, variance in variances.items():
+                distance = (block[name] - self.mean[name]).abs().to(variance.dtype)
+                variance.addcmul_(distance, distance, value=float(self._coefficients[index]))
+        unbiased = 1 - float((self._coefficients**2).sum())
+        return {name: variance / unbiased for name, variance in variances.items()}
+
+    def _drawn(self, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
+        seeds = torch.Generator().manual_seed(seed)
+        together = max(1, _TOGETHER_BYTES // self._trajectory.average_bytes)
+        for first in range(0, count, together):
+            generators = [_reseeded(seeds) for _ in range(min(together, count - first))]
+            rows = [Weights(self._row(generator)) for generator in generators]
+            for generator, low_rank in zip(generators, self._trajectory.average_many(rows), strict=True):
+                yield self._with_diagonal(low_rank, generator)
+
+    def _row(self, generator: torch.Generator) -> NDArray[np.float64]:
+        """Coefficients of the blocks whose combination is μ plus a draw of the low-rank part; they sum to 1."""
+        newest = np.flatnonzero(self._coefficients)[-self.rank :]
+        shares = self._coefficients[newest] / self._coefficients[newest].sum()
+        drawn = torch.randn(len(newest), generator=generator, dtype=torch.float64).numpy()
+        along = drawn * np.sqrt(self.scale / 2 * shares / (1 - (shares**2).sum()))
+        row = self._coefficients * (1 - along.sum())
+        row[newest] += along
+        return row
+
+    def _with_diagonal(self, low_rank: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        drawn = {
+            name: low_rank[name]
+            + torch.randn(variance.shape, generator=generator, dtype=low_rank[name].dtype)
+            * (variance * (self.scale / 2)).sqrt()
+            for name, variance in self.variance.items()
+        }
+        by_tensor = {id(self.mean[name]): value for name, value in drawn.items()}
+        return {name: by_tensor.get(id(value), value) for name, value in self.mean.items()}
+
+
+def _first_of_each(tensors: dict[str, Tensor], names: Sequence[str]) -> list[str]:
+    """Of tied names the first."""
+    return list({id(tensors[name]): name for name in reversed(names)}.values())[::-1]
+
+
+def _real(tensor: Tensor) -> torch.dtype:
+    return mean_dtype(tensor.real.dtype if tensor.is_complex() else tensor.dtype)
+
+
+def _reseeded(seeds: torch.Generator) -> torch.Generator:
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=seeds)))
+
+
+def _checked(value: object, mean: Tensor | None) -> Tensor:
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise OptionError(
+            f"function must return a floating-point tensor, such as probabilities; it returned {kind}"
+        )
+    if mean is not None and value.shape != mean.shape:
+        raise OptionError(
+            f"function returned the shapes {tuple(mean.shape)} and {tuple(value.shape)} for two draws, which have no "
+            "mean: it must look at the same examples each time"
+        )
+    return value.detach().to(mean_dtype(value.dtype), copy=True)

@@ -1,0 +1,200 @@
+"""SWAG against its formulas in float64, on checkpoints whose moments are known."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import polyak
+from oracles import RandomWalk
+from polyak import checkpoints
+from polyak.errors import OptionError, StructureError
+from recorded_runs import small_model
+
+STEPS = 12
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A walk as checkpoints, with its samples as float64 vectors [steps, numbers]."""
+    model = net()
+    walk = RandomWalk(model)
+    for step in range(1, STEPS + 1):
+        walk.step()
+        checkpoints.write(tmp_path / f"step-{step}.safetensors", dict(model.state_dict()))
+    trajectory = polyak.Trajectory.from_checkpoints(tmp_path.glob("*.safetensors"))
+    samples = np.stack([flat(weights) for weights in walk.visited])
+    return trajectory, samples, model
+
+
+def flat(weights):
+    return np.concatenate([value.double().numpy().ravel() for value in weights.values()])
+
+
+def moments(samples, coefficients, rank):
+    """Mean, diagonal and low-rank covariance as the docstring of SWAG defines them."""
+    mean = coefficients @ samples
+    deviations = samples - mean
+    diagonal = coefficients @ deviations**2 / (1 - (coefficients**2).sum())
+    newest = np.flatnonzero(coefficients)[-rank:]
+    shares = coefficients[newest] / coefficients[newest].sum()
+    low = (shares[:, None] * deviations[newest]).T @ deviations[newest] / (1 - (shares**2).sum())
+    return mean, diagonal, low
+
+
+PROFILES = [polyak.Uniform(), polyak.Tail(0.5), polyak.Power(gamma=2.0)]
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=str)
+def test_moments_are_those_of_the_samples(run, profile):
+    trajectory, samples, _ = run
+    posterior = polyak.SWAG(trajectory, profile)
+    mean, diagonal, _ = moments(samples, trajectory.explain(profile).coefficients, rank=20)
+    np.testing.assert_allclose(flat(posterior.mean), mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(flat(posterior.variance), diagonal, rtol=1e-4)
+
+
+def test_equal_weights_give_the_papers_moments(run):
+    trajectory, samples, _ = run
+    _, diagonal, low = moments(samples, np.full(STEPS, 1 / STEPS), rank=STEPS)
+    # Maddox et al. 2019: Σ_diag = mean(w²) - mean(w)², Σ_low = D Dᵀ / (K - 1).
+    papers = (samples**2).mean(axis=0) - samples.mean(axis=0) ** 2
+    np.testing.assert_allclose(diagonal, papers * STEPS / (STEPS - 1))
+    deviations = samples - samples.mean(axis=0)
+    np.testing.assert_allclose(low, deviations.T @ deviations / (STEPS - 1))
+    assert polyak.SWAG(trajectory, "uniform").variance["0.bias"].shape == (4,)
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=str)
+@pytest.mark.parametrize("rank", [4, 20])
+def test_draws_have_the_covariance_that_was_promised(run, profile, rank):
+    trajectory, samples, _ = run
+    count, scale = 4000, 0.7
+    posterior = polyak.SWAG(trajectory, profile, rank=rank, scale=scale)
+    mean, diagonal, low = moments(samples, trajectory.explain(profile).coefficients, rank)
+    expected = scale / 2 * (np.diag(diagonal) + low)
+    drawn = np.stack([flat(weights) for weights in posterior.samples(count, seed=1)])
+    spread = np.sqrt(np.diag(expected))
+    assert np.abs((drawn.mean(axis=0) - mean) / spread).max() < 5 / np.sqrt(count)
+    # The error of an estimated correlation is about 1/√count, of a variance √2 times that.
+    errors = (np.cov(drawn.T) - expected) / np.outer(spread, spread)
+    assert np.abs(errors).max() < 6 / np.sqrt(count)
+
+
+def test_the_seed_decides_and_more_draws_begin_like_fewer(run, monkeypatch):
+    posterior = polyak.SWAG(run[0], "uniform")
+    few = [flat(weights) for weights in posterior.samples(2, seed=3)]
+    monkeypatch.setattr("polyak.posterior._TOGETHER_BYTES", 1)  # as of a large model: a pass for each
+    many = [flat(weights) for weights in posterior.samples(3, seed=3)]
+    np.testing.assert_array_equal(few, many[:2])
+    assert not np.array_equal(many[0], many[1])
+    assert not np.array_equal(flat(next(posterior.samples(1, seed=4))), few[0])
+
+
+def test_predictions_are_means_over_draws(run):
+    trajectory, _, model = run
+    posterior = polyak.SWAG(trajectory, "uniform")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = torch.randn(5, 3)
+    found = posterior.predict(model, lambda m: m(data).softmax(dim=1), samples=7, progress=False)
+    expected = torch.zeros(5, 2)
+    other = net()
+    for weights in posterior.samples(7):
+        other.load_state_dict(weights)
+        expected += other(data).softmax(dim=1).detach() / 7
+    torch.testing.assert_close(found, expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+
+
+def test_batchnorm_statistics_and_counters_are_not_drawn(tmp_path):
+    model = small_model()
+    for step in range(1, 5):
+        model(torch.randn(16, 3))
+        model[0].weight.data.add_(torch.randn(4, 3))
+        checkpoints.write(tmp_path / f"step-{step}.safetensors", dict(model.state_dict()))
+    trajectory = polyak.Trajectory.from_checkpoints(tmp_path.glob("*.safetensors"))
+    posterior = polyak.SWAG(trajectory, "uniform")
+    (drawn,) = posterior.samples(1)
+    for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+        assert name not in posterior.variance
+        assert torch.equal(drawn[name], posterior.mean[name])
+    data = torch.randn(16, 3)
+    with pytest.warns(UserWarning, match="BatchNorm layers"):
+        stale = posterior.predict(model, lambda m: m(data), samples=3, progress=False)
+    fresh = posterior.predict(model, lambda m: m(data), samples=3, recalibrate=[data], progress=False)
+    assert not torch.equal(stale, fresh)
+
+
+def test_tied_weights_are_drawn_once(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    with polyak.Recorder(model, tmp_path / "run", block=1) as run:
+        for _ in range(4):
+            model[0].weight.data.add_(torch.randn(2, 2))
+            run.update()
+    posterior = polyak.SWAG(run.trajectory, "uniform")
+    assert list(posterior.variance) == ["0.weight"]
+    (drawn,) = posterior.samples(1)
+    assert drawn["1.weight"] is drawn["0.weight"]
+    assert not torch.equal(drawn["0.weight"], posterior.mean["0.weight"])
+
+
+def test_half_precision_and_complex_checkpoints_are_drawn_in_fp32_at_least(tmp_path):
+    torch.manual_seed(0)
+    for step in range(1, 5):
+        tensors = {
+            "half": torch.randn(3).bfloat16(),
+            "double": torch.randn(3, dtype=torch.float64),
+            "complex": torch.randn(3, dtype=torch.complex64),
+        }
+        checkpoints.write(tmp_path / f"step-{step}.safetensors", tensors)
+    posterior = polyak.SWAG(polyak.Trajectory.from_checkpoints(tmp_path.glob("*.safetensors")), "uniform")
+    (drawn,) = posterior.samples(1)
+    assert {name: value.dtype for name, value in posterior.variance.items()} == {
+        "half": torch.float32,
+        "double": torch.float64,
+        "complex": torch.float32,
+    }
+    assert drawn["double"].dtype == torch.float64 and drawn["complex"].dtype == torch.complex64
+    assert drawn["complex"].imag.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 1}, "rank must be"),
+        ({"rank": 2.5}, "rank must be"),
+        ({"scale": 0.0}, "scale must be"),
+        ({"scale": float("inf")}, "scale must be"),
+        ({"profile": polyak.Weights([1.0] * (STEPS - 1) + [-0.5])}, "negative weights"),
+        ({"profile": "tail:steps=1"}, "single block"),
+        ({"profile": "tail:2"}, "fraction"),
+    ],
+)
+def test_options_out_of_range_are_refused(run, options, message):
+    with pytest.raises(OptionError, match=message):
+        polyak.SWAG(run[0], **{"profile": "uniform", **options})
+
+
+def test_what_cannot_be_averaged_is_refused(run):
+    trajectory, _, model = run
+    posterior = polyak.SWAG(trajectory, "uniform")
+    with pytest.raises(OptionError, match="at least 1"):
+        posterior.samples(0)
+    with pytest.raises(OptionError, match="floating-point tensor.*a float"):
+        posterior.predict(model, lambda m: 1.0, progress=False)
+    with pytest.raises(OptionError, match="floating-point tensor.*int64"):
+        posterior.predict(model, lambda m: m(torch.ones(1, 3)).argmax(dim=1), progress=False)
+    sizes = iter((1, 2))
+    with pytest.raises(OptionError, match="two draws"):
+        posterior.predict(model, lambda m: m(torch.ones(next(sizes), 3)), progress=False)
+    with pytest.raises(StructureError):
+        posterior.predict(nn.Linear(3, 3), lambda m: m(torch.ones(1, 3)), progress=False)
+    with pytest.raises(OptionError, match="Trajectory"):
+        polyak.SWAG("run/", "uniform")
