@@ -142,13 +142,13 @@ def memory_is_measurable() -> bool:
 
 def resident_bytes() -> int:
     """Memory the process holds now, after the allocator has handed freed pages back."""
-    ctypes.CDLL(None).malloc_trim(0)
+    _hand_back_freed()
     return _status_bytes("VmRSS")
 
 
 def peak_resident_bytes(call: Callable[[], object]) -> int:
     """The most memory the process held at any moment of one call."""
-    ctypes.CDLL(None).malloc_trim(0)
+    _hand_back_freed()
     try:
         _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
     except OSError:  # containers may forbid it
@@ -159,8 +159,14 @@ def peak_resident_bytes(call: Callable[[], object]) -> int:
 
 def peak_anonymous_bytes(call: Callable[[], object]) -> int:
     """The most memory that is no file's, at any moment of one call, beyond what there was before it."""
+    _hand_back_freed()
     before = _status_bytes("RssAnon")
     return _sampled_peak_bytes(call, "RssAnon") - before
+
+
+def _hand_back_freed() -> None:
+    """What the allocator keeps of freed memory would be used anew, and not be seen."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _sampled_peak_bytes(call: Callable[[], object], field: str) -> int:
