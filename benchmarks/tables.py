@@ -211,6 +211,75 @@ def no_harm(data: dict[str, Any]) -> str:
     return f"{introduction}\n\n{table(heading, rows)}"
 
 
+def valley(data: dict[str, Any]) -> str:
+    rows = []
+    for task, found in data["tasks"].items():
+        for examples in ("train", "test"):
+            for size, rises in found[examples]["rises"].items():
+                for rise in rises:
+                    label = f"{task}, {examples}, {size}, {rise['radius']:g}"
+                    means = (f"{rise[name][0]:.4f}" for name in ("live", "averaged"))
+                    rows.append((label, *means, difference(rise["difference"])))
+    heading = ("task, examples, directions, radius", "live", "averaged", "difference")
+    lines = []
+    for task, found in data["tasks"].items():
+        for examples in ("train", "test"):
+            best, barrier = (found[examples][key] for key in ("best_position", "barrier"))
+            lines.append((f"{task}, {examples}", f"{mean(best)}", f"{max(barrier):.4f}"))
+    line_heading = ("the line, task, examples", "position of its best loss, mean", "largest barrier")
+    seeds = len(next(iter(data["tasks"].values()))["chosen"])
+    return (
+        f"Rise of the mean loss at a radius from the live weights and from the average that validation chose, over "
+        f"{data['directions']} random filter-normalised directions and {seeds} seeds. *Own size*: directions scaled to "
+        f"the filters of the weights they start from. *Same vectors*: scaled to those of the live weights for both, as "
+        f"an average is shorter. Training examples keep their wrong labels.\n\n{table(heading, rows)}\n\n"
+        f"Along the straight line the live weights are at 0 and the averaged ones at 1; a barrier is how much worse "
+        f"the line is than its ends.\n\n{table(line_heading, lines)}"
+    )
+
+
+def posterior(data: dict[str, Any]) -> str:
+    rows = []
+    for task, found in data["tasks"].items():
+        for name, metrics in found["contenders"].items():
+            nll, accuracy, error = (
+                metrics[metric]["mean_and_error"] for metric in ("nll", "accuracy", "calibration_error")
+            )
+            compared = metrics["nll"]["minus_average"]
+            rows.append(
+                (
+                    f"{task}: {name}",
+                    f"{nll[0]:.4f} ± {nll[1]:.4f}",
+                    f"{100 * accuracy[0]:.2f}",
+                    f"{100 * error[0]:.2f}",
+                    "" if name == "average" else difference(compared),
+                )
+            )
+    heading = (
+        "task: prediction",
+        "test NLL",
+        "accuracy, %",
+        "calibration error, %",
+        "NLL minus the average's",
+    )
+    tasks = data["tasks"].items()
+    better = [
+        task
+        for task, found in tasks
+        if (d := found["contenders"]["SWAG"]["nll"]["minus_average"])["mean"] < 0 and d["p_value"] < 0.05
+    ]
+    scales = "; ".join(
+        f"{task} " + ", ".join(f"{scale} ({count})" for scale, count in found["scales"].items())
+        for task, found in tasks
+    )
+    return (
+        f"{data['draws']} draws of a SWAG of rank {data['rank']} around the average that validation chose, with a "
+        f"scale that validation chose of {', '.join(map(str, data['scales']))}. SWAG predicts significantly better than the "
+        f"average on: {', '.join(better) or 'none of these tasks'}. Chosen scales, on so many seeds: {scales}."
+        f"\n\n{table(heading, rows)}"
+    )
+
+
 def mean(values: list[float]) -> str:
     return f"{sum(values) / len(values):.4f}"
 
@@ -241,6 +310,8 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Does it help? Text", "demo_text.json", "polyak demo --task text", demo),
     ("What is choosing afterwards worth?", "effect.json", "python benchmarks/effect.py", effect),
     ("Does choosing ever do harm?", "no_harm.json", "python benchmarks/no_harm.py", no_harm),
+    ("Does the average lie wider?", "valley.json", "python benchmarks/valley.py", valley),
+    ("Does SWAG add to the average?", "posterior.json", "python benchmarks/posterior.py", posterior),
     ("What recording and choosing cost", "trajectory.json", "python benchmarks/trajectory.py", trajectory),
     ("What an update costs", "update_cost.json", "python benchmarks/update_cost.py", update_cost),
     ("What averaging checkpoint files costs", "offline.json", "python benchmarks/offline.py", offline),

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from polyak.errors import MissingExtraError, OptionError
-from polyak.plots import Line, Panel, line_panels, png_bytes
+from polyak.plots import Line, Mark, Panel, contour_chart, line_chart, line_panels, png_bytes, svg_bytes
 
 X = [1, 2, 3]
 LIVE = Line("live", X, [[3.0, 2.0, 1.0], [5.0, 2.0, 1.0]])
@@ -78,3 +78,27 @@ def test_drawing_leaves_pyplot_and_the_backend_alone():
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_lines_have_points_of_their_own_and_marks_have_names():
+    (axes,) = line_chart(
+        "title", "x", "y", {"one": ([0, 1], [2.0, 3.0]), "two": ([0.5], [1.0])}, [Mark("here", 0.5)]
+    ).get_axes()
+    assert [line.get_xydata().tolist() for line in axes.get_lines()[:2]] == [[[0, 2], [1, 3]], [[0.5, 1]]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
+    assert [(text.get_text(), text.xy[0]) for text in axes.texts] == [("here", 0.5)]
+    with pytest.raises(OptionError, match="nothing to draw"):
+        line_chart("title", "x", "y", {})
+
+
+def test_a_plane_is_coloured_by_its_scores_and_places_stand_where_they_are():
+    figure = contour_chart("title", [0, 1, 2], [0, 1], [[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]], {"live": (1, 0.5)})
+    axes, colours = figure.get_axes()
+    assert axes.get_lines()[0].get_xydata().tolist() == [[1, 0.5]]
+    low, high = colours.get_ylim()
+    assert low == pytest.approx(1, abs=0.15) and high == pytest.approx(4, abs=0.15)
+
+
+def test_svg_is_the_same_every_time_and_names_are_no_mathematics():
+    first, second = (svg_bytes(line_chart("$x_{y$", "x", "y", {"$": ([0, 1], [1.0, 2.0])})) for _ in range(2))
+    assert first == second and b"<svg" in first

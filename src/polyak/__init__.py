@@ -59,7 +59,7 @@ _HOMES = {
     "Recorder": "trajectory",
     "Trajectory": "trajectory",
 }
-_MODULES = ("errors", "integrations", "landscape", "optim", "schedules")
+_MODULES = ("errors", "integrations", "landscape", "optim", "report", "schedules")
 
 __all__ = [
     "EMA",

@@ -6,10 +6,11 @@ changes, and the user's own figures and backend are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from io import BytesIO
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, ParamSpec
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,11 +32,14 @@ __all__ = [
     "line_chart",
     "line_panels",
     "png_bytes",
+    "svg_bytes",
 ]
 
 # Grey for what the others are compared with, then Okabe and Ito's colours, told apart by all colour vision.
 _COLOURS = ("#4D4D4D", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
 _DOTS_PER_INCH = 150
+
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,19 @@ class Mark:
     x: float
 
 
+def _names_are_text(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
+    """A metric called "$x_{y$" is no mathematics, and would be an error as such."""
+
+    @wraps(draw)
+    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
+        matplotlib = require("matplotlib", extra="demo", purpose="drawing figures")
+        with matplotlib.rc_context({"text.parse_math": False}):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@_names_are_text
 def line_panels(title: str, x_label: str, panels: Sequence[Panel]) -> Figure:
     """Panels side by side, each line the mean over its repeats in a band of one standard error either way.
 
@@ -106,6 +123,7 @@ def line_panels(title: str, x_label: str, panels: Sequence[Panel]) -> Figure:
     return figure
 
 
+@_names_are_text
 def dot_chart(title: str, x_label: str, dots: Sequence[Dot]) -> Figure:
     """Differences as dots with their intervals, one row each, the first on top; a line marks zero.
 
@@ -135,6 +153,7 @@ def dot_chart(title: str, x_label: str, dots: Sequence[Dot]) -> Figure:
     return figure
 
 
+@_names_are_text
 def line_chart(
     title: str,
     x_label: str,
@@ -176,6 +195,7 @@ def line_chart(
     return figure
 
 
+@_names_are_text
 def contour_chart(
     title: str,
     x: Sequence[float],
@@ -215,8 +235,18 @@ def png_bytes(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def svg_bytes(figure: Figure) -> bytes:
+    """The figure as an SVG file; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    buffer = BytesIO()
+    # By default names within the file are drawn by chance, and it says when it was made.
+    with rc_context({"svg.hashsalt": "polyak"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
 def _figure(width_inches: float, height_inches: float) -> Figure:
-    require("matplotlib", extra="demo", purpose="drawing figures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from polyak.checkpoints.passing import LEAST_PASSING_BYTES, write_all
 from polyak.errors import CheckpointError, OutputExistsError, name_list
 
-__all__ = ["AtomicOutput", "Observer", "OutputFile", "writing"]
+__all__ = ["AtomicOutput", "Observer", "OutputFile", "write_file", "writing"]
 
 # What the writers put into folders. A folder with anything else in it is somebody's, and is not replaced.
 _OURS = ("*.safetensors", "*.bin", "*.index.json", "*.distcp", ".metadata", "polyak.json")
@@ -76,7 +76,7 @@ class OutputFile:
 
 
 class AtomicOutput:
-    """A file or folder under construction.
+    """A file or folder under construction; making one writes nothing, and finds what could not be written.
 
     Raises ``OutputExistsError`` if the output is there and ``overwrite`` is False, or if it is a folder with
     files that no writer of this package made; ``CheckpointError`` if there is no folder to write into.
@@ -150,6 +150,25 @@ class AtomicOutput:
         else:
             with suppress(OSError):
                 self.temporary.unlink()
+
+
+def write_file(path: Path, content: bytes, *, overwrite: bool) -> None:
+    """Write a small file, whole or not at all.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``overwrite`` is False.
+        CheckpointError: it cannot be written.
+    """
+    output = AtomicOutput(path, overwrite=overwrite)
+    try:
+        file = output.create_file(len(content))
+        try:
+            file.write(0, memoryview(content))
+        finally:
+            file.close()
+        output.commit()
+    finally:
+        output.abort()
 
 
 def _is_ours(item: Path) -> bool:

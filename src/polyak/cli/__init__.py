@@ -12,6 +12,7 @@ from polyak._version import __version__
 from polyak.cli.average import average
 from polyak.cli.demo import demo
 from polyak.cli.inspect import inspect
+from polyak.cli.report import report
 from polyak.cli.select import select
 from polyak.errors import PolyakError
 
@@ -25,6 +26,7 @@ app.command(short_help="Train on real data, and say whether averaging helped.")(
 app.command(short_help="Average checkpoints of any tool, format and size.")(average)
 app.command(short_help="Say what checkpoints or a recorded run hold.")(inspect)
 app.command(short_help="Choose an average of a run on your own data.")(select)
+app.command(short_help="Write a page about a run.")(report)
 
 
 @app.callback(invoke_without_command=True)

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyak.checkpoints.atomic import AtomicOutput, writing
+from polyak.checkpoints.atomic import write_file, writing
 from polyak.demo.report import MADE_BY
 from polyak.errors import OutputExistsError
 
@@ -46,7 +46,7 @@ class Outputs:
         # The JSON file goes first: it is what marks the others as the demo's own.
         as_json = json.dumps(numbers, indent=1, allow_nan=False) + "\n"
         for path, content in zip(self.paths, (as_json.encode(), png, text.encode()), strict=True):
-            _write(path, content)
+            write_file(path, content, overwrite=True)
 
     def _made_by_demo(self) -> bool:
         try:
@@ -54,16 +54,3 @@ class Outputs:
         except (OSError, ValueError):
             return False
         return isinstance(former, dict) and former.get("made_by") == MADE_BY
-
-
-def _write(path: Path, content: bytes) -> None:
-    output = AtomicOutput(path, overwrite=True)
-    try:
-        file = output.create_file(len(content))
-        try:
-            file.write(0, memoryview(content))
-        finally:
-            file.close()
-        output.commit()
-    finally:
-        output.abort()

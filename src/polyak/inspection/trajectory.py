@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from polyak import checkpoints
 from polyak.inspection.movement import Movement, measure_movement
 from polyak.trajectory import Block, Trajectory
 
@@ -62,11 +61,7 @@ def summarise_trajectory(path: Path) -> TrajectorySummary:
     >>> folder.cleanup()
     """
     trajectory = Trajectory(path)
-    opened = [
-        checkpoints.open(path / block.file_name)
-        for index, block in enumerate(trajectory.blocks)
-        if index not in trajectory.damaged
-    ]
+    opened = [checkpoint for checkpoint in trajectory.checkpoints if checkpoint is not None]
     nbytes = sum(
         info.nbytes
         for checkpoint in opened

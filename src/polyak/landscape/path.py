@@ -32,6 +32,7 @@ class PathScores:
         scores: what ``score`` returned at each, or the mean of the losses that it returned.
         distance: ‖end - start‖ over the parameters.
         mode: "min" or "max", whichever scores are better.
+        recalibrated: whether BatchNorm statistics were recomputed everywhere, the ends included.
     """
 
     names: tuple[str, str]
@@ -39,6 +40,7 @@ class PathScores:
     scores: tuple[float, ...]
     distance: float
     mode: Mode
+    recalibrated: bool = False
 
     @property
     def best(self) -> float:
@@ -82,6 +84,11 @@ class PathScores:
             f"From {start} (score {at[0.0]:.5g}) to {end} ({at[1.0]:.5g}), a distance of {self.distance:.4g}: "
             f"the best score, {at[self.best]:.5g}, lies at {self.best:.3g} of the way; the barrier is "
             f"{self.barrier:.3g}."
+            + (
+                " BatchNorm statistics were recomputed everywhere, the ends included."
+                if self.recalibrated
+                else ""
+            )
         )
 
 
@@ -135,4 +142,5 @@ def path(
         scores=tuple(scores(model, tried, len(where), score, recalibrate, progress)),
         distance=math.sqrt(inner(model, difference, difference)),
         mode=mode,
+        recalibrated=recalibrate is not None,
     )

@@ -12,38 +12,47 @@ from polyak.selection.verdict import LIVE, Candidate
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["as_table"]
+__all__ = ["HEADINGS", "as_rows", "as_table"]
 
 # A profile with a weight for each block has a name longer than the page.
 _MOST_NAME = 28
 _MOST_DECIMALS = 8
 
 
+HEADINGS = ("candidate", "score", "± error", f"minus {LIVE}", "95% interval", "samples")
+
+
 def as_table(candidates: Sequence[Candidate]) -> Table:
-    """A row for each candidate; the numbers of a column have as many decimals as each other."""
+    """A row for each candidate."""
     from rich import box
     from rich.table import Table
 
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right", no_wrap=True)
+    for row in as_rows(candidates):
+        table.add_row(*row)
+    return table
+
+
+def as_rows(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
+    """The cells under ``HEADINGS``; the numbers of a column have as many decimals as each other."""
     others = [candidate for candidate in candidates if candidate.profile is not None]
     score = _form([c.score for c in candidates], 5)
     error = _form([c.stderr for c in candidates], 2)
     difference = _form([c.difference for c in others], 3, "+")
     bound = _form([value for c in others for value in (c.low, c.high)], 3, "+")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("candidate", no_wrap=True)
-    for heading in ("score", "± error", f"minus {LIVE}", "95% interval", "samples"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for c in candidates:
-        is_live = c.profile is None
-        table.add_row(
+    return [
+        (
             _shortened(c.name),
             f"{c.score:{score}}",
             "" if c.stderr is None else f"{c.stderr:{error}}",
-            "" if is_live else f"{c.difference:{difference}}",
-            "" if is_live or c.low is None else f"{c.low:{bound}} to {c.high:{bound}}",
+            "" if c.profile is None else f"{c.difference:{difference}}",
+            "" if c.profile is None or c.low is None else f"{c.low:{bound}} to {c.high:{bound}}",
             f"{c.effective_samples:.4g}",
         )
-    return table
+        for c in candidates
+    ]
 
 
 def _form(values: Sequence[float | None], digits: int, sign: str = "") -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from polyak.checkpoints.atomic import AtomicOutput
+from polyak.checkpoints.atomic import write_file
 from polyak.checkpoints.folders import RECORDING_NAME
 from polyak.errors import CheckpointError
 from polyak.trajectory.summaries import Summary, merged
@@ -136,14 +136,7 @@ class Manifest:
         # Compact and without asdict's deep copies: a small model may write hundreds of blocks a minute.
         entries = {**vars(self), "law": dict(self.law), "blocks": [_entry(block) for block in self.blocks]}
         data = json.dumps({"format": _FORMAT, **entries}, allow_nan=False).encode()
-        output = AtomicOutput(path, overwrite=True)
-        try:
-            file = output.create_file(len(data))
-            file.write(0, memoryview(data))
-            file.close()
-            output.commit()
-        finally:
-            output.abort()
+        write_file(path, data, overwrite=True)
 
     @classmethod
     def exists(cls, folder: Path) -> bool:

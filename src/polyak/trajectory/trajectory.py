@@ -126,6 +126,16 @@ class Trajectory:
         rest.damaged, rest._unchecked = {}, set()
         return rest
 
+    @property
+    def name(self) -> str:
+        """The name of the folder that it was opened from."""
+        return Path(self._place).absolute().name
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint | None, ...]:
+        """The opened file of each block, None where it is damaged."""
+        return tuple(self._inputs)
+
     def average(self, profile: Profile | str, *, max_memory: int | str = _MAX_MEMORY) -> dict[str, Tensor]:
         """The averaged model under ``profile``: name to tensor on the host, tied names sharing one.
 

@@ -1,0 +1,85 @@
+"""The pictures of a report, from a trajectory and from what was found about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polyak.errors import OptionError
+from polyak.inspection import Movement
+from polyak.plots import line_chart
+from polyak.profiles import EMA, Decay, Power, Profile, Tail
+from polyak.trajectory import Block, Explanation, Trajectory
+from polyak.trajectory.summaries import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["metric_charts", "movement_charts", "profile_chart", "shown_profiles"]
+
+_STEPS = "optimizer steps"
+_LEARNING_RATE = "learning rate"
+_MOST_PROFILES = 4
+
+
+def metric_charts(blocks: Sequence[Block]) -> Iterator[tuple[str, Figure]]:
+    """The learning rate and each metric that was recorded, as means over blocks: name and figure."""
+    for name in _followed(blocks):
+        found = [(block.stop, summary.mean) for block in blocks if (summary := _summary(block, name))]
+        if len(found) > 1:
+            steps, means = zip(*found, strict=True)
+            yield name, line_chart(name, _STEPS, name, {name: (steps, means)})
+
+
+def movement_charts(blocks: Sequence[Block], movement: Movement) -> Iterator[tuple[str, Figure]]:
+    """How far each block lies from the one before, and how the path turned there: name and figure."""
+    steps = [block.stop for block in blocks[1:]]
+    for name, values in (
+        ("relative distance", [n.relative_distance for n in movement.neighbours]),
+        ("turn", [n.turn for n in movement.neighbours]),
+    ):
+        found = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+        if len(found) > 1:
+            x, y = zip(*found, strict=True)
+            yield name, line_chart(f"{name} from block to block", _STEPS, name, {name: (x, y)})
+
+
+def shown_profiles(trajectory: Trajectory, best: Profile | None) -> list[Explanation]:
+    """The best profile, if one was chosen, and one of each family, as far as the blocks resolve them."""
+    steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
+    usual = (Decay("sqrt", 0.4), Tail(0.4), EMA(half_life=0.1 * steps), Power(gamma=4))
+    explained = []
+    for profile in dict.fromkeys(usual if best is None else (best, *usual)):
+        try:
+            explained.append(trajectory.explain(profile))
+        except OptionError:
+            continue
+    return explained[:_MOST_PROFILES]
+
+
+def profile_chart(explained: Sequence[Explanation]) -> Figure:
+    """How much a step counts under each profile, as a multiple of its share in the mean of the whole run."""
+    return line_chart(
+        "How much each step counts",
+        _STEPS,
+        "times the plain mean",
+        {str(e.profile): _stairs(e) for e in explained},
+    )
+
+
+def _stairs(explained: Explanation) -> tuple[list[float], list[float]]:
+    starts, stops = ([getattr(block, end) for block in explained.blocks] for end in ("start", "stop"))
+    total = stops[-1] - starts[0]
+    heights = explained.coefficients * total / np.subtract(stops, starts)
+    return np.ravel([starts, stops], order="F").tolist(), np.repeat(heights, 2).tolist()
+
+
+def _followed(blocks: Sequence[Block]) -> list[str]:
+    metrics: Mapping[str, None] = dict.fromkeys(name for block in blocks for name in block.metrics)
+    return [_LEARNING_RATE, *metrics]
+
+
+def _summary(block: Block, name: str) -> Summary | None:
+    return block.lr if name == _LEARNING_RATE else block.metrics.get(name)
