@@ -274,8 +274,8 @@ def posterior(data: dict[str, Any]) -> str:
     )
     return (
         f"{data['draws']} draws of a SWAG of rank {data['rank']} around the average that validation chose, with a "
-        f"scale that validation chose of {', '.join(map(str, data['scales']))}. SWAG predicts significantly better than the "
-        f"average on: {', '.join(better) or 'none of these tasks'}. Chosen scales, on so many seeds: {scales}."
+        f"scale that validation chose of {', '.join(map(str, data['scales']))}. SWAG predicts significantly better "
+        f"than the average on: {', '.join(better) or 'none of these tasks'}. Chosen scales, on so many seeds: {scales}."
         f"\n\n{table(heading, rows)}"
     )
 
