@@ -24,6 +24,7 @@ LAYERS = [
         "combine",
         "distributed",
         "moments",
+        "placement",
         "state",
         "swap",
         "extras",

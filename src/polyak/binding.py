@@ -122,6 +122,21 @@ class Binding:
         """Whether tensors are split over ranks."""
         return bool(self._meshes)
 
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that the model is sharded over, none where it is not.
+
+        Raises:
+            StructureError: some tensors are spread over other ranks than others.
+        """
+        found = {tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in self._meshes}
+        if len(found) > 1:
+            raise StructureError(
+                f"tensors of the model are spread over different ranks: {', '.join(map(str, sorted(found)))}; all must "
+                "be on one device mesh"
+            )
+        return list(*found)
+
     def _take_up(self) -> None:
         self._live = [self.tensors[name].tensor for name in self.names]
         self._meshes = meshes(self._live)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from polyak.errors import PolyakError
 
-__all__ = ["all_or_none", "gather", "is_distributed", "is_main_rank", "sum_over_ranks"]
+__all__ = ["Team", "is_distributed", "is_main_rank", "sum_over_ranks"]
+
+Result = TypeVar("Result")
 
 
 def is_distributed() -> bool:
@@ -33,17 +36,101 @@ def is_main_rank() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
-def gather(value: Any) -> list[Any]:
-    """``value`` of every rank, in rank order, on every rank; a collective call.
+class Team:
+    """Ranks that do something together: their calls are collective, and plain local answers for one process alone.
 
-    >>> gather("alone")
+    Objects travel through ``group``; None is one process alone.
+
+    >>> Team().gather("alone")
     ['alone']
     """
-    if not is_distributed():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+
+    @classmethod
+    def of_all(cls) -> Team:
+        """All ranks of the default group, or this process alone."""
+        return cls(dist.group.WORLD if is_distributed() else None)
+
+    @classmethod
+    def of(cls, ranks: Sequence[int]) -> Team:
+        """These ranks of the default group, in a gloo group of their own; a collective call among them.
+
+        Its calls may be made on another thread than the training's own.
+        """
+        return cls(dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True))
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return 1 if self._group is None else dist.get_world_size(self._group)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first of them."""
+        return self._group is None or dist.get_rank(self._group) == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """``value`` of every rank, in rank order, on every rank.
+
+        Raises:
+            PolyakError: a rank was lost.
+        """
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _lost_ranks_noticed():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def first(self, call: Callable[[], Result]) -> Result:
+        """What ``call`` returns on the first rank, where alone it runs; what it raises there is raised on all.
+
+        >>> Team().first(lambda: 2 + 2)
+        4
+        """
+        if self._group is None:
+            return call()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = call()
+            except BaseException as error:  # an interrupt too must reach the other ranks, which wait below
+                outcome[1] = _sendable(error)
+        with _lost_ranks_noticed():
+            dist.broadcast_object_list(outcome, group=self._group, group_src=0)
+        value, error = outcome
+        if error is not None:
+            raise error
+        return value
+
+    @contextmanager
+    def all_or_none(self, task: str) -> Iterator[None]:
+        """Run the body on every rank and leave it successfully on all of them or on none.
+
+        The body itself must hold no collective call, so that a rank that failed can leave it early.
+
+        Raises:
+            PolyakError: on the ranks that did not fail, naming those that did; the others raise their own error.
+
+        >>> with Team().all_or_none("counting"):
+        ...     total = 1 + 1
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:  # an interrupt too must reach the other ranks, which wait below
+            failure = error
+        reports = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        failed = [f"rank {rank} with {report}" for rank, report in enumerate(reports) if report is not None]
+        if failed:
+            raise PolyakError(
+                f"{task} was given up on every rank, because it failed on {'; '.join(failed)}. "
+                "Nothing was changed; mend the cause there and call it again on all ranks."
+            )
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -59,32 +146,23 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
+def _sendable(error: BaseException) -> BaseException:
+    """The error, or where it cannot travel to other ranks, one that says as much."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return PolyakError(f"rank 0 failed with {type(error).__name__}: {error}")
+    return error
+
+
 @contextmanager
-def all_or_none(task: str) -> Iterator[None]:
-    """Run the body on every rank and leave it successfully on all of them or on none; a collective call.
-
-    The body itself must hold no collective call, so that a rank that failed can leave it early.
-
-    Raises:
-        PolyakError: on the ranks that did not fail, naming those that did; the others raise their own error.
-
-    >>> with all_or_none("counting"):
-    ...     total = 1 + 1
-    """
-    failure: BaseException | None = None
+def _lost_ranks_noticed() -> Iterator[None]:
     try:
         yield
-    except BaseException as error:  # an interrupt too must reach the other ranks, which wait below
-        failure = error
-    reports = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    failed = [f"rank {rank} with {report}" for rank, report in enumerate(reports) if report is not None]
-    if failed:
+    except RuntimeError as error:  # gloo has no class of its own for closed connections
         raise PolyakError(
-            f"{task} was given up on every rank, because it failed on {'; '.join(failed)}. "
-            "Nothing was changed; mend the cause there and call it again on all ranks."
-        )
+            f"another rank was lost ({error}): what was under way did not take effect"
+        ) from error
 
 
 def _group_device() -> torch.device:

@@ -134,7 +134,7 @@ def _measure(
 ) -> PooledMoments:
     """The moments of what reaches each layer in one pass over the data of all ranks."""
     meter = Meter(layers, normalise_by_batch)
-    with meter.attached(), distributed.all_or_none("update_bn"):
+    with meter.attached(), distributed.Team.of_all().all_or_none("update_bn"):
         for batch in loader:
             run(batch)
             meter.end_batch()
@@ -149,7 +149,7 @@ def _measure(
 
 def _require_equal_on_ranks(layers: list[BatchNormLayer], passes: int) -> None:
     job = (passes, [(layer.name, len(layer.mean)) for layer in layers])
-    for rank, other in enumerate(distributed.gather(job)):
+    for rank, other in enumerate(distributed.Team.of_all().gather(job)):
         if other != job:
             raise StructureError(
                 f"rank {rank} would refresh other BatchNorm layers than this rank, or take other passes; "

@@ -20,7 +20,7 @@ from polyak.checkpoints.base import Location, TensorInfo, byte_view
 from polyak.checkpoints.passing import write_all
 from polyak.errors import CheckpointError, OptionError, StructureError
 
-__all__ = ["SIDECAR", "Layout", "SpooledWriter", "Writer", "read_sidecar", "sidecar_text"]
+__all__ = ["SIDECAR", "Layout", "SpooledWriter", "Writer", "on_host", "read_sidecar", "sidecar_text"]
 
 # Formats with no place for metadata and ties carry them in a file of this name.
 SIDECAR = "polyak.json"
@@ -89,9 +89,7 @@ class Writer(ABC):
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Write whole tensors, of any device; those that the layout has by these names."""
         for name in self.layout.tensors:
-            self.write(
-                name, 0, tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
-            )
+            self.write(name, 0, on_host(tensors[name]))
 
     @abstractmethod
     def _write(self, name: str, start: int, values: Tensor) -> None:
@@ -177,6 +175,11 @@ class SpooledWriter(Writer):
             )
             tensors[name] = flat.view(info.shape)
         return tensors | {tied: tensors[name] for tied, name in self.layout.ties.items()}
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The values of a tensor of any device, as 1-D contiguous memory of the host."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
 
 
 def sidecar_text(layout: Layout, **more: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from polyak.selection.weights import refuse_one_pass
 from polyak.swap import copy_into
 from polyak.tensors import ModelTensors, is_sharded
 
-__all__ = ["Following", "Forward"]
+__all__ = ["Following", "Forward", "refuse_sharded"]
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -90,12 +90,7 @@ class Following:
             StructureError: the model is sharded, whose checkpoints the frameworks write in ways of their own.
         """
         self.stop()
-        entries = list(ModelTensors(model).values())
-        if any(is_sharded(entry.tensor) for entry in entries):
-            raise StructureError(
-                "the model is sharded, and the framework's checkpoints would not hold its average: call "
-                "polyak.Average yourself, and save its state_dict with torch.distributed.checkpoint"
-            )
+        refuse_sharded(model, "Average")
         self._average = Average(model, self.scheme, **self._options)
         self._model, self._forward, self._statistics, self._training = model, forward, None, set()
         if (
@@ -211,6 +206,15 @@ class Following:
             for module, mode in modes.items():
                 module.training = mode
         self._statistics = (n_averaged, [buffer.clone() for buffer in statistics(model)])
+
+
+def refuse_sharded(model: nn.Module, ours: str) -> None:
+    """Refuse (``StructureError``) what cannot be followed under a framework; ``ours`` is what can do it elsewhere."""
+    if any(is_sharded(entry.tensor) for entry in ModelTensors(model).values()):
+        raise StructureError(
+            f"the model is sharded, and the framework's checkpoints would not hold what resumes: call polyak.{ours} "
+            "yourself, and save its state_dict with torch.distributed.checkpoint"
+        )
 
 
 def _in_full(value: Any, in_full: Mapping[int, Tensor]) -> Any:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from polyak.errors import NotStartedError
 from polyak.hooks import AttachHandle, attach
+from polyak.integrations.following import refuse_sharded
 from polyak.trajectory import Recorder, Trajectory
 
 __all__ = ["Recording"]
@@ -37,8 +38,9 @@ class Recording:
         self._last_state: dict[str, Any] = {}
 
     def begin(self, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any] | None) -> None:
-        """Follow ``optimizer``, from a saved state where there is one."""
+        """Follow ``optimizer``, from a saved state where there is one; ``StructureError`` for a sharded model."""
         self.close()
+        refuse_sharded(model, "Recorder")
         recorder = self._recorder = Recorder(model, self._directory, optimizer=optimizer, **self._options)
         try:
             if state:

@@ -3,32 +3,81 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from polyak.checkpoints import Checkpoint, Layout, Location, TensorInfo, Writer, safetensors
+from polyak.checkpoints import open as open_checkpoint
+from polyak.checkpoints.shared import written_together
+from polyak.checkpoints.writer import on_host
 from polyak.combine import combine
+from polyak.distributed import Team
 from polyak.errors import CheckpointError
+from polyak.placement import runs
 from polyak.trajectory.checksum import CheckedFile, Checksum
 from polyak.trajectory.manifest import Block
 from polyak.trajectory.snapshot import Snapshot
 
-__all__ = ["Part", "copied_names", "merge_files", "refuse_damaged", "write_file"]
+__all__ = [
+    "Part",
+    "copied_names",
+    "holds_frozen",
+    "merge_files",
+    "refuse_damaged",
+    "write_block",
+    "write_frozen",
+]
 
 _COPIED_KEY = "polyak.copied"
 
 
-def write_file(path: Path, snapshot: Snapshot) -> int:
-    """Write the averaged and the copied tensors of ``snapshot``; the checksum of the file."""
+def write_block(path: Path, snapshot: Snapshot, team: Team) -> int:
+    """Write the averaged and the copied tensors of ``snapshot``, each rank its own part; the checksum of the file."""
     tensors = {**snapshot.averaged, **snapshot.copied}
-    infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
-    layout = Layout(infos, snapshot.ties_of(tensors), {_COPIED_KEY: json.dumps(list(snapshot.copied))})
+    return _written(path, snapshot, tensors, {_COPIED_KEY: json.dumps(list(snapshot.copied))}, team)
+
+
+def write_frozen(path: Path, snapshot: Snapshot, team: Team) -> int:
+    """The same of its frozen parameters."""
+    return _written(path, snapshot, snapshot.frozen, {}, team)
+
+
+def holds_frozen(path: Path, snapshot: Snapshot, team: Team) -> bool:
+    """Whether the file has the frozen parameters as they are now; each rank looks at its own part."""
+    with open_checkpoint(path) as stored:
+        same = all(
+            torch.equal(stored.read_slice(name, start, start + len(values)), values)
+            for name, part in snapshot.frozen.items()
+            for start, values in _runs(snapshot, name, part, team)
+        )
+    return all(team.gather(same))
+
+
+def _written(
+    path: Path, snapshot: Snapshot, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], team: Team
+) -> int:
+    infos = {
+        name: TensorInfo(tuple(snapshot.whole(name, part).shape), part.dtype)
+        for name, part in tensors.items()
+    }
+    layout = Layout(infos, snapshot.ties_of(tensors), metadata)
     checksum = Checksum()
-    with safetensors.SafetensorsWriter(path, layout, overwrite=True, observe=checksum.add) as writer:
-        writer.fill(tensors)
-    return checksum.value
+
+    def create() -> Writer:
+        return safetensors.SafetensorsWriter(path, layout, overwrite=True, observe=checksum.add)
+
+    with written_together(team, path, layout, create, observe=checksum.add) as writer:
+        for name, part in tensors.items():
+            for start, values in _runs(snapshot, name, part, team):
+                writer.write(name, start, values)
+    return Checksum.of_parts(team.gather(checksum)).value
+
+
+def _runs(snapshot: Snapshot, name: str, part: Tensor, team: Team) -> Iterator[tuple[int, Tensor]]:
+    return runs(on_host(part).view(part.shape), snapshot.whole(name, part), team.is_first)
 
 
 def copied_names(checkpoint: Checkpoint) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,15 @@ class Checksum:
             piece = data[done : done + _CHUNK_BYTES - place]
             self._sums[chunk] = (self._sums.get(chunk, 0) + _sum_of_words(piece, place)) % 2**64
             done += len(piece)
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[Checksum]) -> Checksum:
+        """What several took in of one file together, each byte once."""
+        whole = cls()
+        for part in parts:
+            for chunk, total in part._sums.items():
+                whole._sums[chunk] = (whole._sums.get(chunk, 0) + total) % 2**64
+        return whole
 
     @property
     def value(self) -> int:

@@ -6,21 +6,26 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from polyak import checkpoints
 from polyak.checkpoints.atomic import writing
 from polyak.checkpoints.regions import DataFile
+from polyak.distributed import Team
 from polyak.errors import CheckpointError, StateError, name_list
-from polyak.trajectory.block_file import copied_names, merge_files, refuse_damaged, write_file
-from polyak.trajectory.checksum import CheckedFile
+from polyak.trajectory.block_file import (
+    copied_names,
+    holds_frozen,
+    merge_files,
+    refuse_damaged,
+    write_block,
+    write_frozen,
+)
 from polyak.trajectory.lock import FolderLock
 from polyak.trajectory.manifest import FROZEN_NAME, Block, Manifest
 from polyak.trajectory.policy import pair_to_merge
@@ -36,41 +41,60 @@ _log = logging.getLogger("polyak")
 
 
 class TrajectoryFolder:
-    """A folder that this process alone writes to, until :meth:`close`.
+    """A folder that this process alone writes to, or a team of ranks, until :meth:`close`.
+
+    In a team every method that changes something is a collective call. All ranks write tensors, each its own part;
+    the first rank alone does the rest, and the others take up the manifest that it comes to.
 
     Args:
         path: a folder, made where it does not exist; one that holds a trajectory is continued.
         fresh: the manifest to begin with where there is none.
         given_block_steps: the block length that the caller insists on, if any.
+        team: the ranks that write together; they must share the folder.
 
     Raises:
         StateError: it was recorded with other options, or somebody is recording it now.
         CheckpointError: its manifest is damaged.
     """
 
-    def __init__(self, path: Path, fresh: Manifest, given_block_steps: int | None):
-        self.path = path
+    def __init__(self, path: Path, fresh: Manifest, given_block_steps: int | None, team: Team):
+        self.path, self._team = path, team
         self._damaged: set[str] = set()
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(path)
+        self._lock: FolderLock | None = None
+        self.manifest = fresh
+        self._on_first(lambda: self._open(fresh, given_block_steps))
+
+    def close(self) -> None:
+        """Let other writers in; more than once is harmless."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _open(self, fresh: Manifest, given_block_steps: int | None) -> None:
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.path)
         try:
-            if not Manifest.exists(path):
+            if not Manifest.exists(self.path):
                 self._refuse_orphans()
-            self.manifest = Manifest.read(path) if Manifest.exists(path) else fresh
+            self.manifest = Manifest.read(self.path) if Manifest.exists(self.path) else fresh
             if self.manifest.blocks:
                 self._refuse_other_law(fresh.law, given_block_steps)
             else:
                 self.manifest = fresh
-            self.manifest.save(path)
+            self.manifest.save(self.path)
             self._remove_unlisted()
         except BaseException:
             self._lock.release()
             raise
 
-    def close(self) -> None:
-        """Let other writers in; more than once is harmless."""
-        self._lock.release()
+    def _on_first(self, change: Callable[[], object]) -> None:
+        """Run ``change`` on the first rank; all have its manifest afterwards, or raise what it raised."""
+
+        def changed() -> Manifest:
+            change()
+            return self.manifest
+
+        self.manifest = self._team.first(changed)
 
     def refuse_other_model(self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]) -> None:
         """Compare a model, name to shape, with the newest block that can be read and the frozen parameters.
@@ -78,6 +102,9 @@ class TrajectoryFolder:
         Raises:
             StateError: the folder holds the trajectory of another model.
         """
+        self._on_first(lambda: self._refuse_other_shapes(averaged, frozen))
+
+    def _refuse_other_shapes(self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]) -> None:
         recorded = self._averaged_shapes()
         if recorded is None:
             return
@@ -109,6 +136,9 @@ class TrajectoryFolder:
         Raises:
             StateError: a block lies across ``step``; nothing was changed.
         """
+        self._on_first(lambda: self._begin_at(step, live_step))
+
+    def _begin_at(self, step: int, live_step: int) -> None:
         manifest = self.manifest
         across = next((block for block in manifest.blocks if block.start < step < block.stop), None)
         if across is not None:
@@ -139,7 +169,10 @@ class TrajectoryFolder:
         """
         if snapshot.frozen and not self.manifest.blocks:
             self._write_frozen(snapshot)
-        block = replace(block, checksum=write_file(self._file(block), snapshot))
+        checksum = write_block(self._file(block), snapshot, self._team)
+        self._on_first(lambda: self._add(replace(block, checksum=checksum), max_blocks, kept_edges))
+
+    def _add(self, block: Block, max_blocks: int, kept_edges: Collection[int]) -> None:
         manifest = self.manifest.with_block(block)
         try:
             manifest = self._merged(manifest, max_blocks, kept_edges)
@@ -154,27 +187,22 @@ class TrajectoryFolder:
         Parameters that the optimizer leaves alone may have been moved by hand, as a momentum encoder is; they are
         kept once, as they are now.
         """
-        if snapshot.frozen and not self._has_frozen(snapshot):
+        if snapshot.frozen and not holds_frozen(self.path / FROZEN_NAME, snapshot, self._team):
             self._write_frozen(snapshot)
         # A file must not be replaced while it is listed with its checksum.
         if self.manifest.live_step == step:
-            self._save(self.manifest.without_live())
+            self._on_first(lambda: self._save(self.manifest.without_live()))
         manifest = replace(self.manifest, live_step=step)
-        checksum = write_file(self.path / str(manifest.live_name), snapshot)
-        self._save(replace(manifest, live_checksum=checksum))
-        self._remove_unlisted()
+        checksum = write_block(self.path / str(manifest.live_name), snapshot, self._team)
+        self._on_first(lambda: self._save(replace(manifest, live_checksum=checksum)))
+        self._on_first(self._remove_unlisted)
 
     def _write_frozen(self, snapshot: Snapshot) -> None:
         if self.manifest.has_frozen:  # a file must not be replaced while it is listed with its checksum
-            self._save(replace(self.manifest, frozen_checksum=None))
-        path, ties = self.path / FROZEN_NAME, snapshot.ties_of(snapshot.frozen)
-        checkpoints.write(path, snapshot.frozen, ties=ties, overwrite=True)
+            self._on_first(lambda: self._save(replace(self.manifest, frozen_checksum=None)))
+        checksum = write_frozen(self.path / FROZEN_NAME, snapshot, self._team)
         # Listed with the block or the live weights that they are written for.
-        self.manifest = replace(self.manifest, has_frozen=True, frozen_checksum=CheckedFile(path).checksum())
-
-    def _has_frozen(self, snapshot: Snapshot) -> bool:
-        with checkpoints.open(self.path / FROZEN_NAME) as stored:
-            return all(torch.equal(stored.read(name), value.cpu()) for name, value in snapshot.frozen.items())
+        self.manifest = replace(self.manifest, has_frozen=True, frozen_checksum=checksum)
 
     def _frozen_shapes(self) -> dict[str, Shape]:
         if not self.manifest.has_frozen:

@@ -14,6 +14,7 @@ from polyak.binding import Binding
 from polyak.errors import OptionError, name_list
 from polyak.profiles import Uniform
 from polyak.swap import copy_into
+from polyak.tensors import local, sharded_like
 from polyak.trajectory.manifest import Block
 from polyak.trajectory.summaries import Meter, Summary
 
@@ -32,8 +33,10 @@ class OpenBlock:
 
     def __init__(self, binding: Binding, dtype: torch.dtype | None, device: torch.device | str | None):
         self._binding = binding
+        agree = binding.agree if binding.sharded else None
         self._filling, self._resting = (
-            Accumulator(binding.live, binding.names, Uniform(), dtype=dtype, device=device) for _ in range(2)
+            Accumulator(binding.live, binding.names, Uniform(), dtype=dtype, device=device, agree=agree)
+            for _ in range(2)
         )
         self.begin(0)
 
@@ -101,12 +104,16 @@ class OpenBlock:
             "n_averaged": self._filling.n_averaged,
             "n_skipped": self._filling.n_skipped,
             "summaries": json.dumps({"lr": self._lr.to_json(), "metrics": self._metrics.to_json()}),
-            "open_block": dict(zip(self._binding.names, self._filling.means, strict=True)),
+            "open_block": self._named_means(),
         }
+
+    def _named_means(self) -> dict[str, Tensor]:
+        binding, means = self._binding, self._filling.means
+        return {n: sharded_like(m, w) for n, m, w in zip(binding.names, means, binding.whole, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state that fits."""
-        copy_into(self._filling.means, [state["open_block"][name] for name in self._binding.names])
+        copy_into(self._filling.means, local(state["open_block"][name] for name in self._binding.names))
         self._filling.restart(state["n_averaged"], state["n_skipped"])
         self.start, self.last_sample = state["start"], state["last_sample"]
         summaries = json.loads(state["summaries"])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.binding import Binding
+from polyak.distributed import Team
 from polyak.errors import OptionError, StateError, StructureError
 from polyak.profiles.base import whole_within
 from polyak.state import refuse_other_state
@@ -54,7 +55,9 @@ class Recorder:
     queue more.
 
     Args:
-        model: as for :class:`polyak.Average`; models sharded by ``fully_shard`` are refused.
+        model: as for :class:`polyak.Average`. A model sharded by ``fully_shard`` is recorded by all its ranks, each
+            writing its own part of every file, without gathering; making, closing and saving are collective calls
+            then, metrics and learning rates are those of the first rank, and the ranks must share ``directory``.
         directory: made if need be. One that holds a trajectory of the same model is continued after its last
             block; see ``step``.
         every: optimizer steps between samples.
@@ -119,14 +122,14 @@ class Recorder:
         self._law = {"every": self.every, "dtype": str(dtype), "buffers": buffers}
         self._optimizer = optimizer
         self._binding = Binding(model, buffers=buffers)
-        _refuse_sharded(self._binding)
+        self._team = Team.of(self._binding.ranks) if self._binding.sharded else Team()
         self._accumulation = {"dtype": dtype, "device": device}
         self._open_block: OpenBlock | None = None
         self._writer = BackgroundWriter()
         self._pace = Pace(_FIRST_SAMPLES * self.every)
         given = _given_steps(block, self.every)
         fresh = Manifest(self._law, given or self._pace.block_steps(), settled=given is not None)
-        self._folder = TrajectoryFolder(self.directory, fresh, given)
+        self._folder = TrajectoryFolder(self.directory, fresh, given, self._team)
         self._is_open = True
         try:
             self._begin(step)
@@ -182,6 +185,9 @@ class Recorder:
     def close(self) -> None:
         """Write the block that is being filled and the live weights, and let go of the directory.
 
+        A ``with`` statement does so at its end; left by an error, it does so as well, but for a sharded model only
+        lets go, as the other ranks may not come along.
+
         Calling it again does nothing. Raises CheckpointError as :meth:`update` does; the directory is let go
         all the same. While averaged weights are in the model it raises SwapError, and stays open. A
         model that is no longer the recorded one raises StructureError once its blocks are written.
@@ -206,7 +212,10 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is not None and self._team.size > 1:
+            self._release()  # the other ranks may know nothing of the error, and would not come to close together
+        else:
+            self.close()
 
     def __repr__(self) -> str:
         blocks = len(self._folder.manifest.blocks)
@@ -314,7 +323,7 @@ class Recorder:
         if manifest.settled:
             return
         settled = len(manifest.blocks) >= _PACED_BLOCKS
-        self._folder.settle(self._pace.block_steps(), settled)
+        self._folder.settle(self._team.first(self._pace.block_steps), settled)
         if settled:
             steps = self._folder.manifest.block_steps
             _log.info("%s: blocks of %d optimizer steps, which take %s", self.directory, steps, self._pace)
@@ -335,14 +344,14 @@ class Recorder:
         return self._open_block
 
     def _allocate(self) -> OpenBlock:
-        _refuse_sharded(self._binding)
-        shapes = {
-            e.name: tuple(e.tensor.shape) for e in self._binding.tensors.values() if e.kind == "parameter"
-        }
-        averaged = dict(zip(self._binding.names, map(_shape, self._binding.live), strict=True))
+        binding = self._binding
+        if binding.sharded and self._team.size == 1 < len(binding.ranks):
+            raise StructureError("the model was sharded after its Recorder was made: make a new one")
+        shapes = {e.name: tuple(e.tensor.shape) for e in binding.tensors.values() if e.kind == "parameter"}
+        averaged = dict(zip(binding.names, map(_shape, binding.whole), strict=True))
         frozen = {name: shape for name, shape in shapes.items() if name not in averaged}
         self._folder.refuse_other_model(averaged, frozen)
-        self._open_block = OpenBlock(self._binding, **self._accumulation)
+        self._open_block = OpenBlock(binding, **self._accumulation)
         self._open_block.refuse_unstorable()
         self._open_block.begin(self._folder.manifest.stop)
         return self._open_block
@@ -357,14 +366,6 @@ class Recorder:
             raise StateError(
                 f"{call} after close(): remove its hook, or make a new Recorder on {self.directory} to go on"
             )
-
-
-def _refuse_sharded(binding: Binding) -> None:
-    if binding.sharded:
-        raise StructureError(
-            "a Recorder cannot record a model that is sharded over ranks: use polyak.Average, or save checkpoints "
-            "while training and read them with Trajectory.from_checkpoints"
-        )
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

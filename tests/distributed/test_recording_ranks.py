@@ -1,0 +1,294 @@
+"""`Recorder` on gloo ranks: a sharded model in one folder, like any other recording once it is written."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import polyak
+from polyak import checkpoints
+from polyak.errors import CheckpointError, StateError, StructureError
+from polyak.placement import runs
+from ranks import run_on_ranks
+
+
+def plain_model():
+    """Sizes that two ranks share unevenly, ties, a frozen layer and buffers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), nn.Linear(5, 1))
+    model[2].weight.requires_grad_(False)
+    model[3].register_buffer("calls", torch.tensor(0))
+    return model
+
+
+def sharded(model):
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def train(model, recorder, steps, after=0, poisoned=()):
+    """SGD on data that depends on the step alone; in steps that are poisoned one rank's shard has a NaN."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(after + 1, after + steps + 1):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        model[3].calls += 1
+        if step in poisoned:
+            part = model[0].weight.data
+            part = part.to_local() if hasattr(part, "to_local") else part
+            kept = part.clone()
+            if not dist.is_initialized() or dist.get_rank() == 1:
+                part[0, 0] = float("nan")
+        recorder.update(loss=loss.detach())
+        if step in poisoned:
+            part.copy_(kept)
+
+
+def record(folder, build, steps=23, poisoned=(), **options):
+    model = build(plain_model())
+    with polyak.Recorder(model, folder, every=2, block=4, max_blocks=8, **options) as run:
+        train(model, run, steps, poisoned=poisoned)
+    return model
+
+
+def recorded_by_ranks(folder, poisoned):
+    record(folder, sharded, steps=70, poisoned=poisoned)
+    trajectory = polyak.Trajectory(folder)
+    return trajectory.average("tail:0.5"), trajectory.live()
+
+
+@pytest.mark.parametrize("poisoned", [(), (6, 42)], ids=["whole", "with NaNs on one rank"])
+def test_a_sharded_run_is_recorded_as_a_whole_one(tmp_path, poisoned):
+    found = run_on_ranks(recorded_by_ranks, str(tmp_path / "sharded"), poisoned)
+    record(tmp_path / "plain", lambda model: model, steps=70, poisoned=poisoned)
+    plain, together = (polyak.Trajectory(tmp_path / name) for name in ("plain", "sharded"))
+    assert [(str(b), b.count, b.skipped) for b in together.blocks] == [
+        (str(b), b.count, b.skipped) for b in plain.blocks
+    ]
+    assert len(together.blocks) == 8 and sum(block.skipped for block in together.blocks) == len(poisoned)
+    assert sorted(p.name for p in (tmp_path / "plain").iterdir()) == sorted(
+        p.name for p in (tmp_path / "sharded").iterdir()
+    )
+    expected = plain.average("tail:0.5"), plain.live()
+    for weights, reference in zip(
+        [*found, (together.average("tail:0.5"), together.live())], [expected] * 3, strict=True
+    ):
+        for ours, theirs in zip(weights, reference, strict=True):
+            assert list(ours) == list(theirs)
+            for name, value in ours.items():
+                torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+    loss = [block.metrics["loss"].mean for block in together.blocks]
+    assert loss == pytest.approx([block.metrics["loss"].mean for block in plain.blocks], rel=1e-4)
+    choice = polyak.select(
+        together,
+        plain_model(),
+        score=lambda m: m(torch.ones(1, 3)).sum(),
+        recalibrate=[torch.randn(8, 3)],
+        progress=False,
+    )
+    assert choice.table
+
+
+def resumed_by_ranks(folder):
+    model = sharded(plain_model())
+    run = polyak.Recorder(model, folder, every=2, block=4)
+    train(model, run, 11)
+    state = run.state_dict()
+    assert hasattr(state["open_block"]["0.weight"], "full_tensor")
+    weights = get_model_state_dict(model)
+    state, weights = ({**s} for s in (state, weights))
+    state["open_block"] = {name: value.clone() for name, value in state["open_block"].items()}
+    weights = {name: value.clone() for name, value in weights.items()}
+    train(model, run, 12, after=11)
+    run.close()
+    uninterrupted = polyak.Trajectory(folder).average("uniform")
+
+    again = sharded(plain_model())
+    with polyak.Recorder(again, folder, every=2, block=4) as second:
+        set_model_state_dict(again, weights)
+        second.load_state_dict(state)
+        train(again, second, 12, after=11)
+    resumed = polyak.Trajectory(folder).average("uniform")
+    return all(torch.equal(value, resumed[name]) for name, value in uninterrupted.items())
+
+
+def test_a_resumed_sharded_recording_is_bitwise_the_same(tmp_path):
+    assert run_on_ranks(resumed_by_ranks, str(tmp_path / "run")) == [True, True]
+
+
+def refused_by_ranks(folder):
+    messages = []
+
+    def refused(error, call):
+        try:
+            call()
+        except error as found:
+            messages.append(str(found))
+        else:
+            raise AssertionError("nothing was refused")
+
+    model = sharded(plain_model())
+    run = polyak.Recorder(model, folder, every=2, block=4)
+    refused(StateError, lambda: polyak.Recorder(model, folder, every=2, block=4))
+    train(model, run, 10)
+    run.close()
+    refused(StateError, lambda: polyak.Recorder(model, folder, every=1, block=4))
+    other = fully_shard(nn.Linear(2, 2))
+    refused(StateError, lambda: polyak.Recorder(other, folder, every=2, block=4))
+    refused(StateError, lambda: polyak.Recorder(model, folder, every=2, block=4, step=5))
+    later = plain_model()
+    run = polyak.Recorder(later, f"{folder}-{dist.get_rank()}", every=2, block=4)
+    sharded(later)
+    refused(StructureError, lambda: train(later, run, 2))
+    run._release()
+    return messages
+
+
+def test_what_is_refused_is_refused_on_all_ranks_alike(tmp_path):
+    first, second = run_on_ranks(refused_by_ranks, str(tmp_path / "run"))
+    assert first == second
+    for message, expected in zip(
+        first,
+        [
+            "is being recorded by another",
+            "every=2, not 1",
+            "another model",
+            "lies across",
+            "no longer the one",
+        ],
+        strict=True,
+    ):
+        assert expected in message
+
+
+def failing_by_ranks(folder):
+    model = sharded(plain_model())
+    run = polyak.Recorder(model, folder, every=2, block=4)
+    train(model, run, 8)
+    run.trajectory  # noqa: B018 (waits)
+    if dist.get_rank() == 1:  # the disk is full there
+
+        def full(*_):
+            raise CheckpointError("no space left")
+
+        checkpoints.shared._PartWriter._write = full
+    kinds = []
+    for call in (lambda: train(model, run, 8, after=8), run.close):
+        try:
+            call()
+        except polyak.PolyakError as error:
+            kinds.append((type(error).__name__, "no space left" in str(error)))
+    return kinds
+
+
+def test_a_rank_that_cannot_write_stops_all_and_what_was_written_stays(tmp_path):
+    first, second = run_on_ranks(failing_by_ranks, str(tmp_path / "run"))
+    assert second == [("CheckpointError", True)] * 2
+    assert first == [("PolyakError", True)] * 2  # which names the rank and what it said
+    assert [str(block) for block in polyak.Trajectory(tmp_path / "run").blocks] == ["(0, 4]", "(4, 8]"]
+    assert not list((tmp_path / "run").glob(".polyak-*"))
+
+
+def left_by_an_error(folder):
+    model = sharded(plain_model())
+    try:
+        with polyak.Recorder(model, folder, every=2, block=4) as run:
+            train(model, run, 10)
+            if dist.get_rank() == 0:
+                raise ValueError("on one rank only")
+            run.trajectory  # noqa: B018 (the others go on)
+    except ValueError:
+        return "left"
+    finally:
+        run._release()
+    return "closed"
+
+
+def test_an_error_on_one_rank_does_not_wait_for_the_others(tmp_path):
+    # Rank 1 closes alone, and learns that the other one is gone.
+    with pytest.raises(AssertionError, match="another rank was lost"):
+        run_on_ranks(left_by_an_error, str(tmp_path / "run"), timeout_seconds=60)
+    assert [str(block) for block in polyak.Trajectory(tmp_path / "run").blocks] == ["(0, 4]", "(4, 8]"]
+
+
+PLACEMENTS = [
+    ([Shard(0)], (4,)),
+    ([Shard(1)], (4,)),
+    ([Replicate()], (4,)),
+    ([Shard(0), Shard(1)], (2, 2)),
+    ([Shard(1), Shard(0)], (2, 2)),
+    ([Replicate(), Shard(0)], (2, 2)),
+    ([Shard(2), Replicate()], (2, 2)),
+    ([Shard(0), Shard(0)], (2, 2)),
+]
+SHAPES = [(7,), (5, 3), (3, 5, 2), (1, 9), (4, 4, 4)]
+
+
+def runs_of_ranks():
+    found = []
+    for (placements, sizes), shape in itertools.product(PLACEMENTS, SHAPES):
+        if any(p.is_shard() and p.dim >= len(shape) for p in placements):
+            continue
+        mesh = init_device_mesh("cpu", sizes)
+        whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
+        tensor = distribute_tensor(whole, mesh, placements)
+        parts = [
+            (start, values.tolist())
+            for start, values in runs(tensor.to_local(), tensor, dist.get_rank() == 0)
+        ]
+        found.append(((str(placements), shape), parts))
+    return found
+
+
+def test_every_element_of_a_sharded_tensor_is_given_out_once_by_its_place():
+    by_rank = run_on_ranks(runs_of_ranks, ranks=4)
+    for cases in zip(*by_rank, strict=True):
+        (what, shape) = cases[0][0]
+        numel = torch.Size(shape).numel()
+        values = [None] * numel
+        for _, parts in cases:
+            for start, run in parts:
+                assert values[start : start + len(run)] == [None] * len(run), (what, shape)
+                values[start : start + len(run)] = run
+        assert values == list(map(float, range(numel))), (what, shape)
+
+
+def killed_by_rank(folder, rank):
+    import os
+    import signal
+
+    model = sharded(plain_model())
+    run = polyak.Recorder(model, folder, every=2, block=4)
+    train(model, run, 9)
+    run.trajectory  # noqa: B018 (waits)
+    dist.barrier()
+    if dist.get_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, run, 9, after=9)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_loses_the_open_block_at_most(tmp_path, rank):
+    with pytest.raises(AssertionError, match="failed"):
+        run_on_ranks(killed_by_rank, str(tmp_path / "run"), rank, timeout_seconds=60)
+    trajectory = polyak.Trajectory(tmp_path / "run")
+    assert [str(block) for block in trajectory.blocks] == ["(0, 4]", "(4, 8]"]
+    record(tmp_path / "plain", lambda model: model, steps=8)
+    expected = polyak.Trajectory(tmp_path / "plain").average("uniform")
+    for name, value in trajectory.average("uniform").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
