@@ -8,7 +8,7 @@ from torch import nn
 import polyak
 from oracles import RandomWalk
 from polyak import checkpoints
-from polyak.errors import OptionError, StructureError
+from polyak.errors import CheckpointError, OptionError, StructureError
 from recorded_runs import small_model
 
 STEPS = 12
@@ -165,6 +165,77 @@ def test_half_precision_and_complex_checkpoints_are_drawn_in_fp32_at_least(tmp_p
     assert drawn["complex"].imag.abs().min() > 0
 
 
+class Masked(nn.Module):
+    """Attention has such a mask, which no average may make a NaN of."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3, bias=False)
+        self.register_buffer("mask", torch.triu(torch.full((3, 3), -torch.inf), 1))
+
+    def forward(self, x):
+        return (self.inner(x) + self.mask).softmax(dim=-1)
+
+
+def saved(folder, states):
+    for step, state in enumerate(states, 1):
+        torch.save(state, folder / f"step-{step}.pt")
+    return polyak.Trajectory.from_checkpoints(folder.glob("*.pt"))
+
+
+def test_infinities_that_never_change_are_no_noise(tmp_path):
+    posterior = polyak.SWAG(saved(tmp_path, [Masked().state_dict() for _ in range(4)]), "uniform")
+    (drawn,) = posterior.samples(1)
+    assert torch.equal(drawn["mask"], Masked().mask) and not posterior.variance["mask"].any()
+    found = posterior.predict(Masked(), lambda m: m(torch.eye(3)), samples=3, progress=False)
+    assert found.isfinite().all()
+    (logarithm,) = (posterior.predict(Masked(), lambda m: torch.zeros(1).log(), samples=3, progress=False),)
+    assert logarithm.item() == -torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_checkpoints_scatter_no_more_than_they_do(tmp_path, dtype):
+    values = [1.0, 1.0078125] * 10  # neighbours in bf16, whose mean is neither
+    run = saved(tmp_path, [{"w": torch.full((2000,), value, dtype=dtype)} for value in values])
+    posterior = polyak.SWAG(run, "uniform")
+    expected = np.var(values, ddof=1)
+    assert posterior.mean["w"].unique().tolist() == [pytest.approx(np.mean(values), rel=1e-6)]
+    assert posterior.variance["w"].unique().tolist() == [pytest.approx(expected, rel=1e-3)]
+    drawn = torch.stack([weights["w"] for weights in posterior.samples(200, seed=0)])
+    assert drawn.dtype == torch.float32
+    assert (drawn.double() - np.mean(values)).square().mean().item() == pytest.approx(expected, rel=0.2)
+
+
+def test_draws_are_the_callers_own(tmp_path):
+    model = small_model()
+    run = saved(tmp_path, [{**model.state_dict(), "0.weight": torch.randn(4, 3)} for _ in range(3)])
+    posterior = polyak.SWAG(run, "uniform")
+    (drawn,) = posterior.samples(1)
+    drawn["1.running_mean"].fill_(9.0)
+    assert not (posterior.mean["1.running_mean"] == 9).any()
+
+
+def test_empty_models_and_another_default_device(tmp_path):
+    run = saved(tmp_path, [{"w": torch.empty(0, 3)} for _ in range(3)])
+    assert [weights["w"].shape for weights in polyak.SWAG(run, "uniform").samples(2)] == [(0, 3)] * 2
+
+
+def test_a_recording_that_went_on_says_so(tmp_path):
+    model = nn.Linear(2, 1)
+
+    def go_on(steps, step):
+        with polyak.Recorder(model, tmp_path / "run", block=1, max_blocks=8, step=step) as run:
+            for _ in range(steps):
+                model.weight.data.add_(torch.randn(1, 2))
+                run.update()
+        return run.trajectory
+
+    posterior = polyak.SWAG(go_on(8, 0), "uniform")
+    go_on(30, 8)
+    with pytest.raises(CheckpointError, match="recorded further since this trajectory was opened"):
+        next(posterior.samples(1))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -174,6 +245,8 @@ def test_half_precision_and_complex_checkpoints_are_drawn_in_fp32_at_least(tmp_p
         ({"scale": float("inf")}, "scale must be"),
         ({"profile": polyak.Weights([1.0] * (STEPS - 1) + [-0.5])}, "negative weights"),
         ({"profile": "tail:steps=1"}, "single block"),
+        ({"profile": "power:gamma=400"}, "single block"),
+        ({"scale": 1e40}, "scale must be"),
         ({"profile": "tail:2"}, "fraction"),
     ],
 )
@@ -185,7 +258,7 @@ def test_options_out_of_range_are_refused(run, options, message):
 def test_what_cannot_be_averaged_is_refused(run):
     trajectory, _, model = run
     posterior = polyak.SWAG(trajectory, "uniform")
-    with pytest.raises(OptionError, match="at least 1"):
+    with pytest.raises(OptionError, match=r"\[1, inf\)"):
         posterior.samples(0)
     with pytest.raises(OptionError, match="floating-point tensor.*a float"):
         posterior.predict(model, lambda m: 1.0, progress=False)

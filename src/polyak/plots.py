@@ -6,11 +6,13 @@ changes, and the user's own figures and backend are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from io import BytesIO
-from typing import TYPE_CHECKING, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -38,6 +40,7 @@ __all__ = [
 # Grey for what the others are compared with, then Okabe and Ito's colours, told apart by all colour vision.
 _COLOURS = ("#4D4D4D", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
 _DOTS_PER_INCH = 150
+_MOST_TEXT = 60
 
 Arguments = ParamSpec("Arguments")
 
@@ -83,8 +86,7 @@ def _names_are_text(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Fi
 
     @wraps(draw)
     def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
-        matplotlib = require("matplotlib", extra="demo", purpose="drawing figures")
-        with matplotlib.rc_context({"text.parse_math": False}):
+        with _own_style():
             return draw(*args, **kwargs)
 
     return drawn
@@ -175,11 +177,11 @@ def line_chart(
     figure = _figure(width_inches=7.0, height_inches=3.6)
     axes = figure.subplots()
     for label, (x, y) in lines.items():
-        axes.plot(x, y, label=label, color=colours[label], linewidth=1.6)
+        axes.plot(x, y, label=_printable(label), color=colours[label], linewidth=1.6)
     for mark in marks:
         axes.axvline(mark.x, color=_COLOURS[0], linewidth=0.8, linestyle=":")
         axes.annotate(
-            mark.label,
+            _printable(mark.label),
             (mark.x, 1.0),
             xycoords=("data", "axes fraction"),
             ha="center",
@@ -189,8 +191,8 @@ def line_chart(
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9)
     axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_title(title, fontsize=12, pad=18 if marks else 6)
+    axes.set_ylabel(_printable(y_label))
+    axes.set_title(_printable(title), fontsize=12, pad=18 if marks else 6)
     _lighten(axes)
     return figure
 
@@ -229,21 +231,33 @@ def contour_chart(
 
 def png_bytes(figure: Figure) -> bytes:
     """The figure as a PNG file; the same figure gives the same bytes."""
-    buffer = BytesIO()
     # By default the file names matplotlib's version.
-    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
-    return buffer.getvalue()
+    return _saved(figure, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
 
 
 def svg_bytes(figure: Figure) -> bytes:
     """The figure as an SVG file; the same figure gives the same bytes."""
-    from matplotlib import rc_context
+    # By default it says when it was made.
+    return _saved(figure, format="svg", metadata={"Date": None, "Creator": None})
 
+
+def _saved(figure: Figure, **options: Any) -> bytes:
     buffer = BytesIO()
-    # By default names within the file are drawn by chance, and it says when it was made.
-    with rc_context({"svg.hashsalt": "polyak"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    with _own_style(), warnings.catch_warnings():
+        # A box stands for a letter that matplotlib's own font has not.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, **options)
     return buffer.getvalue()
+
+
+@contextmanager
+def _own_style() -> Iterator[None]:
+    """matplotlib's defaults, whatever the user has set; text is text, and names within a file are not random."""
+    require("matplotlib", extra="demo", purpose="drawing figures")
+    from matplotlib import style
+
+    with style.context(["default", {"text.parse_math": False, "svg.hashsalt": "polyak"}]):
+        yield
 
 
 def _figure(width_inches: float, height_inches: float) -> Figure:
@@ -289,6 +303,12 @@ def _draw_panel(axes: Axes, panel: Panel, colours: dict[str, str]) -> None:
     if panel.y_limits:
         axes.set_ylim(panel.y_limits)
     _lighten(axes)
+
+
+def _printable(text: str) -> str:
+    """Without what no picture can hold, such as control characters; long text is cut."""
+    clean = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+    return clean if len(clean) <= _MOST_TEXT else f"{clean[: _MOST_TEXT - 1]}…"
 
 
 def _lighten(axes: Axes, grid: Literal["both", "x"] = "both") -> None:

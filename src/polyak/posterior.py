@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from polyak.accumulator import mean_dtype
 from polyak.combine import is_statistic
 from polyak.errors import OptionError
 from polyak.profiles import Profile, Weights, as_profile
+from polyak.profiles.base import whole_within, within
 from polyak.selection.progress import bar
 from polyak.selection.trial import refuse_no_trajectory
 from polyak.selection.weights import averaged, check_statistics, evaluation
@@ -24,6 +24,8 @@ __all__ = ["SWAG"]
 
 # Samples of a small model are made in one pass over the blocks; this many bytes of them at once.
 _TOGETHER_BYTES = 64 << 20
+# Of 1 - Σ a²: below it a single block has nearly all the weight.
+_LEAST_SCATTER = 1e-6
 
 
 class SWAG:
@@ -48,7 +50,7 @@ class SWAG:
         scale: of the covariance, above 0. The reference code's ``scale=0.5`` is 1 here.
 
     Attributes:
-        mean: μ by name, as ``trajectory.average(profile)`` gives it.
+        mean: μ by name, in fp32 at least.
         variance: the diagonal of Σ_diag, by name, for the tensors that are drawn: the averaged ones other than
             BatchNorm statistics. The rest is the mean's.
 
@@ -83,31 +85,29 @@ class SWAG:
 
     def __init__(self, trajectory: Trajectory, profile: Profile | str, *, rank: int = 20, scale: float = 1.0):
         refuse_no_trajectory(trajectory)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 2:
-            raise OptionError(f"rank must be a whole number of blocks, at least 2, got {rank!r}")
-        if not (math.isfinite(scale) and scale > 0):
-            raise OptionError(f"scale must be finite and above 0, got {scale!r}")
         self._trajectory = trajectory
         self.profile = as_profile(profile)
-        self.rank, self.scale = rank, float(scale)
+        self.rank = whole_within("[2, inf)", "rank", rank)
+        self.scale = within("(0, 1e6]", "scale", scale)
         self._coefficients = trajectory.explain(self.profile).coefficients
         self._refuse_coefficients()
-        self.mean = trajectory.average(self.profile)
+        self.mean = trajectory.average(self.profile, dtype=torch.float32)
         self.variance = self._variances()
 
     def samples(self, count: int, *, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-        """Draw weights: name to tensor on the host, as :meth:`Trajectory.average` gives them.
+        """Draw weights: name to tensor on the host, in fp32 at least, tied names sharing one.
 
         The same ``seed`` gives the same draws, the first few of them whatever ``count`` is. Each draw is a pass
-        over the blocks; of a small model there is one for many.
+        over the blocks; of a small model there is one for many. Blocks were compared with their checksums when this
+        was made.
 
         Raises:
-            OptionError: ``count`` is not a whole number, at least 1.
-            CheckpointError: a block is damaged.
+            OptionError: ``count`` or ``seed`` is no whole number, or ``count`` is less than 1.
+            CheckpointError: a block cannot be read, or the recording went on and merged it.
         """
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise OptionError(f"the number of samples must be whole, at least 1, got {count!r}")
-        return self._drawn(count, seed)
+        return self._drawn(
+            whole_within("[1, inf)", "samples", count), whole_within("[0, 1e18]", "seed", seed)
+        )
 
     def predict(
         self,
@@ -140,7 +140,8 @@ class SWAG:
             for n, weights in enumerate(advance(self.samples(samples, seed=seed), samples), 1):
                 with torch.no_grad(), averaged(model, weights, recalibrate), evaluation(model):
                     value = _checked(function(model), mean)
-                mean = value if mean is None else mean + (value - mean) / n
+                # Equal infinities, as of the logarithm of 0, stay what they are.
+                mean = value if mean is None else mean + (value - mean).masked_fill(value == mean, 0) / n
         assert mean is not None, "there is at least one sample"
         return mean
 
@@ -154,10 +155,11 @@ class SWAG:
             raise OptionError(
                 f"{self.profile} has negative weights, which have no variance: take another profile"
             )
-        if np.count_nonzero(self._coefficients) < 2:
+        newest = self._coefficients[self._newest]
+        if min(_unbiased(self._coefficients), _unbiased(newest / newest.sum())) < _LEAST_SCATTER:
             raise OptionError(
-                f"{self.profile} covers a single block of this run, which shows no scatter: take a longer profile, or "
-                "record shorter blocks"
+                f"{self.profile} rests on a single block of this run, which shows no scatter: take a longer profile, "
+                "or record shorter blocks"
             )
 
     def _variances(self) -> dict[str, Tensor]:
@@ -168,39 +170,60 @@ class SWAG:
         for index in np.flatnonzero(self._coefficients):
             block = self._trajectory.average(Weights(np.eye(len(self._coefficients))[index]))
             for name, variance in variances.items():
-                distance = (block[name] - self.mean[name]).abs().to(variance.dtype)
+                distance = _distance(block[name].to(self.mean[name].dtype), self.mean[name])
                 variance.addcmul_(distance, distance, value=float(self._coefficients[index]))
-        unbiased = 1 - float((self._coefficients**2).sum())
-        return {name: variance / unbiased for name, variance in variances.items()}
+        return {name: variance / _unbiased(self._coefficients) for name, variance in variances.items()}
 
     def _drawn(self, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
         seeds = torch.Generator().manual_seed(seed)
-        together = max(1, _TOGETHER_BYTES // self._trajectory.average_bytes)
+        together = max(1, _TOGETHER_BYTES // max(1, self._trajectory.average_bytes))
         for first in range(0, count, together):
             generators = [_reseeded(seeds) for _ in range(min(together, count - first))]
             rows = [Weights(self._row(generator)) for generator in generators]
-            for generator, low_rank in zip(generators, self._trajectory.average_many(rows), strict=True):
+            for generator, low_rank in zip(
+                generators, self._trajectory.average_many(rows, dtype=torch.float32), strict=True
+            ):
                 yield self._with_diagonal(low_rank, generator)
 
     def _row(self, generator: torch.Generator) -> NDArray[np.float64]:
         """Coefficients of the blocks whose combination is μ plus a draw of the low-rank part; they sum to 1."""
-        newest = np.flatnonzero(self._coefficients)[-self.rank :]
-        shares = self._coefficients[newest] / self._coefficients[newest].sum()
-        drawn = torch.randn(len(newest), generator=generator, dtype=torch.float64).numpy()
-        along = drawn * np.sqrt(self.scale / 2 * shares / (1 - (shares**2).sum()))
+        shares = self._coefficients[self._newest] / self._coefficients[self._newest].sum()
+        drawn = torch.randn(len(shares), generator=generator, dtype=torch.float64, device="cpu").numpy()
+        along = drawn * np.sqrt(self.scale / 2 * shares / _unbiased(shares))
         row = self._coefficients * (1 - along.sum())
-        row[newest] += along
+        row[self._newest] += along
         return row
+
+    @property
+    def _newest(self) -> NDArray[np.intp]:
+        """The blocks of the low-rank part."""
+        return np.flatnonzero(self._coefficients)[-self.rank :]
 
     def _with_diagonal(self, low_rank: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         drawn = {
-            name: low_rank[name]
-            + torch.randn(variance.shape, generator=generator, dtype=low_rank[name].dtype)
-            * (variance * (self.scale / 2)).sqrt()
+            name: _noisy(low_rank[name], variance * (self.scale / 2), generator)
             for name, variance in self.variance.items()
         }
         by_tensor = {id(self.mean[name]): value for name, value in drawn.items()}
-        return {name: by_tensor.get(id(value), value) for name, value in self.mean.items()}
+        for value in self.mean.values():  # copies: what is drawn may be trained on
+            if id(value) not in by_tensor:
+                by_tensor[id(value)] = value.clone()
+        return {name: by_tensor[id(value)] for name, value in self.mean.items()}
+
+
+def _noisy(low_rank: Tensor, variance: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers that never changed stay, infinities of a mask among them."""
+    noise = torch.randn(low_rank.shape, generator=generator, dtype=low_rank.dtype, device="cpu")
+    return low_rank + torch.where(variance > 0, noise * variance.sqrt(), 0)
+
+
+def _distance(block: Tensor, mean: Tensor) -> Tensor:
+    """|block - mean|, 0 where both are the same infinity."""
+    return (block - mean).masked_fill(block == mean, 0).abs()
+
+
+def _unbiased(shares: NDArray[np.float64]) -> float:
+    return 1 - float((shares**2).sum())
 
 
 def _first_of_each(tensors: dict[str, Tensor], names: Sequence[str]) -> list[str]:
@@ -213,7 +236,7 @@ def _real(tensor: Tensor) -> torch.dtype:
 
 
 def _reseeded(seeds: torch.Generator) -> torch.Generator:
-    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=seeds)))
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=seeds, device="cpu")))
 
 
 def _checked(value: object, mean: Tensor | None) -> Tensor:

@@ -133,3 +133,18 @@ def test_an_error_in_the_users_own_function_shows_its_frames_and_what_was_called
     lines = capsys.readouterr().err.splitlines()
     assert any("user_code.py" in line for line in lines) and len(lines) < 20
     assert lines[-1].startswith("polyak: error: --score user_code:broken raised AttributeError")
+
+
+def test_a_profile_among_the_paths_is_told_from_a_path(folder, capsys):
+    assert main(["select", "ckpts", *USE, "--profiles", "tail:0.5", "tail:0.2"]) == 2
+    assert "tail:0.2 is a profile, not a path" in capsys.readouterr().err
+
+
+def test_the_files_of_a_recording_are_no_checkpoints(folder, capsys):
+    model = torch.nn.Linear(2, 1, bias=False)
+    with polyak.Recorder(model, "run", block=1) as run:
+        for value in (9.0, 11.0):
+            model.weight.data.fill_(value)
+            run.update()
+    assert main(["select", "run/*.safetensors", *USE]) == 2
+    assert "a part of the recorded trajectory run: give run alone" in capsys.readouterr().err

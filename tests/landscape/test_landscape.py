@@ -102,6 +102,63 @@ def test_stale_batchnorm_statistics_are_warned_of():
         landscape.path(network(), ends, lambda m: 0.0, positions=[], **QUIET)
 
 
+def test_a_mask_of_infinities_is_no_reason_for_nan():
+    def masked():
+        model = nn.Linear(2, 2, bias=False)
+        model.register_buffer("mask", torch.triu(torch.full((2, 2), -torch.inf), 1))
+        return model
+
+    score = lambda m: (m.weight + m.mask).softmax(dim=1).square().mean()  # noqa: E731
+    weights = {name: state_of(masked()) for name in ("a", "b", "c")}
+    three = landscape.plane(masked(), weights, score, size=2, **QUIET)
+    two = landscape.path(masked(), {name: weights[name] for name in "ab"}, score, **QUIET)
+    assert np.isfinite([*two.scores, *np.ravel(three.scores)]).all() and math.isfinite(two.barrier)
+
+
+def test_an_end_that_is_broken_breaks_no_other_and_is_no_basin():
+    ends = weights_at({"broken": (math.inf, 1.0), "whole": (1.0, -2.0)})
+    found = landscape.path(pair_of_numbers(), ends, bowl, positions=[0.5], **QUIET)
+    assert found.scores[-1] == 0.0 and found.best == 1.0
+    assert math.isnan(found.barrier) and "no barrier to speak of" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("optimum", "words"),
+    [
+        (0.0, "lies at live"),
+        (0.5, "lies at 0.5 of the way"),
+        (1.5, "beyond averaged, by 0.5"),
+        (-0.5, "beyond live, by 0.5"),
+    ],
+)
+def test_where_the_best_score_lies_is_said_in_words(optimum, words):
+    ends = weights_at({"live": (0.0, 0.0), "averaged": (1.0, 0.0)})
+    found = landscape.path(pair_of_numbers(), ends, lambda m: (m.weight[0, 0] - optimum) ** 2, **QUIET)
+    assert words in str(found)
+
+
+def test_of_equal_scores_the_end_is_best():
+    assert landscape.path(pair_of_numbers(), weights_at(TWO), lambda m: 1.0, **QUIET).best == 1.0
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
+def test_state_dicts_of_wrapped_models_are_weights_too(wrap):
+    class WithExtra(nn.Linear):
+        def get_extra_state(self):
+            return {"not": "a tensor"}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = WithExtra(2, 1, bias=False)
+    wrapped = wrap(model)
+    other = {"weight": torch.zeros(1, 2)}
+    found = landscape.path(
+        wrapped, {"own": wrapped.state_dict(), "other": other}, lambda m: model.weight.sum(), **QUIET
+    )
+    assert found.scores[-1] != found.scores[found.positions.index(1.0)] == 0.0
+
+
 def test_tied_weights_move_together_and_count_once():
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight
@@ -199,6 +256,41 @@ def test_a_rescaled_network_is_as_wide_as_before():
     np.testing.assert_allclose(found.rise("one"), found.rise("other"), rtol=1e-4, atol=1e-6)
 
 
+def test_directions_are_the_same_in_every_precision():
+    centre = torch.randn(4, 5)
+    model = nn.Linear(5, 4, bias=False).double()
+    seen = []
+
+    def look(m):
+        seen.append(m.weight.detach().clone())
+        return 0.0
+
+    weights = {"single": {"weight": centre}, "double": {"weight": centre.double()}}
+    landscape.rays(model, weights, look, directions=1, radii=[0.5], **QUIET)
+    torch.testing.assert_close(seen[1], seen[3], rtol=1e-5, atol=1e-6)
+
+
+def test_accuracies_fall_where_losses_rise():
+    centres = weights_at({"centre": (1.0, 2.0)})
+    losses = landscape.rays(pair_of_numbers(), centres, bowl, **QUIET)
+    gains = landscape.rays(pair_of_numbers(), centres, lambda m: -bowl(m), mode="max", **QUIET)
+    np.testing.assert_array_equal(losses.rise("centre"), gains.rise("centre"))
+    with pytest.raises(OptionError, match="rays from centre, not from 'live'"):
+        losses.rise("live")
+
+
+def test_a_thin_triangle_has_a_margin_on_every_side():
+    thin = weights_at({"a": (0.0, 0.0), "b": (10.0, 0.0), "c": (5.0, 0.1)})
+    found = landscape.plane(pair_of_numbers(), thin, bowl, size=2, margin=0.5, **QUIET)
+    assert found.x == pytest.approx((-5.0, 15.0)) and found.y == pytest.approx((-5.0, 5.1))
+
+
+def test_weights_that_are_not_finite_span_no_plane():
+    broken = weights_at({**CORNERS, "third": (math.nan, 0.0)})
+    with pytest.raises(OptionError, match="not all finite"):
+        landscape.plane(pair_of_numbers(), broken, bowl, **QUIET)
+
+
 def test_all_weights_may_be_moved_by_the_same_vectors():
     centres = weights_at({"long": (30.0, 40.0), "short": (0.3, 0.4)})
     moved = {}
@@ -250,6 +342,8 @@ def test_two_rows_of_errors_and_rises_are_shown():
     rise = found.rise("averaged")[:, 0]
     assert f"{rise.mean():+.4g} ± {rise.std(ddof=1) / math.sqrt(10):.2g}" in text
     assert "live, rise ± error" in text
+    less = (found.rise("averaged") < found.rise("live")).sum()
+    assert "averaged rises less than live" in text and f"in {less} of 10 directions" in text
 
 
 # All three.
@@ -281,10 +375,13 @@ def test_weights_of_another_model_are_named():
         (landscape.path, "positions", [math.nan], "finite"),
         (landscape.path, "mode", "best", "mode must be"),
         (landscape.path, "recalibrate", iter([]), "only once"),
-        (landscape.plane, "size", 1, "at least 2"),
-        (landscape.plane, "margin", -1.0, "not negative"),
+        (landscape.plane, "size", 1, r"\[2, inf\)"),
+        (landscape.plane, "margin", -1.0, r"\[0, inf\)"),
         (landscape.rays, "radii", [0.0], "above 0"),
-        (landscape.rays, "directions", 0, "at least 1"),
+        (landscape.rays, "radii", 0.1, "must be numbers"),
+        (landscape.path, "positions", 11, "must be numbers"),
+        (landscape.path, "recalibrate", list, "call it"),
+        (landscape.rays, "directions", 0, r"\[1, inf\)"),
     ],
 )
 def test_options_out_of_range_are_refused(look, option, value, message):

@@ -1,5 +1,6 @@
 """The report of a run: what stands on the page, and that it needs nothing else."""
 
+import sys
 from base64 import b64decode
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -147,6 +148,85 @@ def test_a_damaged_block_is_named_and_the_rest_is_shown(walk, tmp_path):
     assert block.file_name in page and "relative distance from block to block" in page.images
 
 
+def test_damage_that_only_the_checksum_shows_is_no_movement(walk, tmp_path):
+    block = walk.recorder.trajectory.blocks[3]
+    path = tmp_path / "walk" / block.file_name
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"\x00\x24\x74\x49"  # a million
+    path.write_bytes(data)
+    write_report(polyak.Trajectory(tmp_path / "walk"), tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert f"{block.file_name} is corrupt" in page
+    assert "1000000" not in page.words("relative distance from block to block")
+
+
+def test_the_newest_block_may_be_damaged_but_not_all(walk, tmp_path):
+    folder = tmp_path / "walk"
+    *others, newest = sorted(folder.glob("block-*"))
+    newest.write_bytes(b"")
+    write_report(polyak.Trajectory(folder), tmp_path / "page.html")
+    assert newest.name in Page(tmp_path / "page.html")
+    for path in others:
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no block can be read"):
+        write_report(polyak.Trajectory(folder), tmp_path / "none.html")
+
+
+@pytest.mark.parametrize("steps", [(0,), (0, 100, 200, 300)])
+def test_a_checkpoint_of_step_0_stands_for_no_steps(tmp_path, steps):
+    for step in steps:
+        torch.save({"w": torch.full((2,), float(step % 3))}, tmp_path / f"step-{step}.pt")
+    write_report(polyak.Trajectory.from_checkpoints(tmp_path.glob("*.pt")), tmp_path / "page.html")
+    assert f"optimizer steps 0 to {steps[-1]}" in Page(tmp_path / "page.html")
+
+
+def test_metrics_may_have_any_name(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    names = ["learning rate", "\x01control", "\u4e2d\u6587", "long " * 40, ""]
+    with polyak.Recorder(model, tmp_path / "run", block=1, optimizer=optimizer) as run:
+        for value in (7.0, 8.0, 7.5):
+            model.weight.data.fill_(value)
+            run.update(**dict.fromkeys(names, value))
+    write_report(run.trajectory, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    pictures = [page.words(alt) for alt in page.images if alt.endswith("over optimizer steps")]
+    assert len(page.images) == 2 + len(names) and all(pictures)
+    assert (
+        page.source.count('alt="learning rate over optimizer steps"') == 2
+    )  # the optimizer's, and the metric
+    assert "0.25" in page and page.source.count("<th>learning rate</th>") == 2
+
+
+def test_the_users_own_matplotlib_style_is_no_part_of_the_page(trajectory, tmp_path):
+    import matplotlib
+
+    write_report(trajectory, tmp_path / "one.html")
+    with matplotlib.rc_context({"figure.facecolor": "black", "svg.fonttype": "none", "font.size": 30}):
+        write_report(trajectory, tmp_path / "two.html")
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def test_long_profiles_are_cut_in_pictures(walk, trajectory, tmp_path):
+    long = polyak.Weights([0.5, *[0.25] * (len(trajectory.blocks) - 1)])
+    selection = chosen(walk, trajectory, profiles=[long])
+    write_report(trajectory, tmp_path / "page.html", selection=selection)
+    page = Page(tmp_path / "page.html")
+    for alt in (
+        "Scores of all candidates minus that of the live weights",
+        "Weights of optimizer steps under each profile",
+    ):
+        words = page.words(alt)
+        assert str(long) not in words and str(long)[:27] + "\N{HORIZONTAL ELLIPSIS}" in words
+
+
+def test_advice_leaves_the_decision_to_scores(walk, trajectory, tmp_path):
+    write_report(trajectory, tmp_path / "without.html")
+    write_report(trajectory, tmp_path / "with.html", selection=chosen(walk, trajectory))
+    without, scored = Page(tmp_path / "without.html"), Page(tmp_path / "with.html")
+    assert "validation" in without and "on validation data" not in scored
+
+
 def test_folders_of_checkpoints_are_runs_too(tmp_path):
     for step in (1, 2, 3):
         torch.save({"w": torch.full((2,), float(step % 2))}, tmp_path / f"step-{step}.pt")
@@ -163,15 +243,18 @@ def test_one_block_is_a_page_with_little_on_it(tmp_path):
             run.update(loss=float("nan"))
     write_report(run.trajectory, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
-    assert "1 blocks" in page and "Three different weights are needed" in page
+    assert "1 block, optimizer steps 0 to 2, 2 samples" in page
+    assert "Three different weights are needed" in page
 
 
 def test_bad_output_is_refused_and_nothing_is_written(trajectory, tmp_path):
     (tmp_path / "there.html").write_text("mine")
+    (tmp_path / "folder.html").mkdir()
     for path, error, message in (
         ("report.pdf", OptionError, "must end in .html"),
         ("there.html", OutputExistsError, "exists"),
         ("no/where.html", CheckpointError, "no folder"),
+        ("folder.html", OptionError, "must end in .html"),
     ):
         with pytest.raises(error, match=message):
             write_report(trajectory, tmp_path / path)
@@ -187,7 +270,8 @@ def test_a_run_without_blocks_is_refused(tmp_path):
             write_report(trajectory, tmp_path / "page.html")
 
 
-def test_a_missing_template_engine_is_one_pip_command_away(trajectory, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+@pytest.mark.parametrize("module", ["jinja2", "matplotlib"])
+def test_what_is_missing_is_one_pip_command_away(trajectory, tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=r"pip install 'polyak\[report\]'"):
         write_report(trajectory, tmp_path / "page.html")

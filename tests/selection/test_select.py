@@ -64,6 +64,7 @@ def test_an_average_is_chosen_where_the_run_circles_and_the_model_is_as_before(r
     assert model.training and model.norm.training
     choice.apply(model)
     assert distance(model) < 0.02
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in choice.weights().items())
 
 
 def test_scores_are_those_of_the_averages_and_the_best_is_simply_the_best(recorded):

@@ -282,3 +282,28 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(3)}, tmp_path / "3.pt")
     with pytest.raises(StructureError, match="3.pt"):
         polyak.Trajectory.from_checkpoints([*paths, tmp_path / "3.pt"])
+
+
+def test_steps_in_another_order_than_the_names_are_warned_of(tmp_path):
+    """Sorted as text epoch-10 comes before epoch-9."""
+    for epoch in (8, 9, 10):
+        checkpoints.write(tmp_path / f"epoch-{epoch}.pt", {"w": torch.full((1,), float(epoch))})
+    paths = sorted(tmp_path.glob("*.pt"))
+    with pytest.warns(UserWarning, match="epoch-9.pt is of step 300 and epoch-10.pt of 100"):
+        polyak.Trajectory.from_checkpoints(paths, steps=[100, 200, 300])
+    polyak.Trajectory.from_checkpoints(paths, steps=[300, 100, 200])
+
+
+def test_half_precision_checkpoints_may_be_averaged_into_fp32(tmp_path):
+    for step, value in enumerate((1.0, 1.0078125), 1):  # neighbours in bf16
+        tensors = {
+            "w": torch.full((2,), value).bfloat16(),
+            "n": torch.tensor(step),
+            "d": torch.ones(1).double(),
+        }
+        checkpoints.write(tmp_path / f"step-{step}.safetensors", tensors)
+    run = polyak.Trajectory.from_checkpoints(tmp_path.glob("*.safetensors"))
+    wide = run.average("uniform", dtype=torch.float32)
+    assert wide["w"].dtype == torch.float32 and wide["w"].tolist() == [1.00390625] * 2
+    assert wide["n"].dtype == torch.int64 and wide["d"].dtype == torch.float64
+    assert run.average("uniform")["w"].dtype == torch.bfloat16

@@ -88,6 +88,8 @@ class AtomicOutput:
         self._overwrite = overwrite
         if not path.parent.is_dir():
             raise CheckpointError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+        if not os.access(path.parent, os.W_OK):
+            raise CheckpointError(f"cannot write {path}: {path.parent} may not be written to")
         self._refuse_existing()
 
     def _refuse_existing(self) -> None:

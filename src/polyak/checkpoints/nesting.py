@@ -10,16 +10,17 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from polyak.checkpoints.base import Contents, StoredTensor
 from polyak.errors import CheckpointError, OptionError, name_list
 
-__all__ = ["STEP_KEYS", "Weights", "find_weights"]
+__all__ = ["STEP_KEYS", "Weights", "bare_names", "find_weights"]
 
 _Path = tuple[str, ...]
+Value = TypeVar("Value")
 
 # Where the tools put weights, averaged ones first: who saved an average wants it used.
 _WEIGHT_KEYS = (
@@ -175,7 +176,7 @@ def _named(tensor_paths: list[_Path], place: _Path, path: Path) -> dict[str, _Pa
     return named
 
 
-def _without_wrappers(named: dict[str, _Path]) -> tuple[dict[str, _Path], str]:
+def _without_wrappers(named: dict[str, Value]) -> tuple[dict[str, Value], str]:
     """Leave out the prefixes of DDP, ``torch.compile``, FSDP and ``AveragedModel``, with its counter."""
     plain = {_WRAPPERS.sub("", name): parts for name, parts in named.items()}
     if len(plain) < len(named):
@@ -187,6 +188,17 @@ def _without_wrappers(named: dict[str, _Path]) -> tuple[dict[str, _Path], str]:
             return plain, dropped
         plain = {name.removeprefix(_MODULE): plain[name] for name in weights}
         dropped += _MODULE
+
+
+def bare_names(named: Mapping[str, Value]) -> dict[str, Value]:
+    """The entries of a state dict, without wrappers' prefixes and without what is no tensor.
+
+    >>> bare_names({"_orig_mod.module.weight": 1, "_orig_mod.module._extra_state": 2})
+    {'weight': 1}
+    """
+    kept = {name: value for name, value in named.items() if not name.endswith("_extra_state")}
+    plain, _ = _without_wrappers(kept)
+    return plain
 
 
 def _ignored(entries: dict[_Path, Any], taken: set[_Path]) -> tuple[str, ...]:

@@ -109,6 +109,11 @@ def opened(paths: list[Path], key: str | None) -> Trajectory:
         if len(paths) > 1 or key is not None:
             raise OptionError(f"{paths[0]} is a recorded trajectory: give it alone, and no --key")
         return Trajectory(paths[0])
+    recording = next((path.parent for path in paths if path.is_file() and Manifest.exists(path.parent)), None)
+    if recording is not None:
+        raise OptionError(
+            f"{paths[0]} is a part of the recorded trajectory {recording}: give {recording} alone"
+        )
     return Trajectory.from_checkpoints([each.path for each in open_inputs(paths, key)], key=key)
 
 

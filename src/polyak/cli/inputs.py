@@ -21,6 +21,8 @@ def expanded(inputs: list[str]) -> list[Path]:
 
     paths: list[Path] = []
     for text in inputs:
+        if not Path(text).exists():
+            _refuse_profile(text)
         if Path(text).exists() or not any(sign in text for sign in "*?["):
             paths.append(Path(text))
             continue
@@ -29,6 +31,19 @@ def expanded(inputs: list[str]) -> list[Path]:
             raise CheckpointError(f"nothing matches the pattern {text}")
         paths += map(Path, matches)
     return paths
+
+
+def _refuse_profile(text: str) -> None:
+    from polyak.errors import OptionError
+    from polyak.profiles import parse
+
+    try:
+        parse(text)
+    except OptionError:
+        return
+    raise OptionError(
+        f"{text} is a profile, not a path: profiles go into one option, as in --profiles 'tail:0.4 {text}'"
+    )
 
 
 def imported(option: str, text: str) -> Callable[..., Any]:

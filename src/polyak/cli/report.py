@@ -83,11 +83,12 @@ def report(
 
 def _line(trajectory: Trajectory, answers: Answers, mode: Mode) -> PathScores:
     from polyak import landscape
+    from polyak.selection.table import shortened
 
     best = next(candidate.profile for candidate in answers.choice.table if candidate.profile is not None)
     return landscape.path(
         answers.network,
-        {"live": trajectory.live(), str(best): trajectory.average(best)},
+        {"live": trajectory.live(), shortened(str(best)): trajectory.average(best)},
         answers.score,
         mode=mode.value,
         positions=_POSITIONS,

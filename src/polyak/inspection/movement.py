@@ -63,18 +63,26 @@ class Movement:
         return tuple(turns[len(turns) // 2 :])
 
     @property
-    def verdict(self) -> str:
+    def finding(self) -> str:
         """Drifting or circling, in a sentence."""
         turns = self.late_turns
         if not turns:
             return "Three different weights are needed to tell drifting from circling."
+        kinds = {_DRIFTING: "Drifting", _CIRCLING: "Drifting and circling at once", -math.inf: "Circling"}
         turn = mean(turns)
-        seen = f"over the second half the mean turn is {turn:+.2f} (1 straight on, -0.5 around one place)"
-        if turn >= _DRIFTING:
-            return f"Drifting: {seen}; a long average would lag behind, prefer a short or late one."
-        if turn <= _CIRCLING:
-            return f"Circling: {seen}; averaging this part removes scatter at little cost."
-        return f"Drifting and circling at once: {seen}; let validation choose how long to average."
+        kind = next(kind for least, kind in kinds.items() if turn > least)
+        return f"{kind}: over the second half the mean turn is {turn:+.2f} (1 straight on, -0.5 around one place)."
+
+    @property
+    def verdict(self) -> str:
+        """The same, with what it means for averages; scores on validation data know better."""
+        advice = {
+            "Drifting:": " A long average may lag behind: compare it with shorter ones on validation data.",
+            "Circling:": " Averaging this part removes scatter at little cost.",
+            "Drifting and": " Let validation choose how long to average.",
+        }
+        found = self.finding
+        return found + "".join(text for kind, text in advice.items() if found.startswith(kind))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -61,7 +61,8 @@ def summarise_trajectory(path: Path) -> TrajectorySummary:
     >>> folder.cleanup()
     """
     trajectory = Trajectory(path)
-    opened = [checkpoint for checkpoint in trajectory.checkpoints if checkpoint is not None]
+    # Damage may show by the checksum only, and would be measured as a great leap.
+    opened = [checkpoint for checkpoint in trajectory.usable.checkpoints if checkpoint is not None]
     nbytes = sum(
         info.nbytes
         for checkpoint in opened

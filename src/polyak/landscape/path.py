@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from polyak.errors import OptionError
-from polyak.landscape.points import combined, inner, points, scores
+from polyak.landscape.points import combined, difference, inner, numbers, points, scores
 from polyak.selection.trial import Mode, ScoreFunction, badness, refuse_unknown_mode
 from polyak.selection.weights import check_statistics
 
@@ -44,17 +43,26 @@ class PathScores:
 
     @property
     def best(self) -> float:
-        """The position of the best score."""
-        return min(zip(self.positions, self.scores, strict=True), key=lambda at: badness(at[1], self.mode))[0]
+        """The position of the best score; of equal ones the one nearest to the end, and rather within [0, 1]."""
+
+        def rank(at: tuple[float, float]) -> tuple[float, bool, float]:
+            position, score = at
+            return badness(score, self.mode), not 0 <= position <= 1, abs(1 - position)
+
+        return min(zip(self.positions, self.scores, strict=True), key=rank)[0]
 
     @property
     def barrier(self) -> float:
         """By how much the line is worse than its ends, at most: max over [0, 1] of ℓ(t) - ((1 - t)·ℓ(0) + t·ℓ(1)).
 
-        0 says that both ends lie in one basin, where averaging them is safe. With ``mode="max"`` ℓ is minus the
-        score. Source: Frankle et al. 2020, Linear Mode Connectivity and the Lottery Ticket Hypothesis.
+        0 says that both ends lie in one basin, where averaging them is safe; NaN that an end has no finite score.
+        With ``mode="max"`` ℓ is minus the score.
+
+        Source: Frankle et al. 2020, Linear Mode Connectivity and the Lottery Ticket Hypothesis.
         """
         losses = {t: badness(s, self.mode) for t, s in zip(self.positions, self.scores, strict=True)}
+        if not (math.isfinite(losses[0.0]) and math.isfinite(losses[1.0])):
+            return math.nan
         return max(
             loss - ((1 - t) * losses[0.0] + t * losses[1.0]) if 0 < t < 1 else 0.0
             for t, loss in losses.items()
@@ -80,16 +88,23 @@ class PathScores:
     def __str__(self) -> str:
         start, end = self.names
         at = dict(zip(self.positions, self.scores, strict=True))
+        barrier = "there is no barrier to speak of, as an end has no finite score"
+        if not math.isnan(self.barrier):
+            barrier = f"the barrier between them is {self.barrier:.3g}"
+        statistics = " BatchNorm statistics were recomputed everywhere, the ends included."
         return (
             f"From {start} (score {at[0.0]:.5g}) to {end} ({at[1.0]:.5g}), a distance of {self.distance:.4g}: "
-            f"the best score, {at[self.best]:.5g}, lies at {self.best:.3g} of the way; the barrier is "
-            f"{self.barrier:.3g}."
-            + (
-                " BatchNorm statistics were recomputed everywhere, the ends included."
-                if self.recalibrated
-                else ""
-            )
-        )
+            f"the best score, {at[self.best]:.5g}, lies {self._place(self.best)}; {barrier}."
+        ) + (statistics if self.recalibrated else "")
+
+    def _place(self, position: float) -> str:
+        start, end = self.names
+        if position in (0, 1):
+            return f"at {end if position else start}"
+        if 0 < position < 1:
+            return f"at {position:.3g} of the way"
+        beyond, name = (position - 1, end) if position > 1 else (-position, start)
+        return f"beyond {name}, by {beyond:.3g} of their distance"
 
 
 def path(
@@ -98,7 +113,7 @@ def path(
     score: ScoreFunction,
     *,
     mode: Mode = "min",
-    positions: Sequence[float] = _POSITIONS,
+    positions: Iterable[float] = _POSITIONS,
     recalibrate: Iterable[Any] | None = None,
     progress: bool = True,
 ) -> PathScores:
@@ -129,18 +144,16 @@ def path(
     """
     refuse_unknown_mode(mode)
     check_statistics(model, recalibrate)
-    if not all(math.isfinite(t) for t in positions):
-        raise OptionError(f"positions must be finite, got {list(positions)}")
+    where = sorted({0.0, 1.0, *numbers("positions", positions)})
     start, end = points(model, weights, count=2)
     first, second = weights
-    where = sorted({0.0, 1.0, *map(float, positions)})
     tried = (combined(start, [end], [t]) for t in where)
-    difference = {name: end[name] - start[name] for name in start}
+    moved = {name: difference(end[name], start[name]) for name in start}
     return PathScores(
         names=(first, second),
         positions=tuple(where),
         scores=tuple(scores(model, tried, len(where), score, recalibrate, progress)),
-        distance=math.sqrt(inner(model, difference, difference)),
+        distance=math.sqrt(inner(model, moved, moved)),
         mode=mode,
         recalibrated=recalibrate is not None,
     )

@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from polyak.errors import OptionError
-from polyak.landscape.points import combined, inner, points, scores
+from polyak.landscape.points import combined, difference, inner, points, scores
+from polyak.profiles.base import whole_within, within
 from polyak.selection.trial import ScoreFunction
 from polyak.selection.weights import check_statistics
 
@@ -83,15 +84,15 @@ def plane(
     """Score a grid of the plane through three weights, as figures 1 and 3 of Izmailov et al. 2018 show it.
 
     With u = w_2 - w_1 and v the part of w_3 - w_1 that is orthogonal to u, the grid is w_1 + x·u/‖u‖ + y·v/‖v‖.
-    Good choices are two iterates of the run and their average, or the live weights, the averaged ones and those
-    of a decayed run. Every point costs an evaluation, size² and three in all.
+    Good choices are three iterates, as that figure has, or the live weights, the averaged ones and those of
+    another run; two weights and their own mean lie on one line. Every point costs an evaluation: size² and three.
 
     Args:
         model: as for :func:`polyak.landscape.path`.
         weights: three names with their weights.
         score: as for :func:`polyak.select`.
         size: points along each side.
-        margin: how far the grid goes beyond the three, as a part of how far apart they are.
+        margin: how far the grid goes beyond the three on every side, as a part of the longer side of what they span.
         recalibrate: as for :func:`polyak.landscape.path`.
         progress: show a bar on stderr.
 
@@ -107,16 +108,17 @@ def plane(
     >>> found.places, found.scores
     ({'a': (0.0, 0.0), 'b': (2.0, 0.0), 'c': (1.0, 3.0)}, ((0.0, 2.0), (3.0, 5.0)))
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
-        raise OptionError(f"size must be a whole number of points, at least 2, got {size!r}")
-    if not (math.isfinite(margin) and margin >= 0):
-        raise OptionError(f"margin must be finite and not negative, got {margin!r}")
+    size, margin = whole_within("[2, inf)", "size", size), within("[0, inf)", "margin", margin)
     check_statistics(model, recalibrate)
     first, second, third = points(model, weights, count=3)
-    u, v = ({name: other[name] - first[name] for name in first} for other in (second, third))
+    u, v = ({name: difference(other[name], first[name]) for name in first} for other in (second, third))
     length, slant, height = _triangle(inner(model, u, u), inner(model, u, v), inner(model, v, v))
     del u, v
-    x, y = _reach([0, length, slant], size, margin), _reach([0, 0, height], size, margin)
+    extra = margin * max(height, max(length, slant) - min(0, slant))
+    x, y = (
+        np.linspace(min(at) - extra, max(at) + extra, size).tolist()
+        for at in ([0, length, slant], [0, height])
+    )
 
     def at(right: float, up: float) -> dict[str, Tensor]:
         part = up / height
@@ -137,14 +139,11 @@ def plane(
 
 def _triangle(uu: float, uv: float, vv: float) -> tuple[float, float, float]:
     """‖u‖, and where w_3 lies along it and across, from the inner products."""
+    if not all(map(math.isfinite, (uu, uv, vv))):
+        raise OptionError("the three weights are not all finite, so there is no plane through them")
     length = math.sqrt(uu)
     slant = uv / length if length else 0.0
     height = math.sqrt(max(vv - slant**2, 0.0))
     if not length or height <= _FLAT * math.sqrt(vv) or not vv:
         raise OptionError("the three weights lie on one line, through which there is no one plane: use path")
     return length, slant, height
-
-
-def _reach(corners: list[float], size: int, margin: float) -> list[float]:
-    extra = margin * (max(corners) - min(corners))
-    return np.linspace(min(corners) - extra, max(corners) + extra, size).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from polyak.accumulator import mean_dtype
+from polyak.checkpoints.nesting import bare_names
 from polyak.errors import OptionError, StructureError
 from polyak.selection.progress import bar
 from polyak.selection.trial import ScoreFunction, try_weights
 from polyak.selection.weights import matched
 from polyak.tensors import ModelTensors
 
-__all__ = ["Point", "combined", "inner", "points", "scores"]
+__all__ = ["Point", "combined", "difference", "inner", "numbers", "points", "scores"]
 
 # Canonical name to value: the floating-point tensors of a model, in fp32 at least, on the model's devices.
 Point = dict[str, Tensor]
@@ -34,10 +36,13 @@ def points(model: nn.Module, weights: Mapping[str, Mapping[str, Tensor]], count:
     if wrong or not weights or count not in (None, len(weights)):
         needed = "names and their weights" if count is None else f"{count} names and their weights"
         raise OptionError(f"weights must be {needed}, as in {{'live': trajectory.live(), 'averaged': ...}}")
+    names = ModelTensors(model).all_names()
     found: list[Point] = []
     for name, given in weights.items():
-        if not given:
-            raise OptionError(f"weights[{name!r}] is empty")
+        if not given.keys() <= names.keys():
+            given = bare_names(given)
+        if not given or not all(isinstance(value, Tensor) for value in given.values()):
+            raise OptionError(f"weights[{name!r}] must be names and their tensors, as in model.state_dict()")
         try:
             pairs = matched(model, given)
         except StructureError as error:
@@ -54,20 +59,29 @@ def points(model: nn.Module, weights: Mapping[str, Mapping[str, Tensor]], count:
 
 
 def combined(origin: Point, others: Sequence[Point], coefficients: Sequence[float]) -> Point:
-    """origin + Σ c_i (other_i - origin), which is an end itself where one coefficient is 1 and the rest are 0.
+    """origin + Σ c_i (other_i - origin), which is one of them itself where its coefficient is 1 and the rest are 0.
 
     >>> a, b = {"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}
     >>> combined(a, [b], [0.5])
     {'w': tensor([2.])}
     """
+    counted = [(other, c) for other, c in zip(others, coefficients, strict=True) if c]
+    if len(counted) == 1 and counted[0][1] == 1:
+        return counted[0][0]
     result = dict(origin)
     for name, start in origin.items():
-        for other, coefficient in zip(others, coefficients, strict=True):
-            if coefficient == 1:  # exactly, whatever the rounding of the difference
-                result[name] = other[name] + (result[name] - start)
-            elif coefficient:
-                result[name] = result[name] + (other[name] - start) * coefficient
+        for other, coefficient in counted:
+            result[name] = result[name] + difference(other[name], start) * coefficient
     return result
+
+
+def difference(end: Tensor, start: Tensor) -> Tensor:
+    """``end`` - ``start``; 0 where they are equal, as infinities in a causal mask are.
+
+    >>> difference(torch.tensor([-torch.inf, 3.0]), torch.tensor([-torch.inf, 1.0]))
+    tensor([0., 2.])
+    """
+    return (end - start).masked_fill(end == start, 0)
 
 
 def inner(model: nn.Module, first: Point, second: Point) -> float:
@@ -88,6 +102,17 @@ def scores(
     with bar("weights", progress) as advance:
         for point in advance(tried, total):
             yield try_weights(model, point, score, recalibrate).value
+
+
+def numbers(option: str, values: Iterable[float]) -> list[float]:
+    """``values`` as floats; ``OptionError`` for any that is not a finite number."""
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise OptionError(f"{option} must be numbers, as in [0.1, 0.2], got {values!r}") from None
+    if not all(map(math.isfinite, found)):
+        raise OptionError(f"{option} must be finite, got {found}")
+    return found
 
 
 def _flat(tensor: Tensor) -> Tensor:

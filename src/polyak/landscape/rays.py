@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -14,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyak.errors import OptionError
-from polyak.landscape.points import Point, points, scores
-from polyak.selection.trial import ScoreFunction
+from polyak.landscape.points import Point, numbers, points, scores
+from polyak.profiles.base import whole_within
+from polyak.selection.trial import Mode, ScoreFunction, refuse_unknown_mode
 from polyak.selection.weights import check_statistics
 from polyak.tensors import ModelTensors
 
@@ -35,15 +35,23 @@ class RayScores:
         radii: how far along each ray, relative to the size of the weights.
         centres: name to the score of the weights themselves.
         scores: name to a row for each direction, with a score for each radius.
+        mode: "min" or "max", whichever scores are better.
     """
 
     radii: tuple[float, ...]
     centres: dict[str, float]
     scores: dict[str, tuple[tuple[float, ...], ...]]
+    mode: Mode = "min"
 
     def rise(self, name: str) -> NDArray[np.float64]:
-        """The score at each radius less that of the centre, [directions, radii]: small around a wide place."""
-        return np.asarray(self.scores[name]) - self.centres[name]
+        """How much worse the score is than at the centre, [directions, radii]: little around a wide place.
+
+        Negative where weights in that direction are better, as around weights that are no minimum of the score.
+        """
+        if name not in self.scores:
+            raise OptionError(f"there are rays from {', '.join(self.scores)}, not from {name!r}")
+        rise = np.asarray(self.scores[name]) - self.centres[name]
+        return rise if self.mode == "min" else -rise
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was found, as plain values for JSON."""
@@ -60,7 +68,7 @@ class RayScores:
         lines = [
             Line(name, [0.0, *self.radii], np.insert(self.rise(name), 0, 0.0, axis=1)) for name in self.scores
         ]
-        panel = Panel("score minus that of the centre", lines)
+        panel = Panel("how much worse than at the centre", lines)
         return line_panels("In random directions", "radius, relative to the weights", [panel])
 
     def __str__(self) -> str:
@@ -72,8 +80,15 @@ class RayScores:
         table.add_column("radius", justify="right")
         for name in self.scores:
             table.add_column(f"{name}, rise ± error", justify="right", no_wrap=True)
+        first, *others = self.scores
+        for name in others:
+            table.add_column(f"{name} rises less than {first}", justify="right", no_wrap=True)
         for index, radius in enumerate(self.radii):
-            table.add_row(f"{radius:g}", *(_mean_and_error(self.rise(n)[:, index]) for n in self.scores))
+            rises = {name: self.rise(name)[:, index] for name in self.scores}
+            less = [
+                f"in {(rises[name] < rises[first]).sum()} of {len(rises[name])} directions" for name in others
+            ]
+            table.add_row(f"{radius:g}", *map(_mean_and_error, rises.values()), *less)
         console = Console(file=StringIO(), width=120, color_system=None)
         with console.capture() as capture:
             console.print(table)
@@ -85,7 +100,8 @@ def rays(
     weights: Mapping[str, Mapping[str, Tensor]],
     score: ScoreFunction,
     *,
-    radii: Sequence[float] = _RADII,
+    mode: Mode = "min",
+    radii: Iterable[float] = _RADII,
     directions: int = 10,
     seed: int = 0,
     size_of: str | None = None,
@@ -107,6 +123,7 @@ def rays(
         model: as for :func:`polyak.landscape.path`.
         weights: names with their weights, such as ``{"live": run.live(), "averaged": run.average(profile)}``.
         score: as for :func:`polyak.select`.
+        mode: "min" if lower scores are better, "max" if higher ones are.
         radii: distances, relative to the size of each filter; every one is scored in every direction.
         directions: how many.
         seed: of the draws, which are the same on every device.
@@ -130,10 +147,11 @@ def rays(
     >>> found.centres["wide"], found.rise("wide").tolist()
     (0.0, [[5.0, 20.0]])
     """
-    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
-        raise OptionError(f"directions must be a whole number, at least 1, got {directions!r}")
-    if not radii or not all(math.isfinite(radius) and radius > 0 for radius in radii):
-        raise OptionError(f"radii must be finite and above 0, got {list(radii)}")
+    directions = whole_within("[1, inf)", "directions", directions)
+    refuse_unknown_mode(mode)
+    radii = numbers("radii", radii)
+    if not radii or min(radii) <= 0:
+        raise OptionError(f"radii must be above 0, got {radii}")
     check_statistics(model, recalibrate)
     found = points(model, weights, count=None)
     if size_of is not None and size_of not in weights:
@@ -151,12 +169,13 @@ def rays(
         list(scores(model, tried, total, score, recalibrate, progress)), (len(found), per_centre)
     )
     return RayScores(
-        radii=tuple(map(float, radii)),
+        radii=tuple(radii),
         centres=dict(zip(weights, rows[:, 0].tolist(), strict=True)),
         scores={
             name: tuple(map(tuple, row[1:].reshape(directions, len(radii)).tolist()))
             for name, row in zip(weights, rows, strict=True)
         },
+        mode=mode,
     )
 
 
@@ -166,7 +185,7 @@ def _filtered(model: nn.Module, point: Point) -> list[str]:
     names = [e.name for e in entries if e.name in point and e.tensor.requires_grad and point[e.name].ndim > 1]
     if not names:
         raise OptionError(
-            "the model has no trainable parameter with two dimensions or more, so no filters to move"
+            "the model has no trainable parameter with two dimensions or more, so no filters to move; frozen ones stay"
         )
     return names
 
@@ -183,7 +202,9 @@ def _along(
 
 
 def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
+    # In one precision: the same numbers for weights of any.
+    dtype = torch.complex64 if like.is_complex() else torch.float32
+    return torch.randn(like.shape, dtype=dtype, generator=generator, device="cpu").to(like)
 
 
 def _scaled(direction: Tensor, weights: Tensor) -> Tensor:

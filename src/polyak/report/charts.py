@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +12,8 @@ from polyak.errors import OptionError
 from polyak.inspection import Movement
 from polyak.plots import line_chart
 from polyak.profiles import EMA, Decay, Power, Profile, Tail
+from polyak.selection.table import shortened
 from polyak.trajectory import Block, Explanation, Trajectory
-from polyak.trajectory.summaries import Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,16 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["metric_charts", "movement_charts", "profile_chart", "shown_profiles"]
 
 _STEPS = "optimizer steps"
-_LEARNING_RATE = "learning rate"
 _MOST_PROFILES = 4
 
 
 def metric_charts(blocks: Sequence[Block]) -> Iterator[tuple[str, Figure]]:
     """The learning rate and each metric that was recorded, as means over blocks: name and figure."""
-    for name in _followed(blocks):
-        found = [(block.stop, summary.mean) for block in blocks if (summary := _summary(block, name))]
-        if len(found) > 1:
-            steps, means = zip(*found, strict=True)
+    metrics = dict.fromkeys(name for block in blocks for name in block.metrics)
+    followed = [("learning rate", [block.lr for block in blocks])]
+    followed += [(name, [block.metrics.get(name) for block in blocks]) for name in metrics]
+    for name, summaries in followed:
+        # Where a block has none the line is broken.
+        means = [math.nan if summary is None else summary.mean for summary in summaries]
+        if sum(map(math.isfinite, means)) > 1:
+            steps = [block.stop for block in blocks]
             yield name, line_chart(name, _STEPS, name, {name: (steps, means)})
 
 
@@ -49,6 +53,8 @@ def movement_charts(blocks: Sequence[Block], movement: Movement) -> Iterator[tup
 def shown_profiles(trajectory: Trajectory, best: Profile | None) -> list[Explanation]:
     """The best profile, if one was chosen, and one of each family, as far as the blocks resolve them."""
     steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
+    if not steps:  # a single checkpoint of step 0
+        return []
     usual = (Decay("sqrt", 0.4), Tail(0.4), EMA(half_life=0.1 * steps), Power(gamma=4))
     explained = []
     for profile in dict.fromkeys(usual if best is None else (best, *usual)):
@@ -65,21 +71,16 @@ def profile_chart(explained: Sequence[Explanation]) -> Figure:
         "How much each step counts",
         _STEPS,
         "times the plain mean",
-        {str(e.profile): _stairs(e) for e in explained},
+        {shortened(str(e.profile)): _stairs(e) for e in explained},
     )
 
 
 def _stairs(explained: Explanation) -> tuple[list[float], list[float]]:
-    starts, stops = ([getattr(block, end) for block in explained.blocks] for end in ("start", "stop"))
+    # A checkpoint of step 0 stands for no steps.
+    long = [
+        (block, a) for block, a in zip(explained.blocks, explained.coefficients, strict=True) if block.steps
+    ]
+    starts, stops = ([getattr(block, end) for block, _ in long] for end in ("start", "stop"))
     total = stops[-1] - starts[0]
-    heights = explained.coefficients * total / np.subtract(stops, starts)
+    heights = [a * total / block.steps for block, a in long]
     return np.ravel([starts, stops], order="F").tolist(), np.repeat(heights, 2).tolist()
-
-
-def _followed(blocks: Sequence[Block]) -> list[str]:
-    metrics: Mapping[str, None] = dict.fromkeys(name for block in blocks for name in block.metrics)
-    return [_LEARNING_RATE, *metrics]
-
-
-def _summary(block: Block, name: str) -> Summary | None:
-    return block.lr if name == _LEARNING_RATE else block.metrics.get(name)

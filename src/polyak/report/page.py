@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b64encode
 from dataclasses import dataclass
 from importlib.resources import files
@@ -9,16 +10,20 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
+
 from polyak._version import __version__
 from polyak.checkpoints.atomic import AtomicOutput, write_file
-from polyak.errors import NotStartedError, OptionError
+from polyak.errors import CheckpointError, OptionError
 from polyak.extras import require
-from polyak.inspection import Movement, measure_movement
+from polyak.inspection import measure_movement
+from polyak.inspection.views.parts import counted
 from polyak.landscape import PathScores
 from polyak.plots import svg_bytes
 from polyak.report.charts import metric_charts, movement_charts, profile_chart, shown_profiles
 from polyak.selection import Selection
-from polyak.selection.table import HEADINGS, as_rows
+from polyak.selection.table import HEADINGS, as_rows, shortened
+from polyak.selection.trial import refuse_no_trajectory
 from polyak.selection.verdict import LIVE
 from polyak.trajectory import Explanation, Trajectory
 
@@ -54,15 +59,16 @@ def write_report(
 
     Args:
         trajectory: a recorded run, or a folder of checkpoints. All blocks are read, in slices.
-        path: the page, ending in ``.html``.
+        path: the page, ending in ``.html`` or ``.htm``.
         selection: what :func:`polyak.select` found on this trajectory.
         line: what :func:`polyak.landscape.path` found, such as between the live weights and the best average.
         title: the heading; None: the name of the run's folder.
         overwrite: replace a page that is there.
 
     Raises:
-        OptionError: ``path`` does not end in ``.html``.
+        OptionError: ``path`` does not end in ``.html`` or ``.htm``.
         NotStartedError: the trajectory holds no block yet.
+        CheckpointError: not one block can be read.
         OutputExistsError: ``path`` exists and ``overwrite`` is False.
         MissingExtraError: matplotlib or jinja2 is not installed.
 
@@ -81,9 +87,9 @@ def write_report(
     """
     output = Path(path)
     refuse_output(output, overwrite=overwrite)
-    jinja2 = require("jinja2", extra="report", purpose="writing a report")
-    if not trajectory.blocks:
-        raise NotStartedError(f"{trajectory!r} holds no block yet, so there is nothing to report")
+    import jinja2
+
+    refuse_no_trajectory(trajectory)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -96,13 +102,16 @@ def refuse_output(path: Path, *, overwrite: bool) -> None:
     """Say that no page can be written there before anything is read or scored.
 
     Raises:
-        OptionError: ``path`` does not end in ``.html``.
+        OptionError: ``path`` does not end in ``.html`` or ``.htm``, or is a folder.
         OutputExistsError: it exists and ``overwrite`` is False.
-        CheckpointError: there is no such folder.
+        CheckpointError: there is no such folder, or it may not be written to.
+        MissingExtraError: matplotlib or jinja2 is not installed.
     """
-    if path.suffix.lower() not in _SUFFIXES:
-        raise OptionError(f"a report is a page: {path} must end in .html")
+    if path.suffix.lower() not in _SUFFIXES or path.is_dir():
+        raise OptionError(f"a report is a page, a file whose name must end in .html: {path} is not")
     AtomicOutput(path, overwrite)
+    for module in ("jinja2", "matplotlib"):
+        require(module, extra="report", purpose="writing a report")
 
 
 def _contents(
@@ -112,16 +121,19 @@ def _contents(
     candidates = [] if selection is None else selection.table
     best = next((candidate.profile for candidate in candidates if candidate.profile is not None), None)
     explained = shown_profiles(trajectory, best)
-    readable = [index for index, checkpoint in enumerate(trajectory.checkpoints) if checkpoint is not None]
-    movement = _movement(trajectory)
-    moved = [] if movement is None else list(movement_charts([blocks[i] for i in readable], movement))
+    usable = trajectory.usable  # every block is compared with its checksum
+    if not usable.blocks:
+        raise CheckpointError(f"no block can be read: {next(iter(trajectory.damaged.values()))}")
+    movement = measure_movement([checkpoint for checkpoint in usable.checkpoints if checkpoint is not None])
     return {
         "title": title,
         "version": __version__,
         "blocks": blocks,
         "samples": sum(block.count for block in blocks),
         "skipped": sum(block.skipped for block in blocks),
-        "megabytes": trajectory.average_bytes / 1e6,
+        "average_size": decimal(usable.average_bytes),
+        "counted": counted,
+        "shortened": shortened,
         "damaged": trajectory.damaged,
         "selection": selection,
         "headings": HEADINGS,
@@ -130,19 +142,16 @@ def _contents(
         "selection_chart": None if selection is None else _picture("candidates", selection.plot()),
         "metric_charts": [_picture(name, figure) for name, figure in metric_charts(blocks)],
         "movement": movement,
-        "movement_charts": [_picture(name, figure) for name, figure in moved],
+        "movement_charts": [
+            _picture(name, figure) for name, figure in movement_charts(usable.blocks, movement)
+        ],
         "explained": explained,
         "profile_chart": _picture("weights of steps", profile_chart(explained)) if explained else None,
         "warnings": _warnings(explained),
-        "line": line,
+        "line": line if line is not None and any(map(math.isfinite, line.scores)) else None,
         "line_chart": None if line is None else _picture("line", line.plot()),
         "metrics": list(dict.fromkeys(name for block in blocks for name in block.metrics)),
     }
-
-
-def _movement(trajectory: Trajectory) -> Movement | None:
-    opened = [checkpoint for checkpoint in trajectory.checkpoints if checkpoint is not None]
-    return measure_movement(opened) if opened else None
 
 
 def _warnings(explained: list[Explanation]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from polyak.batchnorm import tracks_statistics
-from polyak.selection.table import as_table
+from polyak.selection.table import as_table, shortened
 from polyak.selection.trial import Mode, badness
 from polyak.selection.verdict import LIVE_IS_THE_MODEL, STALE_STATISTICS, Candidate, HoldoutCheck, verdict
 from polyak.selection.weights import apply_weights, live_weights, write_weights
@@ -65,6 +65,14 @@ class Selection:
         holding = [caveat for caveat, holds in caveats.items() if holds]
         return verdict(self.table, self.live, self.mode, self.holdout, holding)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The best weights: name to tensor on the host, as :meth:`Trajectory.average` and ``live`` give them.
+
+        Their BatchNorm statistics are not recomputed. Of a recording that was not closed, live weights are those in
+        the model, and the dictionary is empty.
+        """
+        return self._best()[0]
+
     def apply(self, model: nn.Module) -> None:
         """Put the best weights into ``model`` for good, BatchNorm statistics of an average recomputed if asked for.
 
@@ -113,7 +121,7 @@ class Selection:
         """
         from polyak.plots import Dot, dot_chart
 
-        dots = [Dot(c.name, c.difference, c.low, c.high) for c in self.table]
+        dots = [Dot(shortened(c.name), c.difference, c.low, c.high) for c in self.table]
         better = "lower" if self.mode == "min" else "higher"
         return dot_chart("Candidates", f"score minus that of the live weights ({better} is better)", dots)
 

@@ -12,7 +12,7 @@ from polyak.selection.verdict import LIVE, Candidate
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["HEADINGS", "as_rows", "as_table"]
+__all__ = ["HEADINGS", "as_rows", "as_table", "shortened"]
 
 # A profile with a weight for each block has a name longer than the page.
 _MOST_NAME = 28
@@ -44,7 +44,7 @@ def as_rows(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
     bound = _form([value for c in others for value in (c.low, c.high)], 3, "+")
     return [
         (
-            _shortened(c.name),
+            shortened(c.name),
             f"{c.score:{score}}",
             "" if c.stderr is None else f"{c.stderr:{error}}",
             "" if c.profile is None else f"{c.difference:{difference}}",
@@ -71,5 +71,6 @@ def _form(values: Sequence[float | None], digits: int, sign: str = "") -> str:
     return f"{sign}.{decimals}f"
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
+    """A name that fits into a table or a figure."""
     return name if len(name) <= _MOST_NAME else f"{name[: _MOST_NAME - 1]}…"

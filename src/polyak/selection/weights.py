@@ -121,7 +121,9 @@ def write_weights(
 
 
 def refuse_one_pass(recalibrate: Iterable[Any] | None) -> None:
-    """Refuse (``OptionError``) batches that are gone after the first candidate."""
+    """Refuse (``OptionError``) batches that are gone after the first candidate, and what are no batches."""
+    if callable(recalibrate) and not isinstance(recalibrate, Iterable):
+        raise OptionError("recalibrate is a function: call it, and give the batches that it returns")
     if isinstance(recalibrate, Iterator):
         raise OptionError(
             f"recalibrate is a {type(recalibrate).__name__}, which can be gone through only once, and every "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from polyak.checkpoints import Checkpoint, Layout, Writer
-from polyak.combine import combine
+import torch
+
+from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
+from polyak.combine import combine, is_averaged
 from polyak.trajectory.block_file import Part, copied_names
 
 __all__ = ["Assembly"]
@@ -28,12 +30,20 @@ class Assembly:
         self._blocks = blocks
         self._frozen = frozen
 
-    def layout(self, row: Row) -> Layout:
-        """Names, shapes and ties of the model that ``row`` gives: tied is what is tied in every block."""
+    def layout(self, row: Row, dtype: torch.dtype | None = None) -> Layout:
+        """Names, shapes and ties of the model that ``row`` gives: tied is what is tied in every block.
+
+        ``dtype`` is the narrowest of what is averaged; None: that of the newest block.
+        """
         blocks = list(self._counted([row]).values())
         newest = blocks[-1]
         ties = {t: n for t, n in newest.ties.items() if all(b.ties.get(t) == n for b in blocks)}
-        tensors = {name: info for name, info in newest.tensors.items() if name not in ties}
+        copied = copied_names(newest)
+        tensors = {
+            name: info if dtype is None or name in copied else _at_least(info, dtype)
+            for name, info in newest.tensors.items()
+            if name not in ties
+        }
         if self._frozen is not None:
             ties |= self._frozen.ties
             tensors |= {n: info for n, info in self._frozen.tensors.items() if n not in ties}
@@ -62,6 +72,12 @@ class Assembly:
             for index, block in enumerate(self._blocks)
             if block is not None and any(row[index] for row in rows)
         }
+
+
+def _at_least(info: TensorInfo, dtype: torch.dtype) -> TensorInfo:
+    if not is_averaged(info.dtype):
+        return info
+    return TensorInfo(info.shape, torch.promote_types(info.dtype, dtype))
 
 
 def _copy(source: Checkpoint, names: Iterable[str], writer: Writer) -> None:

@@ -9,10 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from polyak import checkpoints
-from polyak.checkpoints import Checkpoint
+from polyak.checkpoints import Checkpoint, Writer
 from polyak.combine import MemoryWriter, batchnorm_statistics, common_layout, is_averaged, spans_of_steps
 from polyak.errors import CheckpointError, NotStartedError, OptionError, name_list
 from polyak.profiles import Profile, Weights, as_profile
@@ -136,13 +137,21 @@ class Trajectory:
         """The opened file of each block, None where it is damaged."""
         return tuple(self._inputs)
 
-    def average(self, profile: Profile | str, *, max_memory: int | str = _MAX_MEMORY) -> dict[str, Tensor]:
+    def average(
+        self,
+        profile: Profile | str,
+        *,
+        dtype: torch.dtype | None = None,
+        max_memory: int | str = _MAX_MEMORY,
+    ) -> dict[str, Tensor]:
         """The averaged model under ``profile``: name to tensor on the host, tied names sharing one.
 
-        Averaged tensors have the dtype of the blocks; the rest is as in the newest block that counts.
+        Tensors that are not averaged are those of the newest block that counts.
 
         Args:
             profile: any profile, or its text such as ``"tail:0.4"``.
+            dtype: the narrowest that averaged tensors may have, such as ``torch.float32`` for bf16 checkpoints;
+                None: that of the blocks, to which averages are rounded.
             max_memory: bytes, or text such as ``"512MB"``: the most memory used beside the result.
 
         Raises:
@@ -150,15 +159,19 @@ class Trajectory:
             CheckpointError: a block that counts is damaged; the message names it.
             NotStartedError: there are no blocks yet.
         """
-        return self.average_many([profile], max_memory=max_memory)[0]
+        return self.average_many([profile], dtype=dtype, max_memory=max_memory)[0]
 
     def average_many(
-        self, profiles: Sequence[Profile | str], *, max_memory: int | str = _MAX_MEMORY
+        self,
+        profiles: Sequence[Profile | str],
+        *,
+        dtype: torch.dtype | None = None,
+        max_memory: int | str = _MAX_MEMORY,
     ) -> list[dict[str, Tensor]]:
         """As :meth:`average` for each profile, in one pass over the blocks."""
         rows = [self._coefficients(profile) for profile in profiles]
-        writers = [MemoryWriter(self._assembly.layout(row)) for row in rows]
-        self._assembly.fill(rows, writers, max_memory)
+        writers = [MemoryWriter(self._assembly.layout(row, dtype)) for row in rows]
+        self._fill(rows, writers, max_memory)
         return [writer.tensors for writer in writers]
 
     def write(
@@ -193,7 +206,7 @@ class Trajectory:
                 stacklevel=2,
             )
         with checkpoints.create(path, layout, overwrite=overwrite) as writer:
-            self._assembly.fill([row], [writer], max_memory)
+            self._fill([row], [writer], max_memory)
 
     def explain(self, profile: Profile | str) -> Explanation:
         """Where the weight of ``profile`` lies, and how far the blocks are from what it asks for.
@@ -223,9 +236,15 @@ class Trajectory:
 
         Raises:
             NotStartedError: there are no blocks yet.
+            CheckpointError: none can be read.
         """
         self._refuse_empty()
-        newest = [float(index == len(self) - 1) for index in range(len(self))]
+        readable = [index for index, checkpoint in enumerate(self._inputs) if checkpoint is not None]
+        if not readable:
+            raise CheckpointError(
+                f"no block of {self._place} can be read: {next(iter(self.damaged.values()))}"
+            )
+        newest = [float(index == readable[-1]) for index in range(len(self))]
         return sum(info.nbytes for info in self._assembly.layout(newest).tensors.values())
 
     @property
@@ -279,6 +298,13 @@ class Trajectory:
                 f"{others} blocks can be used: trajectory.usable leaves the damaged ones out"
             )
         return found
+
+    def _fill(self, rows: list[list[float]], writers: Sequence[Writer], max_memory: int | str) -> None:
+        try:
+            self._assembly.fill(rows, writers, max_memory)
+        except CheckpointError:
+            self._refuse_outdated()
+            raise
 
     def _check(self, indices: Iterable[int]) -> None:
         """Compare files with their checksums, each once: what lies on a disk for long may change."""
