@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import polyak
-from polyak.errors import OptionError
+from polyak.errors import OptionError, StateError
 
 
 class Counter:
@@ -212,3 +212,49 @@ def test_a_recorder_with_its_optimizer_is_let_go(tmp_path):
     del run, optimizer
     gc.collect()
     assert gone() is None
+
+
+def test_what_is_attached_is_not_updated_by_hand_too(tmp_path):
+    """Each step would count twice."""
+    model = nn.Linear(3, 1)
+    optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    average = polyak.Average(model, polyak.Uniform())
+    run = polyak.Recorder(model, tmp_path, block=1)
+    with polyak.attach(optimizer, average, run), polyak.attach(other, average):
+        backward(model)
+        optimizer.step()
+        other.step()
+        for follower in (average, run):
+            with pytest.raises(OptionError, match="would count the step twice"):
+                follower.update()
+        with pytest.raises(OptionError, match=r"note\(loss=loss\) for metrics"):
+            run.update(loss=1.0)
+        run.note(loss=2.0)
+        run.note(loss=4.0)
+        backward(model)
+        optimizer.step()
+    assert average.n_averaged == 3
+    average.update()
+    run.update()
+    run.close()
+    assert average.n_averaged == 4
+    assert [block.metrics["loss"].mean for block in run.trajectory.blocks if block.metrics] == [3.0]
+    with pytest.raises(StateError, match="after close"):
+        run.note(loss=1.0)
+
+
+def test_followers_of_any_class_are_taken():
+    class Slotted:
+        __slots__ = ("steps",)
+
+        def __init__(self):
+            self.steps = 0
+
+        def update(self):
+            self.steps += 1
+
+    model, follower = nn.Linear(3, 1), Slotted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with polyak.attach(optimizer, follower):
+        optimizer.step()
+    assert follower.steps == 1

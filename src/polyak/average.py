@@ -17,6 +17,7 @@ from polyak._version import __version__
 from polyak.accumulator import Accumulator, CheckFinite
 from polyak.binding import Binding
 from polyak.errors import NotStartedError, OptionError, StructureError, SwapError, name_list
+from polyak.hooks import refuse_by_hand
 from polyak.profiles import Scheme
 from polyak.state import refuse_other_state
 from polyak.swap import Swap, copy_into, refuse_swapped
@@ -114,9 +115,11 @@ class Average:
 
         Raises:
             SwapError: the averaged weights are in the model.
+            OptionError: an optimizer calls it already, by :func:`polyak.attach`.
             StructureError: the model's tensors are no longer those it was made for, or have no data yet.
             NonFiniteError: with ``check_finite="raise"``.
         """
+        refuse_by_hand(self)
         self._refuse_while_swapped("update() would average the averaged weights")
         self._step += 1
         past = self._step - self.start

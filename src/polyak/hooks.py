@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Protocol
 
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from polyak.errors import OptionError
 
-__all__ = ["AttachHandle", "attach"]
+__all__ = ["AttachHandle", "attach", "refuse_by_hand"]
 
 
 class Follower(Protocol):
@@ -19,6 +21,10 @@ class Follower(Protocol):
     def update(self) -> Any:
         """Called once after each optimizer step that was taken."""
 
+
+# What is attached, with the number of optimizers, and what their hooks are updating now.
+_attached = WeakIdKeyDictionary()
+_updating: list[Follower] = []
 
 # An attribute of optimizers: what follows them now. It is no part of their state dicts and copies.
 _FOLLOWERS = "_polyak_followers"
@@ -36,6 +42,8 @@ class AttachHandle:
         self._following[:] = [
             f for f in self._following if not any(f is average for average in self._averages)
         ]
+        for average in self._averages:
+            _count(average, -1)
         self._averages = ()
 
     def __enter__(self) -> AttachHandle:
@@ -51,7 +59,8 @@ def attach(optimizer: Optimizer, *averages: Follower) -> AttachHandle:
     A step counts once, also where a subclass's ``step`` calls its parent's and torch's hooks fire twice. A step
     that GradScaler skipped does not count, also with ``fused=True``, where the optimizer runs and leaves the
     weights alone (reading that flag from an accelerator waits for it, with fp16 scaling and fused steps only).
-    With gradient accumulation and accelerate's wrapper, steps count, not backward passes.
+    With gradient accumulation and accelerate's wrapper, steps count, not backward passes. A call of an attached
+    average's own ``update()`` is refused then, since it would count a step twice.
 
     Args:
         optimizer: any torch optimizer, or a wrapper that holds one as ``.optimizer``, as accelerate's does.
@@ -90,10 +99,33 @@ def attach(optimizer: Optimizer, *averages: Follower) -> AttachHandle:
         if _is_nested(sys._getframe(1), stepped) or _was_skipped(stepped):
             return
         for average in averages:
-            average.update()
+            _updating.append(average)
+            try:
+                average.update()
+            finally:
+                _updating.pop()
 
     following += averages
+    for average in averages:
+        _count(average, 1)
     return AttachHandle(inner.register_step_post_hook(after_step), following, averages)
+
+
+def _count(follower: Follower, change: int) -> None:
+    with suppress(
+        TypeError
+    ):  # somebody's class without weak references, which asks nothing of refuse_by_hand
+        _attached[follower] = (_attached.get(follower) or 0) + change
+
+
+def refuse_by_hand(follower: Follower, instead: str = "") -> None:
+    """Refuse (``OptionError``) an ``update()`` that no hook makes, of what a hook updates already."""
+    if _attached.get(follower) and not (_updating and _updating[-1] is follower):
+        raise OptionError(
+            f"this {type(follower).__name__} is attached to an optimizer, which calls update() after every step: a "
+            f"call of your own would count the step twice. Leave it out{instead}, or remove() the handle of attach "
+            "first"
+        )
 
 
 def _is_nested(call: FrameType, optimizer: Optimizer) -> bool:

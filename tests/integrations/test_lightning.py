@@ -24,13 +24,15 @@ class Net(pl.LightningModule):
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4) if norm else nn.Tanh(), nn.Linear(4, 1))
         self.fail_in_validation = fail_in_validation
-        self.stepped, self.validated = [], []
+        self.stepped, self.validated, self.losses = [], [], []
 
     def forward(self, x):
         return self.body(x)
 
     def training_step(self, batch, index):
-        return self(batch[0]).square().mean()
+        loss = self(batch[0]).square().mean()
+        self.losses.append(loss.item())
+        return loss
 
     def on_train_batch_end(self, *_):
         self.stepped.append(weights(self))
@@ -355,6 +357,8 @@ def test_a_recording_is_the_run(tmp_path, beside):
     trajectory = recording.trajectory
     assert [str(block) for block in trajectory.blocks] == [f"({k}, {k + 2}]" for k in range(0, 12, 2)]
     assert trajectory.blocks[0].lr.mean == pytest.approx(0.1)
+    assert [block.metrics["loss"].count for block in trajectory.blocks] == [1, 2, 2, 2, 2, 2]
+    assert trajectory.blocks[1].metrics["loss"].mean == pytest.approx(sum(model.losses[1:3]) / 2)
     torch.testing.assert_close(trajectory.average("tail:steps=4")["body.0.weight"], mean(model.stepped[8:]))
     assert torch.equal(trajectory.live()["body.0.weight"], model.stepped[-1])
 

@@ -296,7 +296,12 @@ def test_a_language_model_keeps_its_ties_and_is_saved_as_the_average(tmp_path):
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_recording_is_the_run(tmp_path, beside):
     trainer, steps = trainer_for(
-        tmp_path, save_strategy="steps", save_steps=4, load_best_model_at_end=True, logging_strategy="steps"
+        tmp_path,
+        save_strategy="steps",
+        save_steps=4,
+        load_best_model_at_end=True,
+        logging_strategy="steps",
+        logging_steps=1,
     )
     if beside:
         Averaging(trainer, polyak.Uniform())
@@ -305,6 +310,9 @@ def test_a_recording_is_the_run(tmp_path, beside):
     trajectory = recording.trajectory
     assert [str(block) for block in trajectory.blocks] == [f"({k}, {k + 2}]" for k in range(0, 12, 2)]
     assert trajectory.blocks[0].lr.max > 0
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert trajectory.blocks[1].metrics["loss"].mean == pytest.approx(sum(logged[1:3]) / 2)
+    assert "grad_norm" in trajectory.blocks[1].metrics
     torch.testing.assert_close(trajectory.average("tail:steps=4")["body.0.weight"], mean(steps.weights[8:]))
     assert torch.equal(trajectory.live()["body.0.weight"], steps.weights[-1])
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import nn
 
 from polyak.average import Average
@@ -214,9 +215,9 @@ def _nothing() -> None:
 class Recording(Callback):
     """Record the run that ``trainer.fit`` makes, to choose the average when it is over.
 
-    The last optimizer's steps are counted. Checkpoints carry what is not on disk yet, and ``fit(ckpt_path=…)`` goes on
-    from there. When training ends, or fails, the last block and the live weights are written. With several processes
-    the first one records.
+    The last optimizer's steps are counted, and the loss that ``training_step`` returns is kept with the blocks, a step
+    late. Checkpoints carry what is not on disk yet, and ``fit(ckpt_path=…)`` goes on from there. When training ends,
+    or fails, the last block and the live weights are written. With several processes the first one records.
 
     Args:
         directory: where the blocks go.
@@ -244,6 +245,14 @@ class Recording(Callback):
         if trainer.is_global_zero:
             self._recording.begin(pl_module, trainer.optimizers[-1], self._state)
         self._state = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the loss; Lightning has divided it by the batches that are accumulated."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            self._recording.note({"loss": loss * trainer.accumulate_grad_batches})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is left, while the live weights are in the model."""

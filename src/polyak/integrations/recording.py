@@ -50,6 +50,11 @@ class Recording:
             raise
         self._handle = attach(optimizer, recorder)
 
+    def note(self, metrics: Mapping[str, Any]) -> None:
+        """Keep what a framework says of the training with the block under way."""
+        if self._recorder is not None and self._handle is not None:
+            self._recorder.note(**metrics)
+
     def state_dict(self) -> dict[str, Any]:
         """The recorder's state; once it is closed, that in which it was."""
         if self._recorder is not None and self._handle is not None:

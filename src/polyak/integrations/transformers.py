@@ -225,9 +225,10 @@ class Averaging(_Watching):
 class Recording(_Watching):
     """Record the run that ``trainer.train`` makes, to choose the average when it is over.
 
-    It adds itself to the Trainer. Checkpoints carry what is not on disk yet, and ``train(resume_from_checkpoint=…)``
-    goes on from there. When training ends, or fails, the last block and the live weights are written. With several
-    processes the first one records.
+    It adds itself to the Trainer. The loss and the size of gradients that the Trainer logs are kept with each block.
+    Checkpoints carry what is not on disk yet, and ``train(resume_from_checkpoint=…)`` goes on from there. When
+    training ends, or fails, the last block and the live weights are written. With several processes the first one
+    records.
 
     Args:
         trainer: a Trainer, or one of another library's that derives from it.
@@ -288,6 +289,11 @@ class Recording(_Watching):
         logs: dict[str, Any],
         **kwargs: Any,
     ) -> None:
-        """Write what is left at the last log, as the best checkpoint or an average may enter the model after it."""
+        """Keep what is logged of training.
+
+        At the last log write what is left, as the best checkpoint or an average may enter the model after it.
+        """
         if "train_runtime" in logs:
             self.stop()
+        else:
+            self._recording.note({name: logs[name] for name in ("loss", "grad_norm") if name in logs})

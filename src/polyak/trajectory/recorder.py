@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from polyak.binding import Binding
 from polyak.distributed import Team
 from polyak.errors import OptionError, StateError, StructureError
+from polyak.hooks import refuse_by_hand
 from polyak.profiles.base import whole_within
 from polyak.state import refuse_other_state
 from polyak.swap import refuse_swapped
@@ -147,11 +148,12 @@ class Recorder:
                 that are not finite are left out. Tensors on an accelerator are read at the end of the block.
 
         Raises:
-            OptionError: a metric is not a number.
+            OptionError: a metric is not a number, or an optimizer calls this already, by :func:`polyak.attach`.
             StructureError: the model's tensors are no longer those it was made for, or have no data yet.
             StateError: the recorder is closed.
             CheckpointError: writing a block failed; blocks written before are safe, nothing more is recorded.
         """
+        refuse_by_hand(self, instead=", with note(loss=loss) for metrics")
         self._refuse_closed("update()")
         self._writer.raise_if_failed()
         if self._goes_on_unasked:
@@ -162,6 +164,14 @@ class Recorder:
         self._step += 1
         if self._step % self.every == 0:
             self._sample()
+
+    def note(self, **metrics: float | Tensor) -> None:
+        """Keep metrics with the block that is being filled, as :meth:`update` does; no step is counted.
+
+        For a recorder that is attached to an optimizer, or numbers that come at other times than steps.
+        """
+        self._refuse_closed("note()")
+        (self._open_block or self._follow_model()).note(metrics, None)
 
     @property
     def block_steps(self) -> int:
