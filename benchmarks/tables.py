@@ -225,8 +225,8 @@ def valley(data: dict[str, Any]) -> str:
     for task, found in data["tasks"].items():
         for examples in ("train", "test"):
             best, barrier = (found[examples][key] for key in ("best_position", "barrier"))
-            lines.append((f"{task}, {examples}", f"{mean(best)}", f"{max(barrier):.4f}"))
-    line_heading = ("the line, task, examples", "position of its best loss, mean", "largest barrier")
+            lines.append((f"{task}, {examples}", f"{min(best):g} to {max(best):g}", f"{max(barrier):.4f}"))
+    line_heading = ("the line, task, examples", "positions of its best loss", "largest barrier")
     seeds = len(next(iter(data["tasks"].values()))["chosen"])
     return (
         f"Rise of the mean loss at a radius from the live weights and from the average that validation chose, over "
@@ -242,8 +242,9 @@ def posterior(data: dict[str, Any]) -> str:
     rows = []
     for task, found in data["tasks"].items():
         for name, metrics in found["contenders"].items():
-            nll, accuracy, error = (
-                metrics[metric]["mean_and_error"] for metric in ("nll", "accuracy", "calibration_error")
+            nll, accuracy, error, surplus = (
+                metrics[metric]["mean_and_error"]
+                for metric in ("nll", "accuracy", "calibration_error", "overconfidence")
             )
             compared = metrics["nll"]["minus_average"]
             rows.append(
@@ -252,6 +253,7 @@ def posterior(data: dict[str, Any]) -> str:
                     f"{nll[0]:.4f} ± {nll[1]:.4f}",
                     f"{100 * accuracy[0]:.2f}",
                     f"{100 * error[0]:.2f}",
+                    f"{100 * surplus[0]:+.2f}",
                     "" if name == "average" else difference(compared),
                 )
             )
@@ -260,6 +262,7 @@ def posterior(data: dict[str, Any]) -> str:
         "test NLL",
         "accuracy, %",
         "calibration error, %",
+        "confidence minus accuracy, %",
         "NLL minus the average's",
     )
     tasks = data["tasks"].items()
@@ -273,9 +276,10 @@ def posterior(data: dict[str, Any]) -> str:
         for task, found in tasks
     )
     return (
-        f"{data['draws']} draws of a SWAG of rank {data['rank']} around the average that validation chose, with a "
-        f"scale that validation chose of {', '.join(map(str, data['scales']))}. SWAG predicts significantly better "
-        f"than the average on: {', '.join(better) or 'none of these tasks'}. Chosen scales, on so many seeds: {scales}."
+        f"{data['draws']} draws of a SWAG of rank {data['rank']} around the average, of five blocks or more, that "
+        f"validation chose, with a scale that validation chose of {', '.join(map(str, data['scales']))}. SWAG predicts "
+        f"significantly better than the average on: {', '.join(better) or 'none of these tasks'}. Chosen scales, on so "
+        f"many seeds: {scales}."
         f"\n\n{table(heading, rows)}"
     )
 

@@ -85,7 +85,7 @@ def run(job: Job) -> Outcome:
     def look(
         trajectory: polyak.Trajectory, model: nn.Module, scoring: Scoring, selection: polyak.Selection
     ) -> Outcome:
-        chosen = next(candidate for candidate in selection.table if candidate.profile is not None)
+        chosen = selection.best_average
         assert chosen.profile is not None
         weights = {LIVE: trajectory.live(), AVERAGED: trajectory.average(chosen.profile)}
         batches = scoring.update_bn_batches[:1] if tracks_statistics(model) else None
@@ -103,7 +103,7 @@ def run(job: Job) -> Outcome:
             around[name] = Around(
                 loss=rays[OWN].centres,
                 rises={
-                    size: {name: found.rise(name).mean(axis=0).tolist() for name in weights}
+                    size: {which: found.rise(which).mean(axis=0).tolist() for which in weights}
                     for size, found in rays.items()
                 },
                 path=list(line.scores),

@@ -271,3 +271,24 @@ def test_what_cannot_be_averaged_is_refused(run):
         posterior.predict(nn.Linear(3, 3), lambda m: m(torch.ones(1, 3)), progress=False)
     with pytest.raises(OptionError, match="Trajectory"):
         polyak.SWAG("run/", "uniform")
+
+
+def test_several_scales_may_be_tried_with_the_same_moments(run, monkeypatch):
+    trajectory, _, model = run
+    posterior = polyak.SWAG(trajectory, "uniform", scale=4.0)
+    small = polyak.SWAG(trajectory, "uniform", scale=0.25)
+    np.testing.assert_array_equal(
+        flat(next(posterior.samples(1, seed=5, scale=0.25))), flat(next(small.samples(1, seed=5)))
+    )
+    look = lambda m: m[0].weight.detach()  # noqa: E731
+    tried = posterior.predict(model, look, samples=3, scale=0.25, progress=False)
+    torch.testing.assert_close(tried, small.predict(model, look, samples=3, progress=False), rtol=0, atol=0)
+    with pytest.raises(OptionError, match="scale must be"):
+        posterior.samples(1, scale=-1.0)
+
+
+def test_many_draws_of_a_small_model_come_in_groups(run, monkeypatch):
+    posterior = polyak.SWAG(run[0], "uniform")
+    together = [flat(weights) for weights in posterior.samples(5)]
+    monkeypatch.setattr("polyak.posterior._MOST_TOGETHER", 2)
+    np.testing.assert_array_equal(together, [flat(weights) for weights in posterior.samples(5)])

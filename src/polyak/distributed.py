@@ -57,7 +57,8 @@ class Team:
     def of(cls, ranks: Sequence[int]) -> Team:
         """These ranks of the default group, in a gloo group of their own; a collective call among them.
 
-        Its calls may be made on another thread than the training's own.
+        Its calls may be made on another thread than the training's own. It lives as long as the default group: torch
+        names a group by its ranks, so that one made after another was taken apart would meet the other's traces.
         """
         return cls(dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True))
 
@@ -151,7 +152,7 @@ def _sendable(error: BaseException) -> BaseException:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return PolyakError(f"rank 0 failed with {type(error).__name__}: {error}")
+        return PolyakError(f"rank {dist.get_rank()} failed with {type(error).__name__}: {error}")
     return error
 
 

@@ -57,6 +57,8 @@ def runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[int, Ten
 def _offsets(whole: Tensor) -> list[int] | None:
     """Where this rank's part begins in each dimension; None where another rank gives out the same copy."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    # Private, but what torch.distributed.checkpoint goes by; torch offers nothing public that says it.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     tensor = cast(DTensor, whole)

@@ -221,7 +221,9 @@ def contour_chart(
     for name, (right, up) in places.items():
         axes.plot([right], [up], "o", color="white", markeredgecolor="black", markersize=7)
         box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-        axes.annotate(name, (right, up), xytext=(6, 6), textcoords="offset points", fontsize=9, bbox=box)
+        axes.annotate(
+            _printable(name), (right, up), xytext=(6, 6), textcoords="offset points", fontsize=9, bbox=box
+        )
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel("distance")
     axes.set_ylabel("distance")

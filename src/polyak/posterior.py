@@ -24,6 +24,7 @@ __all__ = ["SWAG"]
 
 # Samples of a small model are made in one pass over the blocks; this many bytes of them at once.
 _TOGETHER_BYTES = 64 << 20
+_MOST_TOGETHER = 256
 # Of 1 - Σ a²: below it a single block has nearly all the weight.
 _LEAST_SCATTER = 1e-6
 
@@ -38,7 +39,8 @@ class SWAG:
         w ~ N(μ, scale · (Σ_diag + Σ_low) / 2)
 
     which for equal weights are the paper's moments, both divided by n - 1. A draw of the second part is a signed
-    combination of blocks, so deviations are never stored: memory is the mean, the variances and one block.
+    combination of blocks, so deviations are never stored: memory is the mean and the variances, two models more while
+    these are worked out, and three while draws are made and used, whatever the rank.
 
     A block of a recording is a mean of ``count`` samples and scatters less than they do, the less the longer it
     is. So take ``scale`` from validation, or record with ``block`` equal to ``every``; checkpoints are samples.
@@ -50,7 +52,8 @@ class SWAG:
         scale: of the covariance, above 0. The reference code's ``scale=0.5`` is 1 here.
 
     Attributes:
-        mean: μ by name, in fp32 at least.
+        profile, rank, scale: as given.
+        mean: μ by name; averaged tensors in fp32 at least.
         variance: the diagonal of Σ_diag, by name, for the tensors that are drawn: the averaged ones other than
             BatchNorm statistics. The rest is the mean's.
 
@@ -88,26 +91,32 @@ class SWAG:
         self._trajectory = trajectory
         self.profile = as_profile(profile)
         self.rank = whole_within("[2, inf)", "rank", rank)
-        self.scale = within("(0, 1e6]", "scale", scale)
+        self.scale = _scale(scale)
         self._coefficients = trajectory.explain(self.profile).coefficients
         self._refuse_coefficients()
         self.mean = trajectory.average(self.profile, dtype=torch.float32)
         self.variance = self._variances()
 
-    def samples(self, count: int, *, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-        """Draw weights: name to tensor on the host, in fp32 at least, tied names sharing one.
+    def samples(
+        self, count: int, *, seed: int = 0, scale: float | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Draw weights: name to tensor on the host, averaged ones in fp32 at least, tied names sharing one.
 
         The same ``seed`` gives the same draws, the first few of them whatever ``count`` is. Each draw is a pass
         over the blocks; of a small model there is one for many. Blocks were compared with their checksums when this
         was made.
 
+        Args:
+            count: how many draws.
+            seed: of the draws.
+            scale: in the place of that which this was made with, to try several on validation data.
+
         Raises:
-            OptionError: ``count`` or ``seed`` is no whole number, or ``count`` is less than 1.
+            OptionError: an option is out of range.
             CheckpointError: a block cannot be read, or the recording went on and merged it.
         """
-        return self._drawn(
-            whole_within("[1, inf)", "samples", count), whole_within("[0, 1e18]", "seed", seed)
-        )
+        count, seed = whole_within("[1, inf)", "samples", count), whole_within("[0, 1e18]", "seed", seed)
+        return self._drawn(count, seed, self.scale if scale is None else _scale(scale))
 
     def predict(
         self,
@@ -116,6 +125,7 @@ class SWAG:
         *,
         samples: int = 30,
         seed: int = 0,
+        scale: float | None = None,
         recalibrate: Iterable[Any] | None = None,
         progress: bool = True,
     ) -> Tensor:
@@ -127,6 +137,7 @@ class SWAG:
             function: what to average, always of one shape. For a classifier its probabilities, not its logits.
             samples: how many draws.
             seed: of the draws.
+            scale: as for :meth:`samples`.
             recalibrate: batches for :func:`polyak.update_bn` for each draw; BatchNorm needs them.
             progress: show a bar on stderr.
 
@@ -137,7 +148,7 @@ class SWAG:
         check_statistics(model, recalibrate)
         mean: Tensor | None = None
         with bar("draws", progress) as advance:
-            for n, weights in enumerate(advance(self.samples(samples, seed=seed), samples), 1):
+            for n, weights in enumerate(advance(self.samples(samples, seed=seed, scale=scale), samples), 1):
                 with torch.no_grad(), averaged(model, weights, recalibrate), evaluation(model):
                     value = _checked(function(model), mean)
                 # Equal infinities, as of the logarithm of 0, stay what they are.
@@ -172,24 +183,25 @@ class SWAG:
             for name, variance in variances.items():
                 distance = _distance(block[name].to(self.mean[name].dtype), self.mean[name])
                 variance.addcmul_(distance, distance, value=float(self._coefficients[index]))
+            del block  # before the next one is read
         return {name: variance / _unbiased(self._coefficients) for name, variance in variances.items()}
 
-    def _drawn(self, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    def _drawn(self, count: int, seed: int, scale: float) -> Iterator[dict[str, Tensor]]:
         seeds = torch.Generator().manual_seed(seed)
-        together = max(1, _TOGETHER_BYTES // max(1, self._trajectory.average_bytes))
+        together = min(_MOST_TOGETHER, max(1, _TOGETHER_BYTES // max(1, self._trajectory.average_bytes)))
         for first in range(0, count, together):
             generators = [_reseeded(seeds) for _ in range(min(together, count - first))]
-            rows = [Weights(self._row(generator)) for generator in generators]
+            rows = [Weights(self._row(generator, scale)) for generator in generators]
             for generator, low_rank in zip(
                 generators, self._trajectory.average_many(rows, dtype=torch.float32), strict=True
             ):
-                yield self._with_diagonal(low_rank, generator)
+                yield self._with_diagonal(low_rank, generator, scale)
 
-    def _row(self, generator: torch.Generator) -> NDArray[np.float64]:
+    def _row(self, generator: torch.Generator, scale: float) -> NDArray[np.float64]:
         """Coefficients of the blocks whose combination is μ plus a draw of the low-rank part; they sum to 1."""
         shares = self._coefficients[self._newest] / self._coefficients[self._newest].sum()
         drawn = torch.randn(len(shares), generator=generator, dtype=torch.float64, device="cpu").numpy()
-        along = drawn * np.sqrt(self.scale / 2 * shares / _unbiased(shares))
+        along = drawn * np.sqrt(scale / 2 * shares / _unbiased(shares))
         row = self._coefficients * (1 - along.sum())
         row[self._newest] += along
         return row
@@ -199,22 +211,26 @@ class SWAG:
         """The blocks of the low-rank part."""
         return np.flatnonzero(self._coefficients)[-self.rank :]
 
-    def _with_diagonal(self, low_rank: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        drawn = {
-            name: _noisy(low_rank[name], variance * (self.scale / 2), generator)
-            for name, variance in self.variance.items()
-        }
-        by_tensor = {id(self.mean[name]): value for name, value in drawn.items()}
+    def _with_diagonal(
+        self, low_rank: dict[str, Tensor], generator: torch.Generator, scale: float
+    ) -> dict[str, Tensor]:
+        by_tensor: dict[int, Tensor] = {}
+        for name, variance in self.variance.items():
+            by_tensor[id(self.mean[name])] = _noisy(low_rank.pop(name), variance * (scale / 2), generator)
         for value in self.mean.values():  # copies: what is drawn may be trained on
             if id(value) not in by_tensor:
                 by_tensor[id(value)] = value.clone()
         return {name: by_tensor[id(value)] for name, value in self.mean.items()}
 
 
+def _scale(scale: float) -> float:
+    return within("(0, 1e6]", "scale", scale)
+
+
 def _noisy(low_rank: Tensor, variance: Tensor, generator: torch.Generator) -> Tensor:
     """Numbers that never changed stay, infinities of a mask among them."""
     noise = torch.randn(low_rank.shape, generator=generator, dtype=low_rank.dtype, device="cpu")
-    return low_rank + torch.where(variance > 0, noise * variance.sqrt(), 0)
+    return low_rank.add_(noise.mul_(variance.sqrt()).masked_fill_(variance == 0, 0))
 
 
 def _distance(block: Tensor, mean: Tensor) -> Tensor:

@@ -183,3 +183,10 @@ def test_help_teaches_by_example_and_waits_for_no_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "polyak average 'run/step-*.pt' -o average.pt --profile tail:0.4" in result.stdout
+
+
+def test_a_profile_among_the_paths_is_told_from_a_path(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.ones(2)}, "a.pt")
+    assert main(["average", "a.pt", "tail:0.4", "-o", "out.pt"]) == 2
+    assert "tail:0.4 is a profile, not a path: write --profile tail:0.4" in capsys.readouterr().err

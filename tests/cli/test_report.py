@@ -56,6 +56,7 @@ def test_a_page_with_a_choice_and_the_line_to_it(folder, capsys):
         (["-o", "page.txt"], "must end in .html"),
         (["-o", "page.html", "--model", "user_code:build"], "belong together"),
         (["-o", "page.html", "--holdout", "user_code:losses"], "are about scores"),
+        (["-o", "page.html", "--mode", "max"], "are about scores"),
         (["-o", "no/page.html"], "no folder"),
         (["-o", "user_code.html"], "--force"),
     ],
@@ -72,3 +73,40 @@ def test_a_page_is_replaced_only_by_force(folder):
     (folder / "page.html").write_text("what was there")
     assert main(["report", "ckpts", "-o", "page.html", "--force"]) == 0
     assert "what was there" not in (folder / "page.html").read_text()
+
+
+def test_the_line_is_scored_as_the_candidates_are(folder, capsys):
+    """Accuracies, BatchNorm, and live weights that no average beats."""
+    code = (
+        MODULE
+        + """
+def gain(model):
+    return -(model[0].weight - 9).abs().mean().item()
+
+def build_normed():
+    return torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.BatchNorm1d(1))
+
+def batches():
+    return [torch.randn(8, 2)]
+"""
+    )
+    (folder / "normed.py").write_text(code)
+    (folder / "states").mkdir()
+    for step, value in enumerate((14.0, 8.0, 12.0, 9.0)):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.BatchNorm1d(1))
+        model[0].weight.data.fill_(value)
+        torch.save(model.state_dict(), folder / "states" / f"step{step}.pt")
+    score = [
+        "--model",
+        "normed:build_normed",
+        "--score",
+        "normed:gain",
+        "--mode",
+        "max",
+        "--profiles",
+        "uniform",
+    ]
+    assert main(["report", "states", "-o", "page.html", *score, "--recalibrate", "normed:batches"]) == 0
+    assert "Keep the live weights" in capsys.readouterr().out
+    page = (folder / "page.html").read_text()
+    assert "lies at live" in page and "recomputed everywhere" in page

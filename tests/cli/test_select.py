@@ -137,7 +137,7 @@ def test_an_error_in_the_users_own_function_shows_its_frames_and_what_was_called
 
 def test_a_profile_among_the_paths_is_told_from_a_path(folder, capsys):
     assert main(["select", "ckpts", *USE, "--profiles", "tail:0.5", "tail:0.2"]) == 2
-    assert "tail:0.2 is a profile, not a path" in capsys.readouterr().err
+    assert "tail:0.2 is a profile, not a path: write --profiles tail:0.2" in capsys.readouterr().err
 
 
 def test_the_files_of_a_recording_are_no_checkpoints(folder, capsys):

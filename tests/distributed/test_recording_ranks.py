@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import warnings
 
 import pytest
@@ -18,6 +20,7 @@ import polyak
 from polyak import checkpoints
 from polyak.errors import CheckpointError, StateError, StructureError
 from polyak.placement import runs
+from polyak.trajectory import block_file
 from ranks import run_on_ranks
 
 
@@ -202,6 +205,39 @@ def test_a_rank_that_cannot_write_stops_all_and_what_was_written_stays(tmp_path)
     assert not list((tmp_path / "run").glob(".polyak-*"))
 
 
+def frozen_parameters_moved(folder):
+    model = sharded(plain_model())
+    first = polyak.Recorder(model, folder, every=2, block=4)
+    train(model, first, 8)
+    before = model[2].weight.to_local().clone()
+    with torch.no_grad():  # as a momentum encoder is, by hand
+        model[2].weight.to_local().add_(1.0)
+    first.close()
+    kept = polyak.Trajectory(folder).live()["2.weight"]
+    changed = torch.equal(model[2].weight.full_tensor(), kept)
+    with torch.no_grad():
+        model[2].weight.to_local().copy_(before)
+
+    again = polyak.Recorder(model, folder, every=2, block=4, step=8)
+    train(model, again, 8, after=8)
+    again.trajectory  # noqa: B018 (waits)
+    if dist.get_rank() == 1:  # its disk is gone
+
+        def unreadable(*_, **__):
+            raise CheckpointError("cannot read")
+
+        block_file.open_checkpoint = unreadable
+    try:
+        again.close()
+    except polyak.PolyakError as error:
+        return changed, type(error).__name__, "cannot read" in str(error)
+
+
+def test_frozen_parameters_that_were_moved_are_written_anew_or_all_ranks_raise(tmp_path):
+    first, second = run_on_ranks(frozen_parameters_moved, str(tmp_path / "run"))
+    assert first == (True, "PolyakError", True) and second == (True, "CheckpointError", True)
+
+
 def left_by_an_error(folder):
     model = sharded(plain_model())
     try:
@@ -267,9 +303,6 @@ def test_every_element_of_a_sharded_tensor_is_given_out_once_by_its_place():
 
 
 def killed_by_rank(folder, rank):
-    import os
-    import signal
-
     model = sharded(plain_model())
     run = polyak.Recorder(model, folder, every=2, block=4)
     train(model, run, 9)

@@ -379,6 +379,8 @@ def test_weights_of_another_model_are_named():
         (landscape.plane, "margin", -1.0, r"\[0, inf\)"),
         (landscape.rays, "radii", [0.0], "above 0"),
         (landscape.rays, "radii", 0.1, "must be numbers"),
+        (landscape.rays, "seed", "a", "seed must be"),
+        (landscape.path, "positions", "12", "must be numbers"),
         (landscape.path, "positions", 11, "must be numbers"),
         (landscape.path, "recalibrate", list, "call it"),
         (landscape.rays, "directions", 0, r"\[1, inf\)"),
@@ -410,3 +412,29 @@ def test_every_finding_is_drawn_and_is_plain_values():
         (axes, *_) = found.plot().get_axes()
         assert {text.get_text() for text in axes.texts} == expected
         assert str(found)
+
+
+def test_radii_are_looked_at_once_each_in_order():
+    found = landscape.rays(
+        pair_of_numbers(), weights_at(TWO), bowl, radii=[0.5, 0.1, 0.5], directions=1, **QUIET
+    )
+    assert found.radii == (0.1, 0.5) and len(found.scores["live"][0]) == 2
+
+
+def test_scores_that_are_not_finite_are_said_not_warned_of():
+    beyond = lambda m: math.inf if m.weight.abs().sum() > 0 else 0.0  # noqa: E731
+    rays = landscape.rays(pair_of_numbers(), weights_at({"a": (1.0, 2.0)}), beyond, directions=2, **QUIET)
+    assert np.isnan(rays.rise("a")).all() and "nan" in str(rays)
+    plane = landscape.plane(pair_of_numbers(), weights_at(CORNERS), lambda m: math.nan, size=2, **QUIET)
+    assert "4 have no finite score" in str(plane)
+
+
+def test_names_are_no_markup_and_many_of_them_have_room():
+    centres = weights_at(dict.fromkeys(("[/x]", "[red]a[/red]", "c", "d", "e"), (1.0, 2.0)))
+    found = landscape.rays(pair_of_numbers(), centres, bowl, radii=[0.5], directions=2, **QUIET)
+    text = str(found)
+    assert "[/x], rise ± error" in text and "[red]a[/red] rises less than [/x]" in text
+    assert text.count("in 0 of 2 directions") == 4 and "…" not in text
+    assert "its own filters" in text
+    same = landscape.rays(pair_of_numbers(), centres, bowl, directions=1, size_of="c", **QUIET)
+    assert "the filters of c, for all" in str(same) and same.to_dict()["size_of"] == "c"

@@ -79,7 +79,8 @@ class AtomicOutput:
     """A file or folder under construction; making one writes nothing, and finds what could not be written.
 
     Raises ``OutputExistsError`` if the output is there and ``overwrite`` is False, or if it is a folder with
-    files that no writer of this package made; ``CheckpointError`` if there is no folder to write into.
+    files that no writer of this package made; ``CheckpointError`` if there is no folder to write into, or it may not
+    be written to.
     """
 
     def __init__(self, path: Path, overwrite: bool) -> None:

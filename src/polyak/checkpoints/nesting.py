@@ -191,12 +191,12 @@ def _without_wrappers(named: dict[str, Value]) -> tuple[dict[str, Value], str]:
 
 
 def bare_names(named: Mapping[str, Value]) -> dict[str, Value]:
-    """The entries of a state dict, without wrappers' prefixes and without what is no tensor.
+    """The entries of a state dict, without wrappers' prefixes and without modules' extra state.
 
     >>> bare_names({"_orig_mod.module.weight": 1, "_orig_mod.module._extra_state": 2})
     {'weight': 1}
     """
-    kept = {name: value for name, value in named.items() if not name.endswith("_extra_state")}
+    kept = {name: value for name, value in named.items() if name.rpartition(".")[2] != "_extra_state"}
     plain, _ = _without_wrappers(kept)
     return plain
 

@@ -24,7 +24,7 @@ def written_together(
     team: Team,
     output: Path,
     layout: Layout,
-    create: Callable[[], Writer],
+    create: Callable[[Observer | None], Writer],
     observe: Observer | None = None,
 ) -> Iterator[Writer]:
     """A writer on each rank; the first rank lays the file out, and commits it when all have written and synced.
@@ -35,8 +35,8 @@ def written_together(
         team: the ranks, whose folder of ``output`` must be the same.
         output: the file.
         layout: what is written, the same on all ranks.
-        create: makes the whole file's writer; called on the first rank.
-        observe: called on the other ranks with the offset and the bytes of all that they write.
+        create: makes the whole file's writer, with ``observe``; called on the first rank.
+        observe: called with the offset and the bytes of all that this rank writes.
 
     Raises:
         OptionError: a format whose bytes have no place before all are known, for more ranks than one.
@@ -47,7 +47,7 @@ def written_together(
     try:
         with team.all_or_none(f"laying out {output}"):
             if team.is_first:
-                whole = create()
+                whole = create(observe)
                 if team.size > 1:
                     locations = _locations(whole, output)
         locations = team.first(lambda: locations)

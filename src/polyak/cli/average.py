@@ -72,7 +72,7 @@ def average(
     from polyak.checkpoints.folders import is_recording
     from polyak.combine import plan_average
 
-    paths = expanded(inputs)
+    paths = expanded(inputs, "--profile")
     if len(paths) == 1 and is_recording(paths[0]):
         _refuse(paths[0], {"--weights": weights, "--key": key, "--dtype": dtype, "--hash": hashes or None})
         if _is_first_process():  # blocks are few: one process is enough

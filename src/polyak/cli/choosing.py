@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from polyak.trajectory import Trajectory
 
 __all__ = [
+    "Answers",
     "HoldoutOption",
     "KeyOption",
     "Mode",
@@ -100,6 +101,7 @@ def answered(trajectory: Trajectory, questions: Questions) -> Answers:
 
 
 def opened(paths: list[Path], key: str | None) -> Trajectory:
+    """A recorded trajectory, or checkpoints as one."""
     from polyak import Trajectory
     from polyak.combine.inputs import open_inputs
     from polyak.errors import OptionError

@@ -12,8 +12,11 @@ from typing import Any
 __all__ = ["expanded", "imported"]
 
 
-def expanded(inputs: list[str]) -> list[Path]:
-    """Paths, patterns replaced by what they match, in the order people count."""
+def expanded(inputs: list[str], profile_option: str) -> list[Path]:
+    """Paths, patterns replaced by what they match, in the order people count.
+
+    ``profile_option`` is where the command takes profiles, which are no paths.
+    """
     from glob import glob
 
     from polyak.checkpoints.folders import natural_order
@@ -22,7 +25,7 @@ def expanded(inputs: list[str]) -> list[Path]:
     paths: list[Path] = []
     for text in inputs:
         if not Path(text).exists():
-            _refuse_profile(text)
+            _refuse_profile(text, profile_option)
         if Path(text).exists() or not any(sign in text for sign in "*?["):
             paths.append(Path(text))
             continue
@@ -33,7 +36,7 @@ def expanded(inputs: list[str]) -> list[Path]:
     return paths
 
 
-def _refuse_profile(text: str) -> None:
+def _refuse_profile(text: str, option: str) -> None:
     from polyak.errors import OptionError
     from polyak.profiles import parse
 
@@ -41,9 +44,7 @@ def _refuse_profile(text: str) -> None:
         parse(text)
     except OptionError:
         return
-    raise OptionError(
-        f"{text} is a profile, not a path: profiles go into one option, as in --profiles 'tail:0.4 {text}'"
-    )
+    raise OptionError(f"{text} is a profile, not a path: write {option} {text}, and several in quotes")
 
 
 def imported(option: str, text: str) -> Callable[..., Any]:

@@ -12,7 +12,6 @@ from polyak.cli.choosing import (
     HoldoutOption,
     KeyOption,
     Mode,
-    ModeOption,
     ProfilesOption,
     Questions,
     RecalibrateOption,
@@ -42,7 +41,9 @@ def report(
     score: Annotated[
         str | None, typer.Option(help="package.module:function that scores it, as for polyak select.")
     ] = None,
-    mode: ModeOption = Mode.min,
+    mode: Annotated[
+        Mode | None, typer.Option(help="Whether lower or higher scores are better; lower by default.")
+    ] = None,
     profiles: ProfilesOption = None,
     recalibrate: RecalibrateOption = None,
     holdout: HoldoutOption = None,
@@ -63,34 +64,37 @@ def report(
     to the best average. The page needs no network and holds no scripts.
     """
     from polyak.errors import OptionError
-    from polyak.report import refuse_output, write_report
+    from polyak.report.page import refuse_output, write_report
 
     if (model is None) != (score is None):
         raise OptionError("--model and --score belong together: give both, or neither")
-    if model is None and (profiles or recalibrate or holdout):
+    if model is None and (mode or profiles or recalibrate or holdout):
         raise OptionError(
-            "--profiles, --recalibrate and --holdout are about scores: give --model and --score too"
+            "--mode, --profiles, --recalibrate and --holdout are about scores: give --model and --score"
         )
     refuse_output(output, overwrite=force)
-    trajectory = opened(expanded(inputs), key)
+    trajectory = opened(expanded(inputs, "--profiles"), key)
     selection = line = None
     if model is not None and score is not None:
-        answers = answered(trajectory, Questions(model, score, mode, profiles, recalibrate, holdout))
-        selection, line = answers.choice, _line(trajectory, answers, mode)
+        answers = answered(
+            trajectory, Questions(model, score, mode or Mode.min, profiles, recalibrate, holdout)
+        )
+        selection, line = answers.choice, _line(trajectory, answers)
     write_report(trajectory, output, selection=selection, line=line, title=title, overwrite=force)
     typer.echo(f"Written: {output}" if selection is None else f"{selection.verdict}\nWritten: {output}")
 
 
-def _line(trajectory: Trajectory, answers: Answers, mode: Mode) -> PathScores:
+def _line(trajectory: Trajectory, answers: Answers) -> PathScores:
     from polyak import landscape
     from polyak.selection.table import shortened
 
-    best = next(candidate.profile for candidate in answers.choice.table if candidate.profile is not None)
+    best = answers.choice.best_average.profile
+    assert best is not None, "an average has a profile"
     return landscape.path(
         answers.network,
         {"live": trajectory.live(), shortened(str(best)): trajectory.average(best)},
         answers.score,
-        mode=mode.value,
+        mode=answers.choice.mode,
         positions=_POSITIONS,
         recalibrate=answers.batches,
         progress=sys.stderr.isatty(),

@@ -63,7 +63,7 @@ def select(
         format_for(output, None)
         AtomicOutput(output, overwrite=force)  # refused before anything is scored
     questions = Questions(model, score, mode, profiles, recalibrate, holdout)
-    choice = answered(opened(expanded(inputs), key), questions).choice
+    choice = answered(opened(expanded(inputs, "--profiles"), key), questions).choice
     if output is not None:
         choice.write(output, overwrite=force)
     if as_json:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from polyak import checkpoints
 from polyak.checkpoints import Writer
+from polyak.checkpoints.atomic import Observer
 from polyak.checkpoints.shared import written_together
 from polyak.combine.engine import Progress
 from polyak.combine.plan import AverageReport, Plan
@@ -59,5 +60,5 @@ def run_on_ranks(plan: Plan, progress: Progress | None = None) -> AverageReport:
             team.gather(None)
 
 
-def _created(plan: Plan) -> Writer:
+def _created(plan: Plan, _observe: Observer | None) -> Writer:
     return checkpoints.create(plan.output, plan.with_provenance(), overwrite=plan.overwrite)

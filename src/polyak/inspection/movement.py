@@ -25,8 +25,12 @@ from polyak.inspection.products import cosine, read_float64, slices
 
 __all__ = ["Movement", "Neighbour", "measure_movement"]
 
-# The drift is then twice the scatter, or 40% of it, in squares.
-_DRIFTING, _CIRCLING = 0.25, -0.25
+# The least mean turn, its name, what it means. Of the squares the drift is then twice the scatter, or 40% of it.
+_KINDS = (
+    (0.25, "Drifting", "A long average may lag behind: compare it with shorter ones on validation data."),
+    (-0.25, "Drifting and circling at once", "Let validation choose how long to average."),
+    (-math.inf, "Circling", "Averaging this part removes scatter at little cost."),
+)
 
 
 @dataclass(frozen=True)
@@ -65,24 +69,20 @@ class Movement:
     @property
     def finding(self) -> str:
         """Drifting or circling, in a sentence."""
-        turns = self.late_turns
-        if not turns:
+        if not self.late_turns:
             return "Three different weights are needed to tell drifting from circling."
-        kinds = {_DRIFTING: "Drifting", _CIRCLING: "Drifting and circling at once", -math.inf: "Circling"}
-        turn = mean(turns)
-        kind = next(kind for least, kind in kinds.items() if turn > least)
+        turn, (_, kind, _) = mean(self.late_turns), self._kind
         return f"{kind}: over the second half the mean turn is {turn:+.2f} (1 straight on, -0.5 around one place)."
 
     @property
     def verdict(self) -> str:
         """The same, with what it means for averages; scores on validation data know better."""
-        advice = {
-            "Drifting:": " A long average may lag behind: compare it with shorter ones on validation data.",
-            "Circling:": " Averaging this part removes scatter at little cost.",
-            "Drifting and": " Let validation choose how long to average.",
-        }
-        found = self.finding
-        return found + "".join(text for kind, text in advice.items() if found.startswith(kind))
+        return f"{self.finding} {self._kind[2]}" if self.late_turns else self.finding
+
+    @property
+    def _kind(self) -> tuple[float, str, str]:
+        turn = mean(self.late_turns)
+        return next(kind for kind in _KINDS if turn >= kind[0])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -43,7 +43,7 @@ class PathScores:
 
     @property
     def best(self) -> float:
-        """The position of the best score; of equal ones the one nearest to the end, and rather within [0, 1]."""
+        """The position of the best score; of equal ones rather one within [0, 1], then the one nearest to the end."""
 
         def rank(at: tuple[float, float]) -> tuple[float, bool, float]:
             position, score = at
@@ -149,11 +149,13 @@ def path(
     first, second = weights
     tried = (combined(start, [end], [t]) for t in where)
     moved = {name: difference(end[name], start[name]) for name in start}
+    distance = math.sqrt(inner(model, moved, moved))
+    del moved  # a whole model, which need not wait for the scores
     return PathScores(
         names=(first, second),
         positions=tuple(where),
         scores=tuple(scores(model, tried, len(where), score, recalibrate, progress)),
-        distance=math.sqrt(inner(model, moved, moved)),
+        distance=distance,
         mode=mode,
         recalibrated=recalibrate is not None,
     )

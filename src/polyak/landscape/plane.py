@@ -39,6 +39,7 @@ class PlaneScores:
         y: its rows.
         scores: a row for each of ``y``, with a score for each of ``x``.
         at_places: name to the score of the three weights themselves.
+        recalibrated: whether BatchNorm statistics were recomputed for every score.
     """
 
     places: dict[str, Place]
@@ -46,6 +47,7 @@ class PlaneScores:
     y: tuple[float, ...]
     scores: tuple[tuple[float, ...], ...]
     at_places: dict[str, float]
+    recalibrated: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was found, as plain values for JSON."""
@@ -67,7 +69,12 @@ class PlaneScores:
             for name, (x, y) in self.places.items()
         ]
         every = np.asarray(self.scores)
-        reach = f"{every.size} points of their plane: scores {every.min():.5g} to {every.max():.5g}"
+        finite = every[np.isfinite(every)]
+        reach = f"{every.size} points of their plane"
+        if finite.size:
+            reach += f": scores {finite.min():.5g} to {finite.max():.5g}"
+        if finite.size < every.size:
+            reach += f"; {every.size - finite.size} have no finite score"
         return "\n".join([*rows, reach])
 
 
@@ -134,6 +141,7 @@ def plane(
         y=tuple(y),
         scores=tuple(map(tuple, grid.tolist())),
         at_places=dict(zip(weights, found, strict=False)),
+        recalibrated=recalibrate is not None,
     )
 
 

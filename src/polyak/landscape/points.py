@@ -107,6 +107,8 @@ def scores(
 def numbers(option: str, values: Iterable[float]) -> list[float]:
     """``values`` as floats; ``OptionError`` for any that is not a finite number."""
     try:
+        if isinstance(values, str):
+            raise TypeError
         found = [float(value) for value in values]
     except (TypeError, ValueError):
         raise OptionError(f"{option} must be numbers, as in [0.1, 0.2], got {values!r}") from None

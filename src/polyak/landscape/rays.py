@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from polyak.errors import OptionError
 from polyak.landscape.points import Point, numbers, points, scores
 from polyak.profiles.base import whole_within
+from polyak.selection.table import as_text
 from polyak.selection.trial import Mode, ScoreFunction, refuse_unknown_mode
 from polyak.selection.weights import check_statistics
 from polyak.tensors import ModelTensors
@@ -32,16 +32,20 @@ class RayScores:
     """Scores along random rays from one or more weights. Made by :func:`rays`.
 
     Attributes:
-        radii: how far along each ray, relative to the size of the weights.
+        radii: how far along each ray, ascending, relative to the size of filters.
         centres: name to the score of the weights themselves.
         scores: name to a row for each direction, with a score for each radius.
         mode: "min" or "max", whichever scores are better.
+        size_of: whose filters all directions were scaled to; None: each weights' own.
+        recalibrated: whether BatchNorm statistics were recomputed for every score.
     """
 
     radii: tuple[float, ...]
     centres: dict[str, float]
     scores: dict[str, tuple[tuple[float, ...], ...]]
     mode: Mode = "min"
+    size_of: str | None = None
+    recalibrated: bool = False
 
     def rise(self, name: str) -> NDArray[np.float64]:
         """How much worse the score is than at the centre, [directions, radii]: little around a wide place.
@@ -50,7 +54,8 @@ class RayScores:
         """
         if name not in self.scores:
             raise OptionError(f"there are rays from {', '.join(self.scores)}, not from {name!r}")
-        rise = np.asarray(self.scores[name]) - self.centres[name]
+        with np.errstate(invalid="ignore"):  # NaN where both are infinite
+            rise = np.asarray(self.scores[name]) - self.centres[name]
         return rise if self.mode == "min" else -rise
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,26 +78,22 @@ class RayScores:
 
     def __str__(self) -> str:
         from rich import box
-        from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("radius", justify="right")
-        for name in self.scores:
-            table.add_column(f"{name}, rise ± error", justify="right", no_wrap=True)
         first, *others = self.scores
-        for name in others:
-            table.add_column(f"{name} rises less than {first}", justify="right", no_wrap=True)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        headings = ["radius", *(f"{name}, rise ± error" for name in self.scores)]
+        for heading in [*headings, *(f"{name} rises less than {first}" for name in others)]:
+            table.add_column(Text(heading), justify="right", no_wrap=True)
         for index, radius in enumerate(self.radii):
             rises = {name: self.rise(name)[:, index] for name in self.scores}
             less = [
                 f"in {(rises[name] < rises[first]).sum()} of {len(rises[name])} directions" for name in others
             ]
             table.add_row(f"{radius:g}", *map(_mean_and_error, rises.values()), *less)
-        console = Console(file=StringIO(), width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(table)
-        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+        size = "its own filters" if self.size_of is None else f"the filters of {self.size_of}, for all"
+        return f"Directions have the size of {size}.\n{as_text(table)}"
 
 
 def rays(
@@ -149,7 +150,8 @@ def rays(
     """
     directions = whole_within("[1, inf)", "directions", directions)
     refuse_unknown_mode(mode)
-    radii = numbers("radii", radii)
+    seed = whole_within("[0, 1e18]", "seed", seed)
+    radii = sorted(set(numbers("radii", radii)))
     if not radii or min(radii) <= 0:
         raise OptionError(f"radii must be above 0, got {radii}")
     check_statistics(model, recalibrate)
@@ -176,6 +178,8 @@ def rays(
             for name, row in zip(weights, rows, strict=True)
         },
         mode=mode,
+        size_of=size_of,
+        recalibrated=recalibrate is not None,
     )
 
 

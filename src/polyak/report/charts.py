@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["metric_charts", "movement_charts", "profile_chart", "shown_profiles"]
 
 _STEPS = "optimizer steps"
-_MOST_PROFILES = 4
+_MOST_PROFILES = 4  # lines that can still be told apart
 
 
 def metric_charts(blocks: Sequence[Block]) -> Iterator[tuple[str, Figure]]:
@@ -51,7 +51,7 @@ def movement_charts(blocks: Sequence[Block], movement: Movement) -> Iterator[tup
 
 
 def shown_profiles(trajectory: Trajectory, best: Profile | None) -> list[Explanation]:
-    """The best profile, if one was chosen, and one of each family, as far as the blocks resolve them."""
+    """The best profile, if one was chosen, and usual ones beside it, as far as the blocks resolve them."""
     steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
     if not steps:  # a single checkpoint of step 0
         return []

@@ -90,12 +90,16 @@ def write_report(
     import jinja2
 
     refuse_no_trajectory(trajectory)
+    if not isinstance(selection, Selection | None) or not isinstance(line, PathScores | None):
+        raise OptionError(
+            "selection must be what polyak.select returns, and line what polyak.landscape.path returns"
+        )
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(files("polyak.report").joinpath("page.html").read_text("utf-8"))
     page = template.render(_contents(trajectory, selection, line, title or trajectory.name))
-    write_file(output, page.encode(), overwrite=overwrite)
+    write_file(output, page.encode("utf-8", "replace"), overwrite=overwrite)
 
 
 def refuse_output(path: Path, *, overwrite: bool) -> None:
@@ -119,11 +123,13 @@ def _contents(
 ) -> dict[str, Any]:
     blocks = trajectory.blocks
     candidates = [] if selection is None else selection.table
-    best = next((candidate.profile for candidate in candidates if candidate.profile is not None), None)
+    best = None if selection is None else selection.best_average.profile
     explained = shown_profiles(trajectory, best)
     usable = trajectory.usable  # every block is compared with its checksum
     if not usable.blocks:
         raise CheckpointError(f"no block can be read: {next(iter(trajectory.damaged.values()))}")
+    if line is not None and not any(map(math.isfinite, line.scores)):
+        line = None  # a picture of nothing
     movement = measure_movement([checkpoint for checkpoint in usable.checkpoints if checkpoint is not None])
     return {
         "title": title,
@@ -148,7 +154,7 @@ def _contents(
         "explained": explained,
         "profile_chart": _picture("weights of steps", profile_chart(explained)) if explained else None,
         "warnings": _warnings(explained),
-        "line": line if line is not None and any(map(math.isfinite, line.scores)) else None,
+        "line": line,
         "line_chart": None if line is None else _picture("line", line.plot()),
         "metrics": list(dict.fromkeys(name for block in blocks for name in block.metrics)),
     }

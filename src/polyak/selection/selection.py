@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from polyak.batchnorm import tracks_statistics
-from polyak.selection.table import as_table, shortened
+from polyak.selection.table import as_table, as_text, shortened
 from polyak.selection.trial import Mode, badness
 from polyak.selection.verdict import LIVE_IS_THE_MODEL, STALE_STATISTICS, Candidate, HoldoutCheck, verdict
 from polyak.selection.weights import apply_weights, live_weights, write_weights
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Selection"]
 
 _ROWS_SHOWN = 10
-_LEAST_COLUMNS, _MOST_COLUMNS = 80, 120
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,6 +47,11 @@ class Selection:
     def best(self) -> Candidate:
         """The candidate of the best score, whether or not that is beyond noise."""
         return self.table[0]
+
+    @property
+    def best_average(self) -> Candidate:
+        """The average of the best score, also where the live weights are better."""
+        return next(candidate for candidate in self.table if candidate.profile is not None)
 
     @property
     def live(self) -> Candidate:
@@ -126,15 +129,7 @@ class Selection:
         return dot_chart("Candidates", f"score minus that of the live weights ({better} is better)", dots)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        table = as_table(self._shown())
-        console = Console(file=StringIO(), width=_MOST_COLUMNS, color_system=None)
-        console.width = max(_LEAST_COLUMNS, console.measure(table).maximum)
-        with console.capture() as capture:
-            console.print(table)
-            console.print(self.verdict, highlight=False, markup=False)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        return as_text(as_table(self._shown()), self.verdict)
 
     def __repr__(self) -> str:
         return f"Selection(best={self.best.name!r}, candidates={len(self.table)})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from io import StringIO
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,12 @@ from polyak.selection.verdict import LIVE, Candidate
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["HEADINGS", "as_rows", "as_table", "shortened"]
+__all__ = ["HEADINGS", "as_rows", "as_table", "as_text", "shortened"]
 
 # A profile with a weight for each block has a name longer than the page.
 _MOST_NAME = 28
 _MOST_DECIMALS = 8
+_LEAST_COLUMNS, _MOST_COLUMNS = 80, 10_000
 
 
 HEADINGS = ("candidate", "score", "± error", f"minus {LIVE}", "95% interval", "samples")
@@ -33,6 +35,19 @@ def as_table(candidates: Sequence[Candidate]) -> Table:
     for row in as_rows(candidates):
         table.add_row(*row)
     return table
+
+
+def as_text(table: Table, below: str = "") -> str:
+    """A table as plain text, as wide as it needs, with a paragraph of the same width below it."""
+    from rich.console import Console
+
+    console = Console(file=StringIO(), width=_MOST_COLUMNS, color_system=None)
+    console.width = max(_LEAST_COLUMNS, console.measure(table).maximum)
+    with console.capture() as capture:
+        console.print(table)
+        if below:
+            console.print(below, highlight=False, markup=False)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def as_rows(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:

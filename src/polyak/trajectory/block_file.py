@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyak.checkpoints import Checkpoint, Layout, Location, TensorInfo, Writer, safetensors
 from polyak.checkpoints import open as open_checkpoint
+from polyak.checkpoints.atomic import Observer
 from polyak.checkpoints.shared import written_together
 from polyak.checkpoints.writer import on_host
 from polyak.combine import combine
@@ -47,7 +48,8 @@ def write_frozen(path: Path, snapshot: Snapshot, team: Team) -> int:
 
 def holds_frozen(path: Path, snapshot: Snapshot, team: Team) -> bool:
     """Whether the file has the frozen parameters as they are now; each rank looks at its own part."""
-    with open_checkpoint(path) as stored:
+    same = False
+    with team.all_or_none(f"comparing {path}"), open_checkpoint(path) as stored:
         same = all(
             torch.equal(stored.read_slice(name, start, start + len(values)), values)
             for name, part in snapshot.frozen.items()
@@ -66,10 +68,10 @@ def _written(
     layout = Layout(infos, snapshot.ties_of(tensors), metadata)
     checksum = Checksum()
 
-    def create() -> Writer:
-        return safetensors.SafetensorsWriter(path, layout, overwrite=True, observe=checksum.add)
+    def create(observe: Observer | None) -> Writer:
+        return safetensors.SafetensorsWriter(path, layout, overwrite=True, observe=observe)
 
-    with written_together(team, path, layout, create, observe=checksum.add) as writer:
+    with written_together(team, path, layout, create, checksum.add) as writer:
         for name, part in tensors.items():
             for start, values in _runs(snapshot, name, part, team):
                 writer.write(name, start, values)

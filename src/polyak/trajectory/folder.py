@@ -194,8 +194,11 @@ class TrajectoryFolder:
             self._on_first(lambda: self._save(self.manifest.without_live()))
         manifest = replace(self.manifest, live_step=step)
         checksum = write_block(self.path / str(manifest.live_name), snapshot, self._team)
-        self._on_first(lambda: self._save(replace(manifest, live_checksum=checksum)))
-        self._on_first(self._remove_unlisted)
+        self._on_first(lambda: self._keep_live(replace(manifest, live_checksum=checksum)))
+
+    def _keep_live(self, manifest: Manifest) -> None:
+        self._save(manifest)
+        self._remove_unlisted()
 
     def _write_frozen(self, snapshot: Snapshot) -> None:
         if self.manifest.has_frozen:  # a file must not be replaced while it is listed with its checksum

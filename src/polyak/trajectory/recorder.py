@@ -57,8 +57,8 @@ class Recorder:
 
     Args:
         model: as for :class:`polyak.Average`. A model sharded by ``fully_shard`` is recorded by all its ranks, each
-            writing its own part of every file, without gathering; making, closing and saving are collective calls
-            then, metrics and learning rates are those of the first rank, and the ranks must share ``directory``.
+            writing its own part of every file, without gathering. Every method that records, saves or loads is then a
+            collective call, metrics and learning rates are the first rank's, and all must share ``directory``.
         directory: made if need be. One that holds a trajectory of the same model is continued after its last
             block; see ``step``.
         every: optimizer steps between samples.

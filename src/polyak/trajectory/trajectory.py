@@ -169,6 +169,10 @@ class Trajectory:
         max_memory: int | str = _MAX_MEMORY,
     ) -> list[dict[str, Tensor]]:
         """As :meth:`average` for each profile, in one pass over the blocks."""
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise OptionError(
+                f"dtype must be a floating-point torch.dtype, such as torch.float32, got {dtype!r}"
+            )
         rows = [self._coefficients(profile) for profile in profiles]
         writers = [MemoryWriter(self._assembly.layout(row, dtype)) for row in rows]
         self._fill(rows, writers, max_memory)
