@@ -139,7 +139,8 @@ class Binding:
 
     def _take_up(self) -> None:
         self._live = [self.tensors[name].tensor for name in self.names]
-        self._meshes = meshes(self._live)
+        # Also of what is not averaged: adapters may be plain tensors beside a frozen model that is sharded.
+        self._meshes = meshes(e.tensor for e in self.tensors.values())
         self._ready = not self.tensors.unmaterialised()
         self._shapes = self._describe(self.tensors)
         self._frozen = [self.tensors[n].tensor for n in self._frozen_names]

@@ -130,7 +130,7 @@ class Team:
         if failed:
             raise PolyakError(
                 f"{task} was given up on every rank, because it failed on {'; '.join(failed)}. "
-                "Nothing was changed; mend the cause there and call it again on all ranks."
+                "Nothing was changed; mend the cause there first."
             )
 
 
@@ -160,9 +160,9 @@ def _sendable(error: BaseException) -> BaseException:
 def _lost_ranks_noticed() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # gloo has no class of its own for closed connections
+    except (RuntimeError, ValueError) as error:  # gloo has no class of its own for closed connections
         raise PolyakError(
-            f"another rank was lost ({error}): what was under way did not take effect"
+            f"another rank was lost, or did not make the same call ({error}): what was under way did not take effect"
         ) from error
 
 

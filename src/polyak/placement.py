@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor
 
-from polyak.errors import StructureError
+from polyak.errors import StructureError, name_list
 from polyak.tensors import is_sharded
 
-__all__ = ["runs"]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["refuse_unplaced", "runs"]
+
+
+def refuse_unplaced(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse (``StructureError``) DTensors of which it cannot be told which rank holds what.
+
+    >>> import torch
+    >>> refuse_unplaced({"weight": torch.ones(1)})
+    """
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            _refuse_unplaced(name, cast("DTensor", tensor))
+
+
+def _refuse_unplaced(name: str, tensor: DTensor) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    if not all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
+        raise StructureError(
+            f"{name_list([name])} is placed as {tensor.placements}: only Shard and Replicate can be recorded, so not a "
+            "dimension that is sharded twice, as FSDP over tensor parallelism does; save checkpoints and read them "
+            "with Trajectory.from_checkpoints"
+        )
 
 
 def runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[int, Tensor]]:
@@ -24,9 +49,6 @@ def runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[int, Ten
         part: what this rank holds of ``whole``, or of something that is distributed as it is.
         whole: a DTensor, or a plain tensor, of which every rank holds a copy.
         is_first: whether this is the rank that gives out plain tensors.
-
-    Raises:
-        StructureError: a placement other than ``Shard`` and ``Replicate``.
 
     >>> import torch
     >>> [(start, values.tolist()) for start, values in runs(torch.ones(2, 2), torch.ones(2, 2), is_first=True)]
@@ -56,18 +78,13 @@ def runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[int, Ten
 
 def _offsets(whole: Tensor) -> list[int] | None:
     """Where this rank's part begins in each dimension; None where another rank gives out the same copy."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Replicate
 
     # Private, but what torch.distributed.checkpoint goes by; torch offers nothing public that says it.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     tensor = cast(DTensor, whole)
     mesh, placements = tensor.device_mesh, tensor.placements
-    if not all(type(placement) in (Shard, Replicate) for placement in placements):
-        raise StructureError(
-            f"a tensor of shape {tuple(whole.shape)} is placed as {placements}, of which it cannot be told which rank "
-            "holds what: only Shard and Replicate can be recorded"
-        )
     coordinate: Any = mesh.get_coordinate()
     copies = [
         place for place, kind in zip(coordinate, placements, strict=True) if isinstance(kind, Replicate)

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import polyak
 from polyak import checkpoints
@@ -152,6 +153,8 @@ def refused_by_ranks(folder):
     other = fully_shard(nn.Linear(2, 2))
     refused(StateError, lambda: polyak.Recorder(other, folder, every=2, block=4))
     refused(StateError, lambda: polyak.Recorder(model, folder, every=2, block=4, step=5))
+    elsewhere = f"{folder}-{dist.get_rank()}"
+    refused(polyak.PolyakError, lambda: polyak.Recorder(model, elsewhere, every=2, block=4))
     later = plain_model()
     run = polyak.Recorder(later, f"{folder}-{dist.get_rank()}", every=2, block=4)
     sharded(later)
@@ -162,6 +165,8 @@ def refused_by_ranks(folder):
 
 def test_what_is_refused_is_refused_on_all_ranks_alike(tmp_path):
     first, second = run_on_ranks(refused_by_ranks, str(tmp_path / "run"))
+    assert "not the folder that the first rank records into" in first[4] and first[4] != second[4]
+    del first[4], second[4]
     assert first == second
     for message, expected in zip(
         first,
@@ -175,6 +180,50 @@ def test_what_is_refused_is_refused_on_all_ranks_alike(tmp_path):
         strict=True,
     ):
         assert expected in message
+
+
+def adapters_by_ranks(folder):
+    """Trained plain tensors on a frozen base that is sharded, as LoRA over FSDP2 has them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5))
+    base = {name: value.clone() for name, value in model[0].state_dict().items()}
+    model[0].requires_grad_(False)
+    fully_shard(model, ignored_params=set(model[1].parameters()))
+    average = polyak.Average(model, polyak.Uniform())
+    with polyak.Recorder(model, folder, block=2) as run:
+        for value in (1.0, 3.0, 5.0, 7.0):
+            model[1].weight.data.fill_(value)
+            average.update()
+            run.update()
+    average.save(f"{folder}-average")
+    found = polyak.Trajectory(folder).average("tail:0.5")
+    kept = checkpoints.open(f"{folder}-average")
+    return (
+        found["1.weight"].unique().tolist(),
+        all(torch.equal(found[f"0.{name}"], value) for name, value in base.items()),
+        kept.read("1.weight").unique().tolist(),
+        all(torch.equal(kept.read(f"0.{name}"), value) for name, value in base.items()),
+    )
+
+
+def test_plain_adapters_of_a_sharded_base_are_recorded_with_all_of_it(tmp_path):
+    assert run_on_ranks(adapters_by_ranks, str(tmp_path / "run")) == [([6.0], True, [4.0], True)] * 2
+
+
+def twice_sharded(folder):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = nn.Sequential(nn.Linear(4, 8, bias=False))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    try:
+        polyak.Recorder(model, folder)
+    except StructureError as error:
+        return str(error)
+
+
+def test_a_dimension_that_is_sharded_twice_is_refused_at_once(tmp_path):
+    for message in run_on_ranks(twice_sharded, str(tmp_path / "run"), ranks=4):
+        assert "0.weight" in message and "only Shard and Replicate can be recorded" in message
 
 
 def failing_by_ranks(folder):

@@ -63,6 +63,12 @@ class TrajectoryFolder:
         self._lock: FolderLock | None = None
         self.manifest = fresh
         self._on_first(lambda: self._open(fresh, given_block_steps))
+        try:
+            with team.all_or_none(f"recording into {path}"):
+                self._refuse_other_folder()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let other writers in; more than once is harmless."""
@@ -86,6 +92,15 @@ class TrajectoryFolder:
         except BaseException:
             self._lock.release()
             raise
+
+    def _refuse_other_folder(self) -> None:
+        if not self._team.is_first and not (
+            Manifest.exists(self.path) and Manifest.read(self.path) == self.manifest
+        ):
+            raise CheckpointError(
+                f"{self.path} is not the folder that the first rank records into: give all ranks one folder, on a file "
+                "system that they share"
+            )
 
     def _on_first(self, change: Callable[[], object]) -> None:
         """Run ``change`` on the first rank; all have its manifest afterwards, or raise what it raised."""

@@ -19,6 +19,7 @@ from polyak.binding import Binding
 from polyak.distributed import Team
 from polyak.errors import OptionError, StateError, StructureError
 from polyak.hooks import refuse_by_hand
+from polyak.placement import refuse_unplaced
 from polyak.profiles.base import whole_within
 from polyak.state import refuse_other_state
 from polyak.swap import refuse_swapped
@@ -155,7 +156,8 @@ class Recorder:
         """
         refuse_by_hand(self, instead=", with note(loss=loss) for metrics")
         self._refuse_closed("update()")
-        self._writer.raise_if_failed()
+        if self._team.size == 1:  # ranks find a failure together, where they hand the next block over
+            self._writer.raise_if_failed()
         if self._goes_on_unasked:
             self._warn_of_going_on()
         block = self._open_block or self._follow_model()
@@ -357,6 +359,7 @@ class Recorder:
         binding = self._binding
         if binding.sharded and self._team.size == 1 < len(binding.ranks):
             raise StructureError("the model was sharded after its Recorder was made: make a new one")
+        refuse_unplaced({e.name: e.tensor for e in binding.tensors.values() if e.persistent})
         shapes = {e.name: tuple(e.tensor.shape) for e in binding.tensors.values() if e.kind == "parameter"}
         averaged = dict(zip(binding.names, map(_shape, binding.whole), strict=True))
         frozen = {name: shape for name, shape in shapes.items() if name not in averaged}
