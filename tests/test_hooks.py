@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import polyak
 from polyak.errors import OptionError, StateError
+from polyak.hooks import refuse_by_hand
 
 
 class Counter:
@@ -258,3 +260,48 @@ def test_followers_of_any_class_are_taken():
     with polyak.attach(optimizer, follower):
         optimizer.step()
     assert follower.steps == 1
+
+
+def test_an_optimizer_that_is_gone_calls_nothing():
+    """The next phase of training may have another optimizer, and calls of its own, though nobody kept the handle."""
+    model = nn.Linear(3, 1)
+    average = polyak.Average(model, polyak.Uniform())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    polyak.attach(optimizer, average)
+    with pytest.raises(OptionError, match="would count the step twice"):
+        average.update()
+    del optimizer
+    gc.collect()
+    average.update()
+    assert average.n_averaged == 1
+
+
+def test_trainings_in_several_threads_do_not_meet():
+    """One hook is at work while another begins and ends."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow(Counter):
+        def update(self):
+            inside.set()
+            assert go_on.wait(30)
+            refuse_by_hand(self)
+            super().update()
+
+    class Around(Counter):
+        def update(self):
+            go_on.set()
+            thread.join(30)
+            refuse_by_hand(self)
+            super().update()
+
+    def optimizer_for(follower):
+        optimizer = torch.optim.SGD(nn.Linear(3, 1).parameters(), lr=0.1)
+        polyak.attach(optimizer, follower)
+        return optimizer
+
+    slow, around = Slow(), Around()
+    thread = threading.Thread(target=optimizer_for(slow).step)
+    thread.start()
+    assert inside.wait(30)
+    optimizer_for(around).step()
+    assert slow.steps == around.steps == 1

@@ -206,6 +206,15 @@ def test_half_precision_checkpoints_scatter_no_more_than_they_do(tmp_path, dtype
     assert (drawn.double() - np.mean(values)).square().mean().item() == pytest.approx(expected, rel=0.2)
 
 
+def test_eight_bit_checkpoints_are_drawn_in_fp32(tmp_path):
+    run = saved(
+        tmp_path, [{"w": torch.full((4,), v).to(torch.float8_e4m3fn)} for v in (1.0, 1.125, 1.0, 1.125)]
+    )
+    posterior = polyak.SWAG(run, "uniform")
+    assert posterior.mean["w"].tolist() == [1.0625] * 4
+    assert next(posterior.samples(1))["w"].dtype == torch.float32
+
+
 def test_draws_are_the_callers_own(tmp_path):
     model = small_model()
     run = saved(tmp_path, [{**model.state_dict(), "0.weight": torch.randn(4, 3)} for _ in range(3)])
@@ -215,7 +224,7 @@ def test_draws_are_the_callers_own(tmp_path):
     assert not (posterior.mean["1.running_mean"] == 9).any()
 
 
-def test_empty_models_and_another_default_device(tmp_path):
+def test_models_without_numbers(tmp_path):
     run = saved(tmp_path, [{"w": torch.empty(0, 3)} for _ in range(3)])
     assert [weights["w"].shape for weights in polyak.SWAG(run, "uniform").samples(2)] == [(0, 3)] * 2
 

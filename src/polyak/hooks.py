@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 from contextlib import suppress
 from types import FrameType
 from typing import Any, Protocol
+from weakref import WeakSet, ref
 
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,9 +24,17 @@ class Follower(Protocol):
         """Called once after each optimizer step that was taken."""
 
 
-# What is attached, with the number of optimizers, and what their hooks are updating now.
+# What is attached: to the optimizers that call it, as long as they live.
 _attached = WeakIdKeyDictionary()
-_updating: list[Follower] = []
+
+
+class _Calls(threading.local):
+    """What hooks of this thread are updating now, the innermost last."""
+
+    updating: tuple[Follower, ...] = ()
+
+
+_calls = _Calls()
 
 # An attribute of optimizers: what follows them now. It is no part of their state dicts and copies.
 _FOLLOWERS = "_polyak_followers"
@@ -33,8 +43,11 @@ _FOLLOWERS = "_polyak_followers"
 class AttachHandle:
     """Undoes an :func:`attach`; as a context manager it does so on leaving."""
 
-    def __init__(self, hook: Any, following: list[Follower], averages: tuple[Follower, ...]):
+    def __init__(
+        self, hook: Any, optimizer: Optimizer, following: list[Follower], averages: tuple[Follower, ...]
+    ):
         self._hook, self._following, self._averages = hook, following, averages
+        self._optimizer = ref(optimizer)
 
     def remove(self) -> None:
         """Stop updating; calling it again does nothing."""
@@ -43,7 +56,8 @@ class AttachHandle:
             f for f in self._following if not any(f is average for average in self._averages)
         ]
         for average in self._averages:
-            _count(average, -1)
+            with suppress(TypeError):
+                (_attached.get(average) or WeakSet()).discard(self._optimizer())
         self._averages = ()
 
     def __enter__(self) -> AttachHandle:
@@ -99,28 +113,30 @@ def attach(optimizer: Optimizer, *averages: Follower) -> AttachHandle:
         if _is_nested(sys._getframe(1), stepped) or _was_skipped(stepped):
             return
         for average in averages:
-            _updating.append(average)
+            before = _calls.updating
+            _calls.updating = (*before, average)
             try:
                 average.update()
             finally:
-                _updating.pop()
+                _calls.updating = before
 
     following += averages
     for average in averages:
-        _count(average, 1)
-    return AttachHandle(inner.register_step_post_hook(after_step), following, averages)
+        _note_attached(average, inner)
+    return AttachHandle(inner.register_step_post_hook(after_step), inner, following, averages)
 
 
-def _count(follower: Follower, change: int) -> None:
-    with suppress(
-        TypeError
-    ):  # somebody's class without weak references, which asks nothing of refuse_by_hand
-        _attached[follower] = (_attached.get(follower) or 0) + change
+def _note_attached(follower: Follower, optimizer: Optimizer) -> None:
+    # Somebody's class may have no weak references; it asks nothing of refuse_by_hand.
+    with suppress(TypeError):
+        optimizers = _attached.get(follower) or WeakSet()
+        optimizers.add(optimizer)
+        _attached[follower] = optimizers
 
 
 def refuse_by_hand(follower: Follower, instead: str = "") -> None:
     """Refuse (``OptionError``) an ``update()`` that no hook makes, of what a hook updates already."""
-    if _attached.get(follower) and not (_updating and _updating[-1] is follower):
+    if _attached.get(follower) and not any(updated is follower for updated in _calls.updating):
         raise OptionError(
             f"this {type(follower).__name__} is attached to an optimizer, which calls update() after every step: a "
             f"call of your own would count the step twice. Leave it out{instead}, or remove() the handle of attach "

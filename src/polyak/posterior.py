@@ -40,7 +40,7 @@ class SWAG:
 
     which for equal weights are the paper's moments, both divided by n - 1. A draw of the second part is a signed
     combination of blocks, so deviations are never stored: memory is the mean and the variances, two models more while
-    these are worked out, and three while draws are made and used, whatever the rank.
+    these are worked out, and two and a half while draws are made and used, whatever the rank.
 
     A block of a recording is a mean of ``count`` samples and scatters less than they do, the less the longer it
     is. So take ``scale`` from validation, or record with ``block`` equal to ``every``; checkpoints are samples.

@@ -77,7 +77,9 @@ class Assembly:
 def _at_least(info: TensorInfo, dtype: torch.dtype) -> TensorInfo:
     if not is_averaged(info.dtype):
         return info
-    return TensorInfo(info.shape, torch.promote_types(info.dtype, dtype))
+    # torch promotes no 8-bit floats, than which all that can be asked for is wider.
+    wider = dtype if info.dtype.itemsize == 1 else torch.promote_types(info.dtype, dtype)
+    return TensorInfo(info.shape, wider)
 
 
 def _copy(source: Checkpoint, names: Iterable[str], writer: Writer) -> None:
