@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import math
@@ -30,16 +31,19 @@ __all__ = [
     "environment",
     "in_fresh_process",
     "memory_is_measurable",
+    "on_two_processes",
     "peak_anonymous_bytes",
     "peak_resident_bytes",
     "ratios",
     "resident_bytes",
     "rotated",
+    "study_parser",
     "time_rounds",
     "verdict_table",
     "write_json",
 ]
 
+Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _STATUS = Path("/proc/self/status")
@@ -199,6 +203,28 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
     """Call a function of a module in a new process, where nothing was allocated before."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def study_parser(doc: str | None, seeds: int) -> argparse.ArgumentParser:
+    """What studies over seeds have in common: ``--seeds`` and ``--output``."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--seeds", type=_several, default=seeds, help=f"seeds to report on, at least 2 (default {seeds})"
+    )
+    parser.add_argument("--output", type=Path, help="write the figures to this file as JSON")
+    return parser
+
+
+def _several(text: str) -> int:
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError("must be at least 2: a single run shows nothing about chance")
+    return int(text)
+
+
+def on_two_processes(run: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
+    """The result of each job, in order, with a bar on the screen."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        return list(track(pool.map(run, jobs), description=f"{len(jobs)} runs", total=len(jobs)))
 
 
 def merged(runs: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:

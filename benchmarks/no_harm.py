@@ -9,18 +9,13 @@ among the averages of the recorded run and the live weights; test losses are rep
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 
@@ -118,16 +113,11 @@ def table(cells: dict[str, Any]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, default=20, help="seeds to report on, at least 2 (default 20)")
-    parser.add_argument("--output", type=Path, help="write the figures to this file as JSON")
+    parser = harness.study_parser(__doc__, seeds=20)
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error("--seeds must be at least 2: a single run shows nothing about chance")
     environment = harness.environment(("polyak", "scipy", "scikit-learn"))
     jobs = [Job(p, d, seed) for p in PROTOCOLS for d in DECAYS for seed in range(options.seeds)]
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        outcomes = list(track(pool.map(run, jobs), description=f"{len(jobs)} runs", total=len(jobs)))
+    outcomes = harness.on_two_processes(run, jobs)
     cells = summary(outcomes)
     Console().print(table(cells))
     if options.output is not None:

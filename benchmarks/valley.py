@@ -10,18 +10,13 @@ are paired over seeds. About 6 minutes on two cores.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -173,18 +168,13 @@ def table(found: dict[str, Any]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, default=8, help="seeds to report on, at least 2 (default 8)")
+    parser = harness.study_parser(__doc__, seeds=8)
     parser.add_argument("--directions", type=int, default=10, help="random directions each (default 10)")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="which tasks")
-    parser.add_argument("--output", type=Path, help="write the figures to this file as JSON")
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error("--seeds must be at least 2: a single run shows nothing about chance")
     environment = harness.environment(("polyak", "scipy", "scikit-learn"))
     jobs = [Job(task, seed, options.directions) for task in options.tasks for seed in range(options.seeds)]
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        outcomes = list(track(pool.map(run, jobs), description=f"{len(jobs)} runs", total=len(jobs)))
+    outcomes = harness.on_two_processes(run, jobs)
     found = summary(outcomes)
     Console().print(table(found))
     if options.output is not None:
