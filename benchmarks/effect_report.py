@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from effect_runs import RunRecord
-from polyak.demo.statistics import Difference, paired_difference
+from polyak.demo._study import Difference, paired_difference
 
 __all__ = ["any_horizon", "fit_against_steps", "regret", "tables"]
 

@@ -17,9 +17,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import polyak
-from polyak.demo.data import Examples, Split, batches
-from polyak.demo.tasks import TASKS
-from polyak.demo.training import learning_rate_factor
+from polyak.demo._study import learning_rate_factor
+from polyak.demo._tasks import TASKS, Examples, Split, batches
 
 __all__ = ["COSINE", "FitRead", "Job", "Read", "RunRecord", "run"]
 

@@ -20,10 +20,8 @@ from rich.table import Table
 from torch import nn
 
 import harness
-from polyak.demo.data import digits
-from polyak.demo.statistics import Difference, mean_and_error, paired_difference
-from polyak.demo.tasks import CHOSEN, LIVE, TASKS, Task
-from polyak.demo.training import train
+from polyak.demo._study import Difference, mean_and_error, paired_difference, train
+from polyak.demo._tasks import CHOSEN, LIVE, TASKS, Task, digits
 
 DECAYS = {"constant": 0.0, "last 40%": 0.4, "annealed": 1.0}
 SIGNIFICANT = 0.05

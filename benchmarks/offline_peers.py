@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import polyak
-from polyak.checkpoints.passing import write_all
+from polyak.checkpoints._io import write_all
 
 __all__ = ["CONTENDERS", "LIMIT", "LOAD_AND_ADD", "MERGEKIT", "MERGEKIT_INSTALLED", "POLYAK", "POLYAK_PT"]
 

@@ -27,13 +27,10 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 import harness
 import polyak
+from polyak._evaluate import averaged, evaluation
 from polyak.batchnorm import tracks_statistics
-from polyak.demo.candidates import Scoring
-from polyak.demo.data import Examples, digits
-from polyak.demo.statistics import Difference, mean_and_error, paired_difference
-from polyak.demo.tasks import TASKS
-from polyak.demo.training import train
-from polyak.selection.weights import averaged, evaluation
+from polyak.demo._study import Difference, Scoring, mean_and_error, paired_difference, train
+from polyak.demo._tasks import TASKS, Examples, digits
 
 LIVE, AVERAGE, POSTERIOR, BLOCKS = "live weights", "average", "SWAG", "blocks' predictions"
 METRICS = ("nll", "accuracy", "calibration_error", "overconfidence")

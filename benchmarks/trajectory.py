@@ -34,8 +34,7 @@ import harness
 import polyak
 import shapes
 from harness import Spread
-from polyak.demo.data import Examples, batches
-from polyak.demo.tasks import TASKS
+from polyak.demo._tasks import TASKS, Examples, batches
 
 THREADS = 2
 UPDATES, BLOCK_UPDATES = 400, 100

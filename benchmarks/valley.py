@@ -25,11 +25,8 @@ import harness
 import polyak
 from polyak import landscape
 from polyak.batchnorm import tracks_statistics
-from polyak.demo.candidates import Scoring
-from polyak.demo.data import Examples
-from polyak.demo.statistics import Difference, mean_and_error, paired_difference
-from polyak.demo.tasks import TASKS
-from polyak.demo.training import train
+from polyak.demo._study import Difference, Scoring, mean_and_error, paired_difference, train
+from polyak.demo._tasks import TASKS, Examples
 
 LIVE, AVERAGED = "live", "averaged"
 OWN, SAME = "own size", "same vectors"

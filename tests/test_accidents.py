@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import polyak
-from polyak.accumulator import Accumulator
+from polyak._mean import Accumulator
 from polyak.errors import OptionError, StructureError, SwapError
 from polyak.profiles import Uniform
 

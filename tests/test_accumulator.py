@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from polyak.accumulator import Accumulator, mean_dtype
-from polyak.batches import with_sources
+from polyak._batches import with_sources
+from polyak._mean import Accumulator, mean_dtype
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import EMA, Polynomial, Power, Uniform
 

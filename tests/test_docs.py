@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import polyak
-from polyak.profiles.parsing import _CLASSES
+from polyak.profiles._parsing import _CLASSES
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

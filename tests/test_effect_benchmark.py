@@ -52,7 +52,7 @@ def test_decays_and_rates_are_tuned_by_validation_of_what_they_are_for(effect, m
 
 
 def test_a_tiny_study_answers_all_three_questions(effect, monkeypatch):
-    monkeypatch.setattr("polyak.demo.data._TEXT_SAMPLES", 300)
+    monkeypatch.setattr("polyak.demo._tasks._TEXT_SAMPLES", 300)
     plan = effect.Plan((0, 1), (1000,), (6e-3,), (0.0, "cosine"), (60, 120), fit_steps=3)
     found = effect.study(plan, lambda jobs: [effect.run(job) for job in jobs])
     json.dumps(found, allow_nan=False)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import polyak
+from polyak._attach import refuse_by_hand
 from polyak.errors import OptionError, StateError
-from polyak.hooks import refuse_by_hand
 
 
 class Counter:

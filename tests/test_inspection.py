@@ -18,9 +18,9 @@ from torch.optim.swa_utils import AveragedModel
 
 import polyak
 from polyak import checkpoints
-from polyak.checkpoints.formats import FORMATS
+from polyak.checkpoints._formats import FORMATS
 from polyak.errors import CheckpointError, OptionError, StructureError
-from polyak.inspection import CheckpointSummary, FolderSummary, compare, describe, products
+from polyak.inspection import CheckpointSummary, FolderSummary, _measure, compare, describe
 from polyak.inspection.views import view
 
 SUFFIXES = {"safetensors": ".safetensors", "pt": ".pt", "npz": ".npz"}
@@ -69,7 +69,7 @@ def format(request):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_distance_and_cosine_of_every_dtype(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(products, "_SLICE_ELEMENTS", 8)
+    monkeypatch.setattr(_measure, "_SLICE_ELEMENTS", 8)
     first, second = random(dtype, seed=1), random(dtype, seed=2)
     if dtype == torch.bool:
         first.view(-1)[:3], second.view(-1)[2:5] = False, False
@@ -102,8 +102,8 @@ def test_the_whole_is_one_vector_of_floating_tensors_largest_difference_first(tm
 @given(st.lists(st.tuples(*[st.floats(-1e3, 1e3)] * 2), min_size=1, max_size=40), st.integers(1, 40))
 def test_products_of_pieces_add_up(values, cut):
     a, b = torch.tensor(values, dtype=torch.float64).unbind(1)
-    whole = products.products(a, b)
-    parts = products.products(a[:cut], b[:cut]) + products.products(a[cut:], b[cut:])
+    whole = _measure.products(a, b)
+    parts = _measure.products(a[:cut], b[:cut]) + _measure.products(a[cut:], b[cut:])
     if whole.relative_distance is None:
         assert parts.relative_distance is None
     else:
@@ -326,7 +326,7 @@ def movement_of(folder):
 
 
 def test_movement_equals_the_obvious_formulas(tmp_path, monkeypatch):
-    monkeypatch.setattr(products, "_SLICE_ELEMENTS", 7)
+    monkeypatch.setattr(_measure, "_SLICE_ELEMENTS", 7)
     places = torch.randn(6, 40, dtype=torch.float64).cumsum(0).numpy()
     found = movement_of(write_run(tmp_path / "run", places))
     moves = np.diff(places, axis=0)

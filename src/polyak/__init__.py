@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from polyak._version import __version__
 
 if TYPE_CHECKING:
+    from polyak._attach import attach
     from polyak.average import Average
     from polyak.batchnorm import update_bn
     from polyak.combine import average_checkpoints
     from polyak.errors import PolyakError
-    from polyak.hooks import attach
     from polyak.posterior import SWAG
     from polyak.profiles import (
         EMA,
@@ -39,7 +39,7 @@ _HOMES = {
     "average_checkpoints": "combine",
     "update_bn": "batchnorm",
     "PolyakError": "errors",
-    "attach": "hooks",
+    "attach": "_attach",
     "EMA": "profiles",
     "Decay": "profiles",
     "Polynomial": "profiles",

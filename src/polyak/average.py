@@ -13,15 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from polyak._attach import refuse_by_hand
+from polyak._checks import refuse_other_state
+from polyak._mean import Accumulator, CheckFinite
+from polyak._model import Binding, ModelTensors, local, shape_of, sharded_like
+from polyak._swap import Swap, copy_into, refuse_swapped
 from polyak._version import __version__
-from polyak.accumulator import Accumulator, CheckFinite
-from polyak.binding import Binding
 from polyak.errors import NotStartedError, OptionError, StructureError, SwapError, name_list
-from polyak.hooks import refuse_by_hand
 from polyak.profiles import Scheme
-from polyak.state import refuse_other_state
-from polyak.swap import Swap, copy_into, refuse_swapped
-from polyak.tensors import ModelTensors, local, shape_of, sharded_like
 
 __all__ = ["Average"]
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 import numpy as np
 from numpy.typing import ArrayLike
 
+from polyak._checks import require
 from polyak.errors import OptionError
-from polyak.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

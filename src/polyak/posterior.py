@@ -10,14 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from polyak.accumulator import mean_dtype
+from polyak._evaluate import averaged, check_statistics, evaluation, refuse_no_trajectory
+from polyak._mean import mean_dtype
 from polyak.combine import is_statistic
 from polyak.errors import OptionError
 from polyak.profiles import Profile, Weights, as_profile
-from polyak.profiles.base import whole_within, within
-from polyak.selection.progress import bar
-from polyak.selection.trial import refuse_no_trajectory
-from polyak.selection.weights import averaged, check_statistics, evaluation
+from polyak.profiles._base import whole_within, within
+from polyak.selection._select import bar
 from polyak.trajectory import Trajectory
 
 __all__ = ["SWAG"]

@@ -79,7 +79,7 @@ def sharded(tmp_path_factory):
 
 @pytest.mark.parametrize("block_elements", [1 << 16, 7])
 def test_chunks_of_two_ranks(sharded, monkeypatch, block_elements):
-    monkeypatch.setattr("polyak.checkpoints.dcp._BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr("polyak.checkpoints._dcp._BLOCK_ELEMENTS", block_elements)
     whole = torch.arange(1050).bfloat16()
     with checkpoints.open(sharded) as opened:
         assert len(list(sharded.glob("*.distcp"))) == 2

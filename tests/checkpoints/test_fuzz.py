@@ -23,7 +23,7 @@ NESTED = {
 
 def write_shards(path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("polyak.checkpoints.huggingface.MAX_SHARD_BYTES", 20)
+        patch.setattr("polyak.checkpoints._huggingface.MAX_SHARD_BYTES", 20)
         checkpoints.write(path, TENSORS, format="huggingface")
 
 

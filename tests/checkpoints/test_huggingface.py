@@ -13,7 +13,7 @@ TENSORS = {f"layer.{number}": torch.full((10,), float(number)) for number in ran
 
 @pytest.fixture(params=["huggingface", "huggingface-bin"])
 def folder(request, tmp_path, monkeypatch):
-    monkeypatch.setattr("polyak.checkpoints.huggingface.MAX_SHARD_BYTES", 90)
+    monkeypatch.setattr("polyak.checkpoints._huggingface.MAX_SHARD_BYTES", 90)
     path = tmp_path / "model"
     checkpoints.write(path, TENSORS | {"tied": TENSORS["layer.3"]}, format=request.param)
     return path

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from polyak import checkpoints
-from polyak.checkpoints import passing
-from polyak.checkpoints.regions import DataFile
+from polyak.checkpoints import _io
+from polyak.checkpoints._io import DataFile
 from polyak.errors import CheckpointError
 
 LARGE = {
-    "w": torch.arange(passing.LEAST_PASSING_BYTES // 4 + 12_345, dtype=torch.float32),
+    "w": torch.arange(_io.LEAST_PASSING_BYTES // 4 + 12_345, dtype=torch.float32),
     "b": torch.ones(3),
 }
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such flag")
@@ -70,7 +70,7 @@ def test_where_the_system_does_not_know_how(tmp_path, monkeypatch, error):
 @on_linux
 def test_a_system_that_takes_little_at_a_time(tmp_path, monkeypatch):
     def write(number, buffers, offset, flags, pwritev=os.pwritev):
-        return pwritev(number, [buffers[0][:300_001]], offset, flags & ~passing._RWF_DONTCACHE)
+        return pwritev(number, [buffers[0][:300_001]], offset, flags & ~_io._RWF_DONTCACHE)
 
     monkeypatch.setattr(os, "pwritev", write)
     assert same(written(tmp_path / "large.safetensors"))

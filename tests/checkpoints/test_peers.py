@@ -182,7 +182,7 @@ def test_transformers_folder(tmp_path, gpt2, max_shard_size):
 
 @pytest.mark.parametrize("format", ["huggingface", "huggingface-bin"])
 def test_transformers_reads_what_is_written(tmp_path, gpt2, format, monkeypatch):
-    monkeypatch.setattr("polyak.checkpoints.huggingface.MAX_SHARD_BYTES", 5_000)
+    monkeypatch.setattr("polyak.checkpoints._huggingface.MAX_SHARD_BYTES", 5_000)
     checkpoints.write(tmp_path / "model", gpt2.state_dict(), format=format)
     gpt2.config.save_pretrained(tmp_path / "model")
     assert len(list((tmp_path / "model").glob("*-of-*"))) > 2

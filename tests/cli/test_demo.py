@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from polyak.cli import main
-from polyak.demo import show
-from polyak.demo.report import study_as_data
-from polyak.demo.study import run_study
-from polyak.demo.tasks import TASKS
+from polyak.demo import _show
+from polyak.demo._show import study_as_data
+from polyak.demo._study import run_study
+from polyak.demo._tasks import TASKS
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def tiny(monkeypatch):
         seeds=2,
     )
     monkeypatch.setitem(TASKS, "digits", task)
-    monkeypatch.setattr(show.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(_show.os, "cpu_count", lambda: 1)
     return task
 
 
@@ -53,7 +53,7 @@ def test_running_it_twice_gives_the_same_files_byte_for_byte(tiny, tmp_path):
 
 
 def test_foreign_files_stop_it_before_any_training(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(show, "run_study", lambda *args, **kwargs: pytest.fail("it trained"))
+    monkeypatch.setattr(_show, "run_study", lambda *args, **kwargs: pytest.fail("it trained"))
     (tmp_path / "digits.json").write_text("{}")
     assert main(["demo", "--output", str(tmp_path)]) == 2
     assert "digits.json" in capsys.readouterr().err
@@ -61,7 +61,7 @@ def test_foreign_files_stop_it_before_any_training(tiny, tmp_path, capsys, monke
 
 @pytest.mark.parametrize("missing", ["matplotlib", "scipy", "sklearn"])
 def test_a_missing_extra_is_named_before_any_training(tiny, tmp_path, capsys, monkeypatch, missing):
-    monkeypatch.setattr(show, "run_study", lambda *args, **kwargs: pytest.fail("it trained"))
+    monkeypatch.setattr(_show, "run_study", lambda *args, **kwargs: pytest.fail("it trained"))
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["demo", "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import polyak.combine.budget as budget
+import polyak.combine._engine as budget
 from combine_inputs import FLOATS, combined, random, same_bits, saved
 from polyak.combine import MemoryWriter, combine, common_layout
 from polyak.errors import CheckpointError, OptionError

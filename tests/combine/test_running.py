@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polyak.combine.running import fold
+from polyak.combine._running import fold
 
 
 def folded(mean, values, ratio, dtype=torch.float32, numel=37):

@@ -7,7 +7,7 @@ import torch
 
 from polyak import checkpoints
 from polyak.checkpoints import Layout, TensorInfo
-from polyak.checkpoints.formats import FORMATS
+from polyak.checkpoints._formats import FORMATS
 from polyak.errors import CheckpointError, OptionError, OutputExistsError, StructureError
 
 SUFFIXES = {"safetensors": ".safetensors", "pt": ".pt", "npz": ".npz"}

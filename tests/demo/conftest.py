@@ -3,9 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from polyak.demo.candidates import Curve
-from polyak.demo.study import Study
-from polyak.demo.tasks import CHOSEN, LIVE, TASKS, AverageSpec, Task
+from polyak.demo._study import Curve, Study
+from polyak.demo._tasks import CHOSEN, LIVE, TASKS, AverageSpec, Task
 from polyak.profiles import EMA, Uniform
 
 

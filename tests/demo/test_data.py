@@ -1,6 +1,6 @@
 import torch
 
-from polyak.demo.data import Examples, batches, digits, help_text, with_noise
+from polyak.demo._tasks import Examples, batches, digits, help_text, with_noise
 
 
 def rows(examples: Examples) -> set[bytes]:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from polyak.demo.outputs import Outputs
+from polyak.demo._show import Outputs
 from polyak.errors import CheckpointError, OutputExistsError
 
 NUMBERS = {"made_by": "polyak demo", "one": 1.0}

@@ -5,10 +5,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from polyak.demo.figure import study_figure
-from polyak.demo.report import study_as_data, study_table
-from polyak.demo.tasks import CHOSEN, LIVE
-from polyak.demo.verdict import verdict
+from polyak.demo._show import study_as_data, study_figure, study_table, verdict
+from polyak.demo._tasks import CHOSEN, LIVE
 
 LIVE_NLL = [0.50, 0.52, 0.48, 0.51, 0.49]
 SWA, RAW, EMA, DECAY = "SWA + update_bn", "SWA, no update_bn", "EMA + update_bn", "decay, last 40%"

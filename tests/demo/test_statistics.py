@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from polyak.demo.statistics import mean_and_error, paired_difference
+from polyak.demo._study import mean_and_error, paired_difference
 
 numbers = st.floats(-10, 10).map(lambda value: round(value, 3))
 pairs = st.lists(st.tuples(numbers, numbers), min_size=2, max_size=12)

@@ -4,10 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from polyak.demo.report import study_as_data
-from polyak.demo.study import run_count, run_study
-from polyak.demo.tasks import CHOSEN, LIVE, LIVE_EARLY
-from polyak.demo.training import train
+from polyak.demo._show import study_as_data
+from polyak.demo._study import run_count, run_study, train
+from polyak.demo._tasks import CHOSEN, LIVE, LIVE_EARLY
 from polyak.errors import OptionError
 
 

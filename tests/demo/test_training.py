@@ -5,9 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from polyak.demo.data import batches, with_noise
-from polyak.demo.tasks import CHOSEN, LIVE, TASKS, AverageSpec
-from polyak.demo.training import learning_rate_factor, train
+from polyak.demo._study import learning_rate_factor, train
+from polyak.demo._tasks import CHOSEN, LIVE, TASKS, AverageSpec, batches, with_noise
 from polyak.profiles import Uniform
 
 

@@ -12,7 +12,7 @@ import torch
 import polyak
 from combine_inputs import random, saved
 from polyak.combine import plan_average
-from polyak.combine.ranks import run_on_ranks
+from polyak.combine._offline import run_on_ranks
 from polyak.errors import PolyakError
 from ranks import run_on_ranks as on_ranks
 

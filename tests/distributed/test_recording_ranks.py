@@ -19,9 +19,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import polyak
 from polyak import checkpoints
+from polyak._model import runs
 from polyak.errors import CheckpointError, StateError, StructureError
-from polyak.placement import runs
-from polyak.trajectory import block_file
+from polyak.trajectory import _blocks
 from ranks import run_on_ranks
 
 
@@ -275,7 +275,7 @@ def frozen_parameters_moved(folder):
         def unreadable(*_, **__):
             raise CheckpointError("cannot read")
 
-        block_file.open_checkpoint = unreadable
+        _blocks.open_checkpoint = unreadable
     try:
         again.close()
     except polyak.PolyakError as error:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from polyak import landscape
+from polyak._evaluate import try_weights
 from polyak.errors import OptionError, StructureError
-from polyak.selection.trial import try_weights
 
 QUIET = {"progress": False}
 TWO = {"live": (0.0, 0.0), "averaged": (3.0, 4.0)}

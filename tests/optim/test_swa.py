@@ -321,7 +321,7 @@ def test_an_interrupt_while_the_averages_go_in_loses_nothing(monkeypatch: pytest
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("polyak.optim.group_average.copy_into", interrupted)
+        patch.setattr("polyak.optim._swa.copy_into", interrupted)
         opt.swap_swa_sgd()
     with pytest.raises(SwapError):
         opt.step()

@@ -17,7 +17,7 @@ import torch.optim.swa_utils as theirs
 from torch import Tensor, nn
 
 import polyak
-from polyak.accumulator import Accumulator
+from polyak._mean import Accumulator
 from polyak.errors import OptionError, StructureError, SwapError
 from polyak.optim import swa_utils as ours
 

@@ -110,7 +110,7 @@ def test_what_was_chosen_stands_first(walk, trajectory, tmp_path):
 
 
 def test_the_weights_of_steps_are_shown_as_they_are(trajectory):
-    from polyak.report.charts import profile_chart
+    from polyak.report._page import profile_chart
 
     (axes,) = profile_chart([trajectory.explain("tail:0.5")]).get_axes()
     (line,) = axes.get_lines()

@@ -3,7 +3,7 @@
 import pytest
 
 from polyak import EMA, Decay, Power, Tail, Uniform, parse
-from polyak.selection.candidates import coarse_grid, fine_grid
+from polyak.selection._select import coarse_grid, fine_grid
 
 
 @pytest.mark.parametrize("steps", [1, 7, 2000, 10**7])

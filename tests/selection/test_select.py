@@ -170,7 +170,7 @@ def test_a_score_that_is_not_a_number_is_never_the_best(recorded):
 def test_a_finer_grid_lies_around_the_best_of_the_coarse_one(recorded):
     names = [c.name for c in select(recorded, score=lambda m: abs(m.weight.item() - 2.99)).table]
     assert len(names) == len(set(names))
-    coarse = {str(profile) for profile in polyak.selection.candidates.coarse_grid(100)}
+    coarse = {str(profile) for profile in polyak.selection._select.coarse_grid(100)}
     assert 1 <= len(set(names) - coarse - {"live"}) <= 4
 
 

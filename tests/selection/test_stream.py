@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from polyak import Decay, Power, Tail, Uniform, Weights
-from polyak.selection.stream import averages
+from polyak.selection._select import averages
 from polyak.trajectory import Trajectory
 from recorded_runs import RecordedWalk, largest_error
 
@@ -23,7 +23,7 @@ def recorded(tmp_path):
 @pytest.fixture
 def little_memory(monkeypatch):
     """Averages do not all fit into it."""
-    monkeypatch.setattr("polyak.selection.stream._TOGETHER_BYTES", 0)
+    monkeypatch.setattr("polyak.selection._select._TOGETHER_BYTES", 0)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_what_fits_the_memory_is_made_in_one_pass(recorded, passes):
 
 
 def test_the_others_come_in_chunks_that_fit_the_memory(recorded, passes, monkeypatch):
-    monkeypatch.setattr("polyak.selection.stream._TOGETHER_BYTES", 1000)
+    monkeypatch.setattr("polyak.selection._select._TOGETHER_BYTES", 1000)
     size = sum(tensor.nbytes for tensor in recorded.average(Uniform()).values())
     assert recorded.average_bytes == size
     together = 1000 // size

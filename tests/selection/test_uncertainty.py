@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from polyak._evaluate import paired_intervals, read_score
 from polyak.errors import OptionError
-from polyak.selection.uncertainty import paired_intervals, read_score
 
 
 def losses(n: int, seed: int) -> np.ndarray:

@@ -6,9 +6,8 @@ from torch import nn
 
 import polyak
 from polyak import checkpoints
+from polyak._evaluate import apply_weights, try_weights, write_weights
 from polyak.errors import OutputExistsError, StructureError, SwapError
-from polyak.selection.trial import try_weights
-from polyak.selection.weights import apply_weights, write_weights
 
 BATCHES = [torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([[0.0, 4.0]])]
 

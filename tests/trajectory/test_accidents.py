@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import polyak
-from polyak.accumulator import Accumulator
+from polyak._mean import Accumulator
 from polyak.errors import CheckpointError, OptionError, StateError, SwapError
 from polyak.profiles import Uniform
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyak.trajectory.checksum import CheckedFile, Checksum
+from polyak.trajectory._blocks import CheckedFile, Checksum
 
 MIB = 1 << 20
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from polyak import EMA, Tail
 from polyak.trajectory import Block
-from polyak.trajectory.explain import explain
-from polyak.trajectory.policy import block_steps_after, pair_to_merge
+from polyak.trajectory._explain import explain
+from polyak.trajectory._policy import block_steps_after, pair_to_merge
 
 FLOOR = 0.02
 

@@ -14,9 +14,9 @@ from torch import nn
 import polyak
 from polyak import checkpoints
 from polyak.errors import CheckpointError, OptionError, StateError, StructureError
-from polyak.trajectory import folder as folder_module
-from polyak.trajectory import pace as pace_module
-from polyak.trajectory import writer as writer_module
+from polyak.trajectory import _policy as pace_module
+from polyak.trajectory import _policy as writer_module
+from polyak.trajectory import _store as folder_module
 from recorded_runs import RecordedWalk, largest_error, small_model
 
 

@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 
 import polyak
 from polyak import checkpoints
-from polyak.errors import (
-    CheckpointError,
-    OptionError,
-    OutputExistsError,
-    StructureError,
-)
+from polyak.errors import CheckpointError, OptionError, OutputExistsError, StructureError
 from recorded_runs import RecordedWalk, largest_error
 
 POISONED = frozenset({7, 8, 100, 101, 102, 155})

@@ -31,11 +31,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.base import Location, TensorInfo
-from polyak.checkpoints.dcp import write_sharded
-from polyak.checkpoints.formats import FORMATS, format_for, recognise
-from polyak.checkpoints.handle import Checkpoint
-from polyak.checkpoints.writer import Layout, Writer
+from polyak.checkpoints._base import Location, TensorInfo
+from polyak.checkpoints._dcp import write_sharded
+from polyak.checkpoints._formats import FORMATS, Checkpoint, format_for, recognise
+from polyak.checkpoints._writer import Layout, Writer
 from polyak.errors import StructureError, name_list
 
 __all__ = [

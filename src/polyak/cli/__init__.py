@@ -9,11 +9,9 @@ from typing import Annotated
 import typer
 
 from polyak._version import __version__
-from polyak.cli.average import average
-from polyak.cli.demo import demo
-from polyak.cli.inspect import inspect
-from polyak.cli.report import report
-from polyak.cli.select import select
+from polyak.cli._average import average
+from polyak.cli._choose import report, select
+from polyak.cli._look import demo, inspect
 from polyak.errors import PolyakError
 
 __all__ = ["app", "main"]

@@ -9,24 +9,24 @@ from os import PathLike
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from polyak._checks import require
 from polyak.average import Average
-from polyak.batchnorm.calls import call_model
+from polyak.batchnorm import call_model
 from polyak.errors import OptionError
-from polyak.extras import require
-from polyak.integrations import recording
-from polyak.integrations.following import Following, Forward
+from polyak.integrations import _following
+from polyak.integrations._following import Following, Forward
 from polyak.profiles import Scheme
 from polyak.trajectory import Trajectory
 
+__all__ = ["Averaging", "Recording"]
+
 require("lightning", extra="lightning", purpose="polyak.integrations.lightning")
 
-from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
-from lightning.pytorch.trainer.states import TrainerFn  # noqa: E402
-
-__all__ = ["Averaging", "Recording"]
 
 # Lightning's own name for the live weights in a checkpoint whose "state_dict" is the average.
 _LIVE = "current_model_state"
@@ -228,11 +228,11 @@ class Recording(Callback):
 
     >>> from polyak.integrations.lightning import Recording
     >>> recording = Recording("run/trajectory", every=10)    # Trainer(callbacks=[recording])
-    >>> # polyak.select(recording.trajectory, model, score=...)
+    >>> # polyak.select(_following.trajectory, model, score=...)
     """
 
     def __init__(self, directory: str | PathLike[str], **options: Any):
-        self._recording = recording.Recording(directory, options)
+        self._recording = _following.Recording(directory, options)
         self._state: dict[str, Any] | None = None
 
     @property

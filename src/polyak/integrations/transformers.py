@@ -12,22 +12,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from polyak._checks import require
 from polyak.average import Average
-from polyak.batchnorm.calls import call_model
-from polyak.checkpoints.atomic import AtomicOutput
+from polyak.batchnorm import call_model
+from polyak.checkpoints._io import AtomicOutput
 from polyak.errors import OptionError
-from polyak.extras import require
-from polyak.integrations import recording
-from polyak.integrations.following import Following, Forward
+from polyak.integrations import _following
+from polyak.integrations._following import Following, Forward
 from polyak.profiles import Scheme
 from polyak.trajectory import Trajectory
 
-require("transformers", extra="transformers", purpose="polyak.integrations.transformers")
-
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
-
 __all__ = ["Averaging", "Recording"]
+
+require("transformers", extra="transformers", purpose="polyak.integrations.transformers")
 
 
 class _Watching(TrainerCallback):
@@ -241,13 +240,13 @@ class Recording(_Watching):
     >>> from polyak.integrations.transformers import Recording
     >>> # recording = Recording(trainer, "run/trajectory", every=10)
     >>> # trainer.train()
-    >>> # polyak.select(recording.trajectory, trainer.model, score=...)
+    >>> # polyak.select(_following.trajectory, trainer.model, score=...)
     """
 
-    file_name = "polyak-recording.pt"
+    file_name = "polyak-_following.pt"
 
     def __init__(self, trainer: Trainer, directory: str | PathLike[str], **options: Any):
-        self._recording = recording.Recording(directory, options)
+        self._recording = _following.Recording(directory, options)
         super().__init__(trainer)
 
     @property

@@ -19,10 +19,10 @@ class          written                                  known as
 The first four are schemes. :func:`parse` reads the written form and ``str`` gives it back.
 """
 
-from polyak.profiles.base import Profile, Scheme
-from polyak.profiles.parsing import as_profile, parse
-from polyak.profiles.schemes import EMA, Polynomial, Power, Uniform
-from polyak.profiles.windows import Decay, Tail, Weights, Window
+from polyak.profiles._base import Profile, Scheme
+from polyak.profiles._parsing import as_profile, parse
+from polyak.profiles._schemes import EMA, Polynomial, Power, Uniform
+from polyak.profiles._windows import Decay, Tail, Weights, Window
 
 __all__ = [
     "EMA",

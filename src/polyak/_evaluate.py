@@ -1,0 +1,378 @@
+"""Other weights in a live model for a trial: the score they get, and how sure it is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from polyak import checkpoints
+from polyak._model import ModelTensors, NamedTensor, local
+from polyak._swap import Swap, copy_into
+from polyak.batchnorm import tracks_statistics, update_bn
+from polyak.errors import NotStartedError, OptionError, StructureError, name_list
+from polyak.trajectory import Trajectory
+
+__all__ = [
+    "Mode",
+    "Score",
+    "ScoreFunction",
+    "apply_weights",
+    "averaged",
+    "badness",
+    "check_statistics",
+    "evaluation",
+    "live_weights",
+    "matched",
+    "paired_intervals",
+    "read_score",
+    "refuse_no_trajectory",
+    "refuse_one_pass",
+    "refuse_unknown_mode",
+    "try_weights",
+    "write_weights",
+]
+
+# How sure a score is: what ``score(model)`` returned, standard errors, paired bootstrap intervals.
+
+Floats = NDArray[np.float64]
+
+# More examples than this are resampled in this many groups of neighbours. That bounds the cost whatever the
+# data, and is right where neighbours are alike, as the tokens of one text are.
+_MOST_GROUPS = 1024
+_RESAMPLES = 2000
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """One result of ``score(model)``.
+
+    ``value`` is the score. Where ``score`` gave a loss per example it is their mean, and ``group_sums`` [G]
+    are their sums over groups of ``group_sizes`` [G] neighbouring examples; otherwise both are None.
+    """
+
+    value: float
+    group_sums: Floats | None = None
+    group_sizes: Floats | None = None
+
+    @property
+    def stderr(self) -> float | None:
+        """The standard error of the mean over groups, √(Σ (s_g - n_g μ)² G/(G-1)) / N; None for a number."""
+        if self.group_sums is None or self.group_sizes is None:
+            return None
+        groups = len(self.group_sums)
+        residuals = self.group_sums - self.value * self.group_sizes
+        return float(np.sqrt(np.sum(residuals**2) * groups / (groups - 1)) / self.group_sizes.sum())
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95% interval of a difference."""
+
+    low: float
+    high: float
+
+
+def read_score(result: object) -> Score:
+    """What a score function returned, as a :class:`Score`.
+
+    Args:
+        result: a number, a tensor or array of one element, or one of shape [N] with the losses of N examples.
+
+    Raises:
+        OptionError: anything else, or no examples.
+
+    >>> read_score(torch.tensor([1.0, 2.0, 3.0])).value, read_score(0.5).value
+    (2.0, 0.5)
+    """
+    if isinstance(result, torch.Tensor):
+        result = result.detach().cpu().to(torch.float64).numpy()
+    if result is None or isinstance(
+        result, str | tuple
+    ):  # NumPy would make numbers of them, or of (loss, accuracy)
+        raise OptionError(_not_a_score(f"a {type(result).__name__}"))
+    try:
+        losses = np.asarray(result, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise OptionError(_not_a_score(f"a {type(result).__name__}")) from None
+    if losses.ndim > 1 or not losses.size:
+        raise OptionError(_not_a_score(f"an array of shape {losses.shape}"))
+    if losses.size == 1:
+        return Score(float(losses.item()))
+    groups = min(len(losses), _MOST_GROUPS)
+    starts = np.arange(groups) * len(losses) // groups
+    sizes = np.diff(starts, append=len(losses)).astype(np.float64)
+    return Score(float(losses.mean()), np.add.reduceat(losses, starts), sizes)
+
+
+def paired_intervals(scores: Sequence[Score], baseline: Score) -> list[Interval | None]:
+    """A 95% interval of each score minus that of ``baseline``, by the paired percentile bootstrap.
+
+    Examples are drawn with replacement, the same ones for all, 2,000 times with a fixed seed; the interval
+    holds the middle 95% of the mean differences. None where scores are single numbers.
+
+    Raises:
+        OptionError: scores of different numbers of examples.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+
+    >>> live, other = read_score([1.0, 2.0, 3.0]), read_score([0.5, 1.5, 2.5])
+    >>> paired_intervals([other], live)
+    [Interval(low=-0.5, high=-0.5)]
+    """
+    _refuse_other_examples(scores, baseline)
+    if baseline.group_sums is None or baseline.group_sizes is None:
+        return [None for _ in scores]
+    differences = np.array([np.asarray(score.group_sums) - baseline.group_sums for score in scores])  # [C, G]
+    times_drawn = _times_drawn(len(baseline.group_sums))  # [B, G]
+    # A loss that is not finite makes its own candidate's interval NaN, and no other's.
+    with np.errstate(invalid="ignore"):
+        means = times_drawn @ differences.T / (times_drawn @ baseline.group_sizes)[:, None]  # [B, C]
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    return [Interval(*pair) for pair in zip(low.tolist(), high.tolist(), strict=True)]
+
+
+def _times_drawn(groups: int) -> Floats:
+    """How often each group is in each resample, [resamples, groups]."""
+    generator = np.random.default_rng(_SEED)
+    draws = (generator.integers(groups, size=groups) for _ in range(_RESAMPLES))
+    return np.array([np.bincount(drawn, minlength=groups) for drawn in draws], dtype=np.float64)
+
+
+def _refuse_other_examples(scores: Sequence[Score], baseline: Score) -> None:
+    counts = {0 if s.group_sizes is None else int(s.group_sizes.sum()) for s in (*scores, baseline)}
+    if len(counts) > 1:
+        shown = " and ".join("one number" if n == 0 else f"{n} examples" for n in sorted(counts))
+        raise OptionError(
+            f"score returned {shown} for different weights, which cannot be paired: it must look at the same "
+            "examples in the same order each time"
+        )
+
+
+def _not_a_score(got: str) -> str:
+    return f"score must return a number, or a tensor [N] with one loss per example; it returned {got}"
+
+
+# Averaged weights in a live model: for the length of a trial, for good, or on disk.
+
+
+def live_weights(trajectory: Trajectory) -> dict[str, Tensor]:
+    """The weights that the run ended with; empty, which stands for those in the model, where none were kept."""
+    return trajectory.live() if trajectory.has_live else {}
+
+
+@contextmanager
+def averaged(
+    model: nn.Module, weights: Mapping[str, Tensor], recalibrate: Iterable[Any] | None = None
+) -> Iterator[None]:
+    """``weights`` in the model, with BatchNorm statistics to match; everything is as before on leaving.
+
+    Args:
+        weights: by name; what the model has besides (frozen parameters, buffers) stays. Empty: the live ones.
+        recalibrate: batches for :func:`polyak.update_bn`.
+
+    Raises:
+        StructureError: a name or shape does not fit the model, or a trainable parameter is missing.
+        SwapError: averaged weights are in the model already.
+    """
+    pairs = matched(model, weights)
+    entries = list(ModelTensors(model).values())
+    places = [(entry.place, entry.key, entry.tensor) for entry in entries]
+    targets = [entry.tensor for entry, _ in pairs]
+    # Also what is not exchanged comes back, should a trial change it; frozen parameters are left to its care.
+    swapped = set(map(id, targets))
+    keep = [
+        e.tensor
+        for e in entries
+        if (e.kind == "buffer" or e.tensor.requires_grad) and id(e.tensor) not in swapped
+    ]
+    swap = Swap(targets, keep=local(keep), free=_buffers(model), places=places)
+    try:
+        swap.put_in([value for _, value in pairs])
+        if recalibrate is not None:
+            update_bn(recalibrate, model)
+        yield
+    finally:
+        if swap.active:
+            swap.undo()
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's mode is as before on leaving."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        # The flags, not `eval()`: some modules merge weights there, which restoring a flag would not undo.
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def apply_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], recalibrate: Iterable[Any] | None = None
+) -> None:
+    """Copy ``weights`` into the model for good, all or nothing; raises as :func:`averaged` does."""
+    with averaged(model, weights, recalibrate):
+        buffers = [buffer.clone() for buffer in _buffers(model)]
+    pairs = matched(model, weights)
+    copy_into([entry.tensor for entry, _ in pairs], [value for _, value in pairs])
+    copy_into(_buffers(model), buffers)
+
+
+def write_weights(
+    path: str | PathLike[str],
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    recalibrate: Iterable[Any] | None = None,
+    metadata: Mapping[str, str],
+    overwrite: bool = False,
+) -> None:
+    """Write the whole model with ``weights`` in it; averaged parameters keep the average's dtype.
+
+    Raises as :func:`averaged` and :func:`polyak.checkpoints.write` do.
+    """
+    canonical = ModelTensors(model).all_names()
+    ours = {canonical.get(name, name): value for name, value in weights.items()}
+    with averaged(model, weights, recalibrate):
+        tensors: dict[str, Tensor] = {}
+        for entry in ModelTensors(model).values():
+            if entry.persistent:
+                averaged_here = entry.kind == "parameter" and entry.name in ours
+                value = ours[entry.name] if averaged_here else entry.tensor.detach()
+                tensors |= dict.fromkeys((entry.name, *entry.aliases), value)
+        checkpoints.write(path, tensors, metadata=metadata, overwrite=overwrite)
+
+
+def refuse_one_pass(recalibrate: Iterable[Any] | None) -> None:
+    """Refuse (``OptionError``) batches that are gone after the first candidate, and what are no batches."""
+    if callable(recalibrate) and not isinstance(recalibrate, Iterable):
+        raise OptionError("recalibrate is a function: call it, and give the batches that it returns")
+    if isinstance(recalibrate, Iterator):
+        raise OptionError(
+            f"recalibrate is a {type(recalibrate).__name__}, which can be gone through only once, and every "
+            "evaluation needs a pass of its own: give a list or a DataLoader"
+        )
+
+
+def check_statistics(model: nn.Module, recalibrate: Iterable[Any] | None) -> None:
+    """Warn where BatchNorm statistics would be of other weights, and refuse batches as ``refuse_one_pass``."""
+    refuse_one_pass(recalibrate)
+    if recalibrate is None and tracks_statistics(model):
+        warnings.warn(
+            "the model has BatchNorm layers, whose statistics do not fit the weights that are tried: the results are "
+            "not those the weights can have. Give recalibrate the batches to recompute them from",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _buffers(model: nn.Module) -> list[Tensor]:
+    return [entry.tensor for entry in ModelTensors(model).values() if entry.kind == "buffer"]
+
+
+def matched(model: nn.Module, weights: Mapping[str, Tensor]) -> list[tuple[NamedTensor, Tensor]]:
+    """Each tensor of the model that ``weights`` holds, once, with its new value."""
+    if not weights:
+        return []
+    tensors = ModelTensors(model)
+    canonical = tensors.all_names()
+    _refuse_mismatch(tensors, canonical, weights)
+    values = {canonical[name]: value for name, value in weights.items()}
+    return [(entry, values[entry.name]) for entry in tensors.values() if entry.name in values]
+
+
+def _refuse_mismatch(
+    tensors: ModelTensors, canonical: Mapping[str, str], weights: Mapping[str, Tensor]
+) -> None:
+    unknown = [name for name in weights if name not in canonical]
+    here = {canonical[name] for name in weights if name in canonical}
+    missing = [
+        entry.name for entry in tensors.values() if entry.tensor.requires_grad and entry.name not in here
+    ]
+    reshaped = [
+        n for n in weights if n in canonical and weights[n].shape != tensors[canonical[n]].tensor.shape
+    ]
+    complaints = [
+        f"{what} {name_list(names)}"
+        for what, names in (
+            ("the model has no", unknown),
+            ("there is no average of", missing),
+            ("shapes differ for", reshaped),
+        )
+        if names
+    ]
+    if complaints:
+        raise StructureError(
+            f"the averaged weights do not fit this model: {'; '.join(complaints)}. Give the model that was "
+            "trained; it was left as it is"
+        )
+
+
+# Trying weights in a live model: the score they get, and which of two scores is better.
+
+Mode = Literal["min", "max"]
+ScoreFunction = Callable[[nn.Module], object]
+
+
+@torch.no_grad()
+def try_weights(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    score: ScoreFunction,
+    recalibrate: Iterable[Any] | None = None,
+) -> Score:
+    """``score(model)`` in evaluation mode with ``weights`` in the model, which is as before afterwards.
+
+    Empty ``weights`` are those that the model has.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> _ = model.weight.data.fill_(3.0)
+    >>> try_weights(model, {"weight": torch.tensor([[2.0]])}, lambda m: m.weight.item()).value
+    2.0
+    >>> model.weight.item()
+    3.0
+    """
+    with averaged(model, weights, recalibrate), evaluation(model):
+        return read_score(score(model))
+
+
+def badness(value: float, mode: Mode) -> float:
+    """A number that is lower the better the score; a score that is not a number is the worst.
+
+    >>> badness(0.9, "max"), badness(math.nan, "max")
+    (-0.9, inf)
+    """
+    if math.isnan(value):
+        return math.inf
+    return value if mode == "min" else -value
+
+
+def refuse_unknown_mode(mode: str) -> None:
+    """Refuse (``OptionError``) anything but ``"min"`` and ``"max"``."""
+    if mode not in ("min", "max"):
+        raise OptionError(f"mode must be 'min' (a loss) or 'max' (an accuracy), got {mode!r}")
+
+
+def refuse_no_trajectory(given: object) -> None:
+    """Refuse (``OptionError``) anything but a trajectory, and (``NotStartedError``) one without blocks."""
+    if not isinstance(given, Trajectory):
+        raise OptionError(
+            f"the first argument must be a Trajectory, got {given!r}: open it with polyak.Trajectory(directory), or "
+            "checkpoints with polyak.Trajectory.from_checkpoints(paths)"
+        )
+    if not given.blocks:
+        raise NotStartedError(f"{given} has no block to average yet: its first one is not full")

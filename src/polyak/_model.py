@@ -1,0 +1,575 @@
+"""A model as named tensors: canonical names, ties, wrappers and shards, and which of them are averaged.
+
+Everything above this layer works on plain lists of local tensors; what a model *is* is known here only.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from polyak._swap import Place
+from polyak.errors import OptionError, StructureError, name_list
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "Binding",
+    "ModelTensors",
+    "NamedTensor",
+    "bare_model",
+    "differences",
+    "is_sharded",
+    "local",
+    "refuse_unplaced",
+    "runs",
+    "shape_of",
+    "sharded_like",
+]
+
+# A model as named tensors: canonical names, ties, wrappers, sharding and changes of structure.
+
+# Child names that only wrappers use; what they hold keeps the name it had before it was wrapped.
+_WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Wrappers whose child is called `module`, a name that a user's own model may have as well.
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+# Read one after the other: tuples of all three would be as many objects for the garbage collector to count.
+_DESCRIPTION = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
+_is_contiguous = methodcaller("is_contiguous")
+_END = object()
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTensor:
+    """One tensor of a model under its canonical name, with the other names it is tied under."""
+
+    name: str
+    tensor: Tensor
+    kind: Literal["parameter", "buffer"]
+    persistent: bool
+    place: dict[str, Any]  # the module's own dictionary, in which the tensor stands under ``key``
+    key: str
+    aliases: list[str] = field(default_factory=list)
+
+
+class ModelTensors:
+    """The parameters and buffers of a model by canonical name, each tied tensor once.
+
+    Canonical names are those of the bare model: what ``DistributedDataParallel``, ``torch.compile``,
+    activation checkpointing and FSDP put in front of them is left out. A tensor that the model holds
+    under several names stands under the first of them in the model's own order.
+
+    >>> decoder = nn.Linear(2, 2, bias=False)
+    >>> encoder = nn.Linear(2, 2, bias=False)
+    >>> encoder.weight = decoder.weight
+    >>> tied = ModelTensors(nn.Sequential(decoder, encoder))
+    >>> [(entry.name, entry.aliases) for entry in tied.values()]
+    [('0.weight', ['1.weight'])]
+    """
+
+    def __init__(self, model: nn.Module, *, watch_buffers: bool = False):
+        if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+            raise OptionError(f"a plain torch.nn.Module is needed, got {type(model).__name__}")
+        modules = list(_named_modules(model))
+        _refuse_flattened(modules)
+        # Sharded modules may hold gathered parameters between forward and backward; the shards count.
+        self._sharded = [module for _, module in modules if isinstance(module, _fsdp_modules())]
+        self.reshard()
+        self._entries = _entries(modules)
+        self._dicts = [d for _, module in modules for d in (module._parameters, module._modules)]
+        if watch_buffers:
+            self._dicts += [module._buffers for _, module in modules]
+        self._held = list(self._walk())
+        kinds = ("parameter", "buffer") if watch_buffers else ("parameter",)
+        self._described = [e.tensor for e in self.values() if e.kind in kinds and _has_shape(e.tensor)]
+        self._descriptions = [list(map(read, self._described)) for read in _DESCRIPTION]
+        # What has an order in memory; the rest costs nothing, as where a model is a thousand vectors.
+        self._matrices = [t for t in self._described if t.ndim > 1 and t.layout == torch.strided]
+        self._contiguous = list(map(_is_contiguous, self._matrices))
+
+    def __getitem__(self, name: str) -> NamedTensor:
+        return self._entries[name]
+
+    def values(self) -> Iterable[NamedTensor]:
+        """Every tensor once, in the model's own order."""
+        return self._entries.values()
+
+    def all_names(self) -> dict[str, str]:
+        """Every name, tied ones included, to its canonical name."""
+        return {n: e.name for e in self.values() for n in (e.name, *e.aliases)}
+
+    def matching(self, patterns: str | Iterable[str] | None, option: str) -> set[str]:
+        """Canonical names of the tensors with a name that matches one of the names or glob patterns.
+
+        A pattern that matches nothing is an :class:`OptionError`: it is a slip more often than an intention.
+
+        >>> sorted(ModelTensors(nn.Linear(2, 2)).matching("b*", "exclude"))
+        ['bias']
+        """
+        canonical = self.all_names()
+        matched: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+            hits = {canonical[name] for name in canonical if fnmatchcase(name, pattern)}
+            if not hits:
+                raise OptionError(
+                    f"{option}={pattern!r} matches no tensor of the model; "
+                    f"its tensors are {name_list(list(canonical))}"
+                )
+            matched |= hits
+        return matched
+
+    def changed(self) -> bool:
+        """Whether a module or parameter was added, removed, replaced, reshaped, retyped, moved or laid out anew.
+
+        A walk over the modules' own dictionaries by identity, a few hundred microseconds for a thousand
+        tensors. Buffers are left out unless watched, since models may replace theirs at every step.
+        """
+        self.reshard()
+        if not all(map(is_, self._walk(), self._held)):
+            return True
+        return any(
+            list(map(read, self._described)) != before
+            for read, before in zip(_DESCRIPTION, self._descriptions, strict=True)
+        ) or self._contiguous != list(map(_is_contiguous, self._matrices))
+
+    def reshard(self) -> None:
+        """Put sharded parameters back where FSDP gathered them for a forward pass."""
+        for module in self._sharded:
+            module.reshard()  # type: ignore[operator]
+
+    def unmaterialised(self) -> list[str]:
+        """Names of parameters that have no data yet: on the meta device, or lazy before the first forward."""
+        return [e.name for e in self.values() if e.kind == "parameter" and not _has_data(e.tensor)]
+
+    def _walk(self) -> Iterator[object]:
+        values = chain.from_iterable(map(dict.values, self._dicts))  # type: ignore[arg-type]
+        return chain(values, (_END,))  # so that a walk that goes on where another ends differs from it
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """``model`` without the wrappers of ``torch.compile``, DDP and the like; OptionError for anything but a module.
+
+    >>> linear = nn.Linear(1, 1)
+    >>> bare_model(nn.DataParallel(linear)) is linear
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"a torch.nn.Module is needed as the model, got {type(model).__name__}")
+    for name, child in model._modules.items():
+        if child is not None and _is_wrapping(model, name):
+            return bare_model(child)
+    return model
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which every rank holds its own part.
+
+    >>> is_sharded(torch.ones(1))
+    False
+    """
+    return hasattr(tensor, "to_local")
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor: the shard of a DTensor, the tensor itself otherwise."""
+    with torch.no_grad():  # with gradients enabled a DTensor gives out a new view of its shard each time
+        return [_to_local(t) if is_sharded(t) else t for t in tensors]
+
+
+def meshes(tensors: Iterable[Tensor]) -> list[Any]:
+    """The device meshes that the DTensors among ``tensors`` are spread over, each once."""
+    found = {t.device_mesh for t in tensors if is_sharded(t)}  # type: ignore[attr-defined]
+    return sorted(found, key=lambda mesh: str(mesh))
+
+
+def shape_of(tensor: Tensor) -> str:
+    """Shape and sharding in words, which are equal for tensors whose local parts match.
+
+    >>> shape_of(torch.ones(2, 3))
+    '(2, 3)'
+    """
+    if not is_sharded(tensor):
+        return f"{tuple(tensor.shape)}"
+    return f"{tuple(tensor.shape)} sharded as {tensor.placements} on {tensor.device_mesh}"  # type: ignore[attr-defined]
+
+
+def sharded_like(shard: Tensor, whole: Tensor) -> Tensor:
+    """``shard`` as a tensor that is distributed as ``whole`` is; no data moves."""
+    if not is_sharded(whole):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    whole = cast(DTensor, whole)
+    return DTensor.from_local(
+        shard,
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
+def _is_wrapping(parent: nn.Module, child_name: str) -> bool:
+    return child_name in _WRAPPED or (child_name == "module" and isinstance(parent, _PARALLEL))
+
+
+def _named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    # nn.Module.named_modules leaves out a shared module's second name, which ties need.
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _named_modules(child, prefix if _is_wrapping(module, name) else f"{prefix}{name}.")
+
+
+def _entries(modules: list[tuple[str, nn.Module]]) -> dict[str, NamedTensor]:
+    by_id: dict[int, NamedTensor] = {}
+    for prefix, module in modules:
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                _add(by_id, NamedTensor(prefix + key, tensor, "parameter", True, module._parameters, key))
+        for key, tensor in module._buffers.items():
+            if tensor is not None:
+                persistent = key not in module._non_persistent_buffers_set
+                _add(by_id, NamedTensor(prefix + key, tensor, "buffer", persistent, module._buffers, key))
+    names = [name for entry in by_id.values() for name in (entry.name, *entry.aliases)]
+    if clashes := [name for name, count in Counter(names).items() if count > 1]:
+        raise StructureError(
+            f"{name_list(clashes)} would name two tensors once wrappers are left out of names; rename what the "
+            "wrapper holds besides the model"
+        )
+    return {entry.name: entry for entry in by_id.values()}
+
+
+def _add(by_id: dict[int, NamedTensor], entry: NamedTensor) -> None:
+    tensor = entry.tensor
+    if id(tensor) in by_id:
+        by_id[id(tensor)].aliases.append(entry.name)
+    else:
+        by_id[id(tensor)] = entry
+
+
+def _has_shape(tensor: Tensor) -> bool:
+    return not isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
+
+
+def _has_data(tensor: Tensor) -> bool:
+    return _has_shape(tensor) and not tensor.is_meta
+
+
+def _refuse_flattened(modules: list[tuple[str, nn.Module]]) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for _, m in modules):
+        raise StructureError(
+            "FullyShardedDataParallel flattens parameters, so that their names and shapes are lost; shard the "
+            "model with torch.distributed.fsdp.fully_shard instead"
+        )
+
+
+def _fsdp_modules() -> tuple[type, ...]:
+    # Where torch's FSDP was never imported no module can be sharded, and importing it takes long.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return (fsdp.FSDPModule,) if fsdp is not None else ()
+
+
+def _to_local(tensor: Tensor) -> Tensor:
+    return tensor.to_local()  # type: ignore[attr-defined]
+
+
+# Which elements of a sharded tensor a rank holds.
+
+
+def refuse_unplaced(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse (``StructureError``) DTensors of which it cannot be told which rank holds what.
+
+    >>> import torch
+    >>> refuse_unplaced({"weight": torch.ones(1)})
+    """
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            _refuse_unplaced(name, cast("DTensor", tensor))
+
+
+def _refuse_unplaced(name: str, tensor: DTensor) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    if not all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
+        raise StructureError(
+            f"{name_list([name])} is placed as {tensor.placements}: only Shard and Replicate can be recorded, so not a "
+            "dimension that is sharded twice, as FSDP over tensor parallelism does; save checkpoints and read them "
+            "with Trajectory.from_checkpoints"
+        )
+
+
+def runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[int, Tensor]]:
+    """Where the elements of ``part`` lie in the flattened ``whole``: (start, 1-D values), one run after the other.
+
+    Over all ranks every element comes once: of copies on several ranks only the first is given out.
+
+    Args:
+        part: what this rank holds of ``whole``, or of something that is distributed as it is.
+        whole: a DTensor, or a plain tensor, of which every rank holds a copy.
+        is_first: whether this is the rank that gives out plain tensors.
+
+    >>> import torch
+    >>> [(start, values.tolist()) for start, values in runs(torch.ones(2, 2), torch.ones(2, 2), is_first=True)]
+    [(0, [1.0, 1.0, 1.0, 1.0])]
+    """
+    if not is_sharded(whole):
+        if is_first:
+            yield 0, part.reshape(-1)
+        return
+    offsets = _offsets(whole)
+    if offsets is None or not part.numel():
+        return
+    # Dimensions that are held whole, and the first one before them, make one run.
+    held = [mine == size for mine, size in zip(part.shape, whole.shape, strict=True)]
+    inner = len(held) - next((i for i, is_whole in enumerate(reversed(held)) if not is_whole), len(held))
+    outer = max(inner - 1, 0)
+    length = math.prod(part.shape[outer:])
+    places = [np.arange(size) + offset for size, offset in zip(part.shape[:outer], offsets, strict=False)]
+    strides = [math.prod(whole.shape[dim + 1 :]) for dim in range(whole.ndim)]
+    within = offsets[outer] * strides[outer] if whole.ndim else 0
+    starts = sum(
+        (place.reshape(-1, *[1] * (outer - 1 - dim)) * strides[dim] for dim, place in enumerate(places)),
+        np.array(within),
+    )
+    yield from zip(np.ravel(starts).tolist(), part.reshape(-1, length), strict=True)
+
+
+def _offsets(whole: Tensor) -> list[int] | None:
+    """Where this rank's part begins in each dimension; None where another rank gives out the same copy."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    # Private, but what torch.distributed.checkpoint goes by; torch offers nothing public that says it.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    tensor = cast(DTensor, whole)
+    mesh, placements = tensor.device_mesh, tensor.placements
+    coordinate: Any = mesh.get_coordinate()
+    copies = [
+        place for place, kind in zip(coordinate, placements, strict=True) if isinstance(kind, Replicate)
+    ]
+    if any(copies):
+        return None
+    _, offsets = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
+    return list(offsets)
+
+
+# The tensors of a live model that an average or a recorder follows, through every change that allows it.
+
+
+class Binding:
+    """Which tensors of ``model`` are averaged, under their canonical names, and where they are now.
+
+    Averaged are the trainable parameters, or those that ``include`` matches, less those that ``exclude``
+    matches; with ``buffers="average"`` floating buffers count as trainable. Everything else is read from the
+    live model when it is needed.
+
+    The names and shapes are fixed when the binding is made. :meth:`follow` takes up parameters that were
+    replaced by others of the same names and shapes, and refuses any other change.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    >>> Binding(model, exclude="*.bias").names
+    ['0.weight', '1.weight']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        buffers: Literal["copy", "average"] = "copy",
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+    ):
+        if buffers not in ("copy", "average"):
+            raise OptionError(f"buffers must be 'copy' or 'average', got {buffers!r}")
+        self.model = model
+        self._watch_buffers = buffers == "average"
+        self.tensors = ModelTensors(model, watch_buffers=self._watch_buffers)
+        self.names = self._choose(include, exclude)
+        # Where the user named what to average, a frozen parameter that is thawed was left out on purpose.
+        left_out = self.tensors.matching(exclude, "exclude")
+        self._frozen_names = [
+            e.name
+            for e in self.tensors.values()
+            if include is None
+            and e.kind == "parameter"
+            and not e.tensor.requires_grad
+            and e.name not in left_out
+        ]
+        self._take_up()
+
+    @property
+    def ready(self) -> bool:
+        """Whether every parameter has data: none is on the meta device or lazy."""
+        return self._ready
+
+    @property
+    def live(self) -> list[Tensor]:
+        """The live tensors, or this rank's shards of them, in the order of ``names``."""
+        return local(self._live) if self._meshes else self._live
+
+    @property
+    def whole(self) -> list[Tensor]:
+        """The live tensors as the model holds them, DTensors where it is sharded."""
+        return self._live
+
+    def other_buffers(self) -> list[Tensor]:
+        """The model's buffers that are not averaged, as they are now, non-persistent ones included."""
+        averaged = set(self.names)
+        fresh = ModelTensors(self.model)
+        return local(e.tensor for e in fresh.values() if e.kind == "buffer" and e.name not in averaged)
+
+    def averaged_buffers(self) -> list[Tensor]:
+        """The model's buffers that are averaged."""
+        return local(e.tensor for e in self.tensors.values() if e.kind == "buffer" and e.name in self.names)
+
+    def places(self) -> list[Place]:
+        """Where every tensor of the model stands now."""
+        return [(e.place, e.key, e.tensor) for e in ModelTensors(self.model).values()]
+
+    def follow(self) -> bool:
+        """Notice what changed in the model; True where its tensors were replaced, retyped or moved.
+
+        Raises:
+            StructureError: tensors were added, removed or reshaped, a frozen parameter is trained now, or
+                some have no data yet. The message names them.
+        """
+        self._refuse_thawed()
+        if self._ready and not self.tensors.changed():
+            return False
+        tensors = ModelTensors(self.model, watch_buffers=self._watch_buffers)
+        waiting = tensors.unmaterialised()
+        if waiting:
+            raise StructureError(
+                f"{name_list(waiting)} have no data yet; materialise the model (to_empty() for the meta "
+                "device, one forward pass for lazy modules) before its weights are averaged"
+            )
+        self._refuse_restructured(tensors)
+        self.tensors = tensors
+        self._take_up()
+        return True
+
+    def agree(self, finite: Tensor) -> Tensor:
+        """Whether all ranks found a sample finite, of which each has seen its own shards; a collective call."""
+        verdict = finite.to(torch.uint8)
+        for mesh in self._meshes:
+            verdict = verdict.to(mesh.device_type)
+            for dim in range(mesh.ndim):
+                dist.all_reduce(verdict, dist.ReduceOp.MIN, group=mesh.get_group(dim))
+        return verdict.to(finite.device, torch.bool)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether tensors are split over ranks."""
+        return bool(self._meshes)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that the model is sharded over, none where it is not.
+
+        Raises:
+            StructureError: some tensors are spread over other ranks than others.
+        """
+        found = {tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in self._meshes}
+        if len(found) > 1:
+            raise StructureError(
+                f"tensors of the model are spread over different ranks: {', '.join(map(str, sorted(found)))}; all must "
+                "be on one device mesh"
+            )
+        return list(*found)
+
+    def _take_up(self) -> None:
+        self._live = [self.tensors[name].tensor for name in self.names]
+        # Also of what is not averaged: adapters may be plain tensors beside a frozen model that is sharded.
+        self._meshes = meshes(e.tensor for e in self.tensors.values())
+        self._ready = not self.tensors.unmaterialised()
+        self._shapes = self._describe(self.tensors)
+        self._frozen = [self.tensors[n].tensor for n in self._frozen_names]
+
+    def _choose(self, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None) -> list[str]:
+        included = self.tensors.matching(include, "include")
+        excluded = self.tensors.matching(exclude, "exclude")
+        chosen = [
+            entry.name
+            for entry in self.tensors.values()
+            if self._can_be_averaged(entry)
+            and (entry.name in included if include is not None else _is_trained(entry))
+            and entry.name not in excluded
+        ]
+        if not chosen:
+            raise OptionError(
+                "nothing to average: the model has no trainable floating-point parameter"
+                + ("" if include is None and exclude is None else " that include and exclude leave")
+            )
+        sparse = [name for name in chosen if self.tensors[name].tensor.layout != torch.strided]
+        if sparse:
+            raise StructureError(f"{name_list(sparse)} are sparse; make them dense, or name them in exclude=")
+        return chosen
+
+    def _can_be_averaged(self, entry: NamedTensor) -> bool:
+        numeric = entry.tensor.dtype.is_floating_point or entry.tensor.dtype.is_complex
+        return numeric and (entry.kind == "parameter" or self._watch_buffers)
+
+    def _refuse_thawed(self) -> None:
+        if any(tensor.requires_grad for tensor in self._frozen):
+            names = [n for n in self._frozen_names if self.tensors[n].tensor.requires_grad]
+            raise StructureError(
+                f"{name_list(names)} were frozen when the average was made and are trained now; what they were "
+                "before is not in it. Name them in include= from the start, or make a new average"
+            )
+
+    def _refuse_restructured(self, tensors: ModelTensors) -> None:
+        complaints = differences(self._shapes, self._describe(tensors))
+        if complaints:
+            raise StructureError(
+                f"the model is no longer the one that is averaged: {'; '.join(complaints)}. "
+                "Make a new average for the changed model"
+            )
+
+    def _describe(self, tensors: ModelTensors) -> dict[str, str | None]:
+        """Parameters and averaged buffers to their shapes in words, None for one that is still lazy."""
+        lazy = {name for name in tensors.unmaterialised() if not tensors[name].tensor.is_meta}
+        return {
+            e.name: None if e.name in lazy else shape_of(e.tensor)
+            for e in tensors.values()
+            if e.kind == "parameter" or e.name in self.names
+        }
+
+
+def _is_trained(entry: NamedTensor) -> bool:
+    return entry.kind == "buffer" or entry.tensor.requires_grad
+
+
+def differences(before: dict[str, str | None], now: dict[str, str | None]) -> list[str]:
+    """What differs between two models, in words, from names to shapes; a lazy tensor (None) may take any shape.
+
+    >>> differences({"a": "(2,)", "b": "(2,)"}, {"b": "(3,)"})
+    ["missing 'a'", "reshaped 'b (2,) -> (3,)'"]
+    """
+    missing = [n for n in before if n not in now]
+    added = [n for n in now if n not in before]
+    reshaped = [
+        f"{n} {before[n]} -> {now[n]}" for n in before if n in now and before[n] not in (None, now[n])
+    ]
+    return [
+        f"{what} {name_list(names)}"
+        for what, names in (("missing", missing), ("added", added), ("reshaped", reshaped))
+        if names
+    ]

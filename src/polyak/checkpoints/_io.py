@@ -1,0 +1,471 @@
+"""Files as checkpoints need them: read at offsets, and written so that they appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import io
+import mmap
+import os
+import secrets
+import shutil
+import stat
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from polyak.checkpoints._base import Location, StoredTensor, TensorInfo, byte_view
+from polyak.errors import CheckpointError, OutputExistsError, name_list
+
+__all__ = [
+    "AtomicOutput",
+    "DataFile",
+    "Observer",
+    "StridedRegion",
+    "contiguous_stride",
+    "write_all",
+    "write_file",
+    "writing",
+]
+
+# Large files pass through the page cache without staying in it, where the system knows how.
+
+# Smaller files are left in the page cache: what is chosen among, such as the blocks of a small model, is read soon.
+LEAST_PASSING_BYTES = 1 << 25
+# The page cache holds about so much of a file at a time; pieces below the second size are left to the system.
+_CHUNK_BYTES = 1 << 21
+_LEAST_PIECE_BYTES = 1 << 18
+# Linux 6.14 and later, on the file systems that have it; all others answer with one of these errors.
+_RWF_DONTCACHE = 0x80
+_UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+# A Python that was built for an older system knows no flags.
+_ERRORS = (OSError, NotImplementedError)
+
+
+def write_all(number: int, data: memoryview, offset: int, *, passing: bool = False) -> None:
+    """``os.pwrite`` until all is written: the system may take less at a time.
+
+    If ``passing``, the system begins at once to put it on the disk, and then drops it from the page cache.
+    """
+    passing = passing and len(data) >= _LEAST_PIECE_BYTES
+    done = 0
+    while done < len(data):
+        if passing:
+            done += _write_passing(number, data[done : done + _CHUNK_BYTES], offset + done)
+        else:
+            done += os.pwrite(number, data[done:], offset + done)
+
+
+def read_into(number: int, buffer: memoryview, offset: int, *, passing: bool = False) -> int:
+    """``os.preadv``; if ``passing``, what has to come from the disk does not stay in the page cache."""
+    if passing and sys.platform == "linux":
+        try:
+            return os.preadv(number, [buffer], offset, _RWF_DONTCACHE)
+        except _ERRORS as error:
+            _raise_unless_unsupported(error)
+    return os.preadv(number, [buffer], offset)
+
+
+def _raise_unless_unsupported(error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
+        raise error
+
+
+def _write_passing(number: int, data: memoryview, offset: int) -> int:
+    if sys.platform == "linux":
+        try:
+            return os.pwritev(number, [data], offset, _RWF_DONTCACHE)
+        except _ERRORS as error:
+            _raise_unless_unsupported(error)
+    written = os.pwrite(number, data, offset)
+    if hasattr(os, "posix_fadvise"):
+        # An older Linux only begins to write, so that the sync at the end finds little left to do.
+        os.posix_fadvise(number, offset, written, os.POSIX_FADV_DONTNEED)
+    return written
+
+
+# Tensors that lie as plain bytes in a file, read at their offsets with ``pread``.
+
+# Sixty-four sharded inputs have more files than a process may hold open; those read last stay open.
+_MAX_OPEN_FILES = 128
+
+
+class _Descriptor:
+    """An open file; closed when the last thread that reads from it lets go."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.number)
+
+
+def _fingerprint(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=_MAX_OPEN_FILES)
+def _descriptor(path: Path, fingerprint: tuple[int, ...]) -> _Descriptor:
+    descriptor = _Descriptor(path)
+    if _fingerprint(os.fstat(descriptor.number)) != fingerprint:
+        raise CheckpointError(
+            f"{path} changed while it was being read: open it again when its writer is done"
+        )
+    return descriptor
+
+
+class DataFile:
+    """A file read at byte offsets, from any number of threads.
+
+    If ``passing``, what has to come from the disk does not stay in the page cache.
+
+    Raises ``CheckpointError`` if the file cannot be opened, is empty, shrinks, or is replaced meanwhile.
+    """
+
+    def __init__(self, path: Path, *, passing: bool = False) -> None:
+        self.path = path
+        self._passing = passing
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"cannot read {path}: it is not a regular file")
+            self._fingerprint = _fingerprint(status)
+            _descriptor(path, self._fingerprint)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        self.size = status.st_size
+        if self.size == 0:
+            raise CheckpointError(f"{path} is empty: its writer was cut off; use another copy")
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``."""
+        done = 0
+        try:
+            descriptor = _descriptor(self.path, self._fingerprint)
+            while done < len(buffer):
+                count = read_into(descriptor.number, buffer[done:], offset + done, passing=self._passing)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{self.path} ends before byte {offset + len(buffer)}: it is truncated; use another copy"
+                    )
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """The ``nbytes`` bytes at ``offset``; asking beyond the end of the file is an error."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise CheckpointError(f"{self.path} ends before byte {offset + nbytes}: it is truncated")
+        buffer = bytearray(nbytes)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def window(self, offset: int = 0, nbytes: int | None = None) -> io.BufferedReader:
+        """A part of the file as a seekable binary stream."""
+        return io.BufferedReader(Window(self, offset, self.size - offset if nbytes is None else nbytes))
+
+    def mapped(self) -> mmap.mmap:
+        """The whole file as read-only memory; it is unmapped when the last user lets go."""
+        try:
+            descriptor = _descriptor(self.path, self._fingerprint)
+            return mmap.mmap(descriptor.number, self.size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+
+    @staticmethod
+    def release() -> None:
+        """Let go of the files held open; they are opened again where they are still needed."""
+        _descriptor.cache_clear()
+
+
+class Window(io.RawIOBase):
+    """The bytes ``[offset, offset + nbytes)`` of a file as a stream of their own."""
+
+    def __init__(self, file: DataFile, offset: int, nbytes: int) -> None:
+        if offset < 0 or nbytes < 0 or offset + nbytes > file.size:
+            raise CheckpointError(f"{file.path} ends before byte {offset + nbytes}: it is truncated")
+        self._file, self._offset, self._nbytes, self._position = file, offset, nbytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._nbytes}[whence]
+        if base + offset < 0:
+            raise OSError("seek before the beginning")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._nbytes - self._position))
+        self._file.read_into(self._offset + self._position, view[:count])
+        self._position += count
+        return count
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides, in elements.
+
+    >>> contiguous_stride((2, 3, 4))
+    (12, 4, 1)
+    """
+    stride = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        stride[axis] = stride[axis + 1] * shape[axis + 1]
+    return tuple(stride)
+
+
+class StridedRegion(StoredTensor):
+    """A dense tensor with any strides at an offset of a file.
+
+    Args:
+        file: the file.
+        offset: where element (0, …, 0) lies, in bytes.
+        info: shape and dtype.
+        stride: in elements; row-major if left out.
+        limit: the byte at which the tensor's part of the file ends.
+
+    Raises ``CheckpointError`` if the tensor would reach beyond ``limit``.
+    """
+
+    def __init__(
+        self,
+        file: DataFile,
+        offset: int,
+        info: TensorInfo,
+        stride: tuple[int, ...] | None = None,
+        *,
+        limit: int,
+    ) -> None:
+        self.info = info
+        self._file, self._offset = file, offset
+        row_major = contiguous_stride(info.shape)
+        self._stride = row_major if stride is None else stride
+        self._contiguous = all(
+            ours == wanted
+            for ours, wanted, size in zip(self._stride, row_major, info.shape, strict=True)
+            if size > 1
+        )
+        self._check(limit)
+
+    def _check(self, limit: int) -> None:
+        if any(size < 0 for size in self.info.shape) or any(step < 0 for step in self._stride):
+            raise CheckpointError(f"{self._file.path} is corrupt: a tensor of shape {list(self.info.shape)}")
+        if self.info.numel == 0:
+            return
+        last = sum((size - 1) * step for size, step in zip(self.info.shape, self._stride, strict=True))
+        end = self._offset + (last + 1) * self.info.dtype.itemsize
+        # A tensor expanded by zero strides could claim any size; real ones are no larger than their file.
+        if self._offset < 0 or end > min(limit, self._file.size) or self.info.nbytes > self._file.size:
+            raise CheckpointError(
+                f"{self._file.path} is truncated or corrupt: a tensor of shape {list(self.info.shape)} "
+                f"reaches beyond its data"
+            )
+
+    @property
+    def location(self) -> Location | None:
+        return Location(self._file.path, self._offset) if self._contiguous else None
+
+    def read_into(self, start: int, out: Tensor) -> None:
+        if self._contiguous:
+            self._file.read_into(self._offset + start * out.element_size(), byte_view(out))
+        elif out.numel():
+            self._gather(start, byte_view(out))
+
+    def _gather(self, start: int, buffer: memoryview) -> None:
+        width = self.info.dtype.itemsize
+        # Elements are moved as opaque bytes: NumPy's flat iterator walks any strides without a copy of the rest.
+        view = np.ndarray(
+            self.info.shape,
+            dtype=f"V{width}",
+            buffer=self._file.mapped(),
+            offset=self._offset,
+            strides=tuple(step * width for step in self._stride),
+        )
+        count = len(buffer) // width
+        buffer[:] = memoryview(view.flat[start : start + count].tobytes())
+
+
+# Outputs that appear whole or not at all.
+
+# What the writers put into folders. A folder with anything else in it is somebody's, and is not replaced.
+_OURS = ("*.safetensors", "*.bin", "*.index.json", "*.distcp", ".metadata", "polyak.json")
+
+
+# Called with the offset and the bytes of what was written.
+Observer = Callable[[int, memoryview], object]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of the file system into one that names the output."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OutputExistsError):
+            raise
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"cannot write {path}: {reason}; nothing was changed there") from error
+
+
+class OutputFile:
+    """A new file of known size, written at offsets from any number of threads."""
+
+    def __init__(self, path: Path, output: Path, nbytes: int, observe: Observer | None = None) -> None:
+        self.path = path
+        self._output = output
+        self._observe = observe
+        self._is_large = nbytes >= LEAST_PASSING_BYTES
+        with writing(output):
+            # A full disk shows here, before hours of work, rather than at the last tensor.
+            if shutil.disk_usage(path.parent).free < nbytes:
+                raise OSError(errno.ENOSPC, f"{nbytes:,} bytes are needed and the disk has less")
+            self._number: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                os.truncate(self._number, nbytes)
+            except BaseException:
+                self.close()
+                raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of ``data`` at ``offset``."""
+        assert self._number is not None, "the file is closed"
+        with writing(self._output):
+            write_all(self._number, data, offset, passing=self._is_large)
+        if self._observe is not None:
+            self._observe(offset, data)
+
+    def close(self) -> None:
+        """Close it; more than once is harmless."""
+        if self._number is not None:
+            os.close(self._number)
+            self._number = None
+
+
+class AtomicOutput:
+    """A file or folder under construction; making one writes nothing, and finds what could not be written.
+
+    Raises ``OutputExistsError`` if the output is there and ``overwrite`` is False, or if it is a folder with
+    files that no writer of this package made; ``CheckpointError`` if there is no folder to write into, or it may not
+    be written to.
+    """
+
+    def __init__(self, path: Path, overwrite: bool) -> None:
+        self.path = path
+        self.temporary = path.parent / f".polyak-{secrets.token_hex(6)}.tmp"
+        self._overwrite = overwrite
+        if not path.parent.is_dir():
+            raise CheckpointError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+        if not os.access(path.parent, os.W_OK):
+            raise CheckpointError(f"cannot write {path}: {path.parent} may not be written to")
+        self._refuse_existing()
+
+    def _refuse_existing(self) -> None:
+        if not os.path.lexists(self.path):
+            return
+        if not self._overwrite:
+            raise OutputExistsError(
+                f"{self.path} exists already: name another output, or pass overwrite=True (--force on the command line)"
+            )
+        if self.path.is_dir():
+            if self.path.is_symlink():
+                raise OutputExistsError(f"{self.path} is a link to a folder: name the folder itself")
+            foreign = [item.name for item in self.path.iterdir() if not _is_ours(item)]
+            if foreign:
+                raise OutputExistsError(
+                    f"{self.path} is a folder that also holds {name_list(sorted(foreign))}, which would be lost: "
+                    f"name a new folder"
+                )
+
+    def create_file(self, nbytes: int, observe: Observer | None = None) -> OutputFile:
+        """The temporary file, at its full size."""
+        try:
+            return OutputFile(self.temporary, self.path, nbytes, observe)
+        except BaseException:
+            self.abort()
+            raise
+
+    def create_folder(self) -> Path:
+        """The temporary folder."""
+        with writing(self.path):
+            self.temporary.mkdir()
+        return self.temporary
+
+    def commit(self) -> None:
+        """Sync and rename: from here on the output is there, whole."""
+        with writing(self.path):
+            _sync_tree(self.temporary)
+            self._refuse_existing()
+            self._rename()
+            _sync(self.path.parent)
+
+    def _rename(self) -> None:
+        if not self.path.is_dir():
+            os.replace(self.temporary, self.path)
+            return
+        # No rename replaces a folder that has files in it.
+        aside = self.temporary.with_suffix(".old")
+        os.rename(self.path, aside)
+        try:
+            os.rename(self.temporary, self.path)
+        except BaseException:
+            os.rename(aside, self.path)
+            raise
+        shutil.rmtree(aside)
+
+    def abort(self) -> None:
+        """Remove the temporary; more than once is harmless, and so is doing it after ``commit``."""
+        if self.temporary.is_dir():
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                self.temporary.unlink()
+
+
+def write_file(path: Path, content: bytes, *, overwrite: bool) -> None:
+    """Write a small file, whole or not at all.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``overwrite`` is False.
+        CheckpointError: it cannot be written.
+    """
+    output = AtomicOutput(path, overwrite=overwrite)
+    try:
+        file = output.create_file(len(content))
+        try:
+            file.write(0, memoryview(content))
+        finally:
+            file.close()
+        output.commit()
+    finally:
+        output.abort()
+
+
+def _is_ours(item: Path) -> bool:
+    return item.is_file() and any(fnmatch(item.name, pattern) for pattern in _OURS)
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_dir():
+        for item in path.iterdir():
+            _sync_tree(item)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,315 @@
+"""What every format's writer does: take slices of tensors whose layout is known, alone or shared out over ranks."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from polyak._distributed import Team
+from polyak.checkpoints._base import Location, TensorInfo, byte_view
+from polyak.checkpoints._io import AtomicOutput, Observer, write_all, writing
+from polyak.errors import CheckpointError, OptionError, StructureError
+
+__all__ = [
+    "SIDECAR",
+    "Layout",
+    "SpooledWriter",
+    "Writer",
+    "on_host",
+    "read_sidecar",
+    "sidecar_text",
+    "written_together",
+]
+
+# What every format's writer does: take slices of tensors whose layout is known beforehand, then commit or
+# abort.
+
+# Formats with no place for metadata and ties carry them in a file of this name.
+SIDECAR = "polyak.json"
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What will be written, known before the first value is.
+
+    Args:
+        tensors: name to shape and dtype, each tied tensor under one name only.
+        ties: further name to the name in ``tensors`` that holds its values.
+        metadata: free text entries.
+
+    Raises ``StructureError`` if a tie leads nowhere, ``OptionError`` if metadata is not text.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for tied, name in self.ties.items():
+            if name not in self.tensors or tied in self.tensors:
+                raise StructureError(
+                    f"{tied!r} cannot be tied to {name!r}: one must be written and the other not"
+                )
+        if not all(isinstance(text, str) for entry in self.metadata.items() for text in entry):
+            raise OptionError("metadata must map text to text: convert numbers with str()")
+
+    def check_slice(self, name: str, start: int, values: Tensor) -> None:
+        """Raise ``StructureError`` unless ``values`` is a 1-D contiguous part of the tensor in its dtype."""
+        info = self.tensors.get(name)
+        fits = (
+            info is not None
+            and values.dtype == info.dtype
+            and values.ndim == 1
+            and values.is_contiguous()
+            and 0 <= start <= start + values.numel() <= info.numel
+        )
+        if not fits:
+            raise StructureError(
+                f"{tuple(values.shape)} values of {values.dtype} at element {start} are no part of {name!r}, "
+                f"which was laid out as {info}"
+            )
+
+
+class Writer(ABC):
+    """A checkpoint being written. As a context manager it commits at the end, and aborts on any exception.
+
+    ``write`` may be called from several threads for different slices. Every element must be written once.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Put the 1-D ``values`` at elements ``[start, start + values.numel())`` of the flattened tensor.
+
+        Raises ``StructureError`` if they are no part of it, ``CheckpointError`` if the disk does not take them.
+        """
+        self.layout.check_slice(name, start, values)
+        self._write(name, start, values)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write whole tensors, of any device; those that the layout has by these names."""
+        for name in self.layout.tensors:
+            self.write(name, 0, on_host(tensors[name]))
+
+    @abstractmethod
+    def _write(self, name: str, start: int, values: Tensor) -> None:
+        """The same for a slice that fits."""
+
+    @abstractmethod
+    def location(self, name: str) -> Location | None:
+        """Where the tensor's bytes go (in the temporary file), or None where only ``write`` can tell."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Sync, and give the output its name."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Leave nothing behind."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self.abort()
+
+
+class SpooledWriter(Writer):
+    """For formats that are written in one go: slices wait in an unnamed file on the same disk, not in memory.
+
+    A subclass says how to ``save`` the tensors, which are then views of that file.
+    """
+
+    def __init__(self, path: Path, layout: Layout, overwrite: bool = False) -> None:
+        super().__init__(layout)
+        self._output = AtomicOutput(path, overwrite)
+        self._offsets: dict[str, int] = {}
+        position = 0
+        for name, info in layout.tensors.items():
+            self._offsets[name] = position
+            position += info.nbytes + (-info.nbytes % _ALIGNMENT)
+        with writing(path):
+            self._spool = tempfile.TemporaryFile(dir=path.parent, buffering=0)  # noqa: SIM115 (closed in abort)
+            try:
+                self._spool.truncate(max(position, 1))
+            except BaseException:
+                self._spool.close()
+                raise
+
+    def _write(self, name: str, start: int, values: Tensor) -> None:
+        offset = self._offsets[name] + start * values.element_size()
+        with writing(self._output.path):
+            write_all(self._spool.fileno(), byte_view(values), offset)
+
+    def location(self, name: str) -> None:
+        return None
+
+    def commit(self) -> None:
+        with writing(self._output.path):
+            self._save(self._spooled(), self._output.temporary)
+        self._output.commit()
+
+    def abort(self) -> None:
+        self._spool.close()
+        self._output.abort()
+
+    @abstractmethod
+    def _save(self, tensors: dict[str, Tensor], target: Path) -> None:
+        """Write all ``tensors``, ties included as the same object, to the file or folder ``target``."""
+
+    def _spooled(self) -> dict[str, Tensor]:
+        memory = mmap.mmap(self._spool.fileno(), 0)
+        tensors = {}
+        for name, info in self.layout.tensors.items():
+            # A storage of its own for each: torch saves whole storages, whatever part a tensor shows.
+            flat = (
+                torch.frombuffer(memory, dtype=info.dtype, count=info.numel, offset=self._offsets[name])
+                if info.numel
+                else torch.empty(0, dtype=info.dtype)
+            )
+            tensors[name] = flat.view(info.shape)
+        return tensors | {tied: tensors[name] for tied, name in self.layout.ties.items()}
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The values of a tensor of any device, as 1-D contiguous memory of the host."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
+
+
+def sidecar_text(layout: Layout, **more: Mapping[str, str]) -> str:
+    """Metadata and ties as JSON, with anything ``more`` that a format must remember."""
+    return json.dumps({"metadata": dict(layout.metadata), "ties": dict(layout.ties), **more}, indent=1)
+
+
+def read_sidecar(path: Path, text: bytes) -> dict[str, dict[str, str]]:
+    """The sections of a sidecar. Raises ``CheckpointError`` unless each maps text to text."""
+    try:
+        sections = json.loads(text)
+        maps = [entry for section in sections.values() for entry in section.items()]
+        if all(isinstance(word, str) for entry in maps for word in entry):
+            return {section: sections.get(section, {}) for section in ("metadata", "ties", "dtypes")}
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise CheckpointError(f"{path}: its {SIDECAR} is damaged; use another copy")
+
+
+# One file that several ranks write, each its own slices.
+
+
+@contextmanager
+def written_together(
+    team: Team,
+    output: Path,
+    layout: Layout,
+    create: Callable[[Observer | None], Writer],
+    observe: Observer | None = None,
+) -> Iterator[Writer]:
+    """A writer on each rank; the first rank lays the file out, and commits it when all have written and synced.
+
+    The body holds no collective call. If it fails on one rank, it fails on all and nothing is left behind.
+
+    Args:
+        team: the ranks, whose folder of ``output`` must be the same.
+        output: the file.
+        layout: what is written, the same on all ranks.
+        create: makes the whole file's writer, with ``observe``; called on the first rank.
+        observe: called with the offset and the bytes of all that this rank writes.
+
+    Raises:
+        OptionError: a format whose bytes have no place before all are known, for more ranks than one.
+        PolyakError: on the ranks that did not fail, or if one was lost.
+    """
+    whole: Writer | None = None
+    locations: dict[str, Location] = {}
+    try:
+        with team.all_or_none(f"laying out {output}"):
+            if team.is_first:
+                whole = create(observe)
+                if team.size > 1:
+                    locations = _locations(whole, output)
+        locations = team.first(lambda: locations)
+        with team.all_or_none(f"writing {output}"):
+            if whole is not None:
+                yield whole
+            else:
+                with _PartWriter(layout, locations, output, observe) as part:
+                    yield part
+        with team.all_or_none(f"committing {output}"):
+            if whole is not None:
+                whole.commit()
+    finally:
+        if whole is not None:
+            whole.abort()
+
+
+def _locations(writer: Writer, output: Path) -> dict[str, Location]:
+    found = {name: writer.location(name) for name in writer.layout.tensors}
+    known = {name: location for name, location in found.items() if location is not None}
+    if len(known) < len(found):
+        raise OptionError(
+            f"{output} is of a format that only one process can write: write .safetensors, which several can"
+        )
+    return known
+
+
+class _PartWriter(Writer):
+    """Writes into files that another rank has laid out."""
+
+    def __init__(
+        self, layout: Layout, locations: Mapping[str, Location], output: Path, observe: Observer | None
+    ) -> None:
+        super().__init__(layout)
+        self._locations, self._output, self._observe = locations, output, observe
+        self._numbers: dict[Path, int] = {}
+        for path in {location.path for location in locations.values()}:
+            try:
+                self._numbers[path] = os.open(path, os.O_WRONLY)
+            except OSError as error:
+                self.abort()
+                raise CheckpointError(
+                    f"{path}, which the first rank has made, cannot be opened on another ({error.strerror}): all ranks "
+                    "must share the folder of the output"
+                ) from error
+
+    def _write(self, name: str, start: int, values: Tensor) -> None:
+        path, begin = self._locations[name]
+        data, offset = byte_view(values), begin + start * values.element_size()
+        with writing(self._output):
+            write_all(self._numbers[path], data, offset, passing=True)
+        if self._observe is not None:
+            self._observe(offset, data)
+
+    def location(self, name: str) -> Location:
+        return self._locations[name]
+
+    def commit(self) -> None:
+        """Sync what this rank has written; the file gets its name from the rank that laid it out."""
+        with writing(self._output):
+            for number in self._numbers.values():
+                os.fsync(number)
+        self.abort()
+
+    def abort(self) -> None:
+        """Close the files; removing them is up to the rank that laid them out."""
+        while self._numbers:
+            os.close(self._numbers.popitem()[1])

@@ -1,0 +1,266 @@
+"""``polyak average``, of checkpoints and of recordings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polyak.cli._inputs import expanded
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from polyak.combine import AverageReport, Plan, Progress
+    from polyak.trajectory import Explanation
+
+# ``polyak average`` on a recorded run: the same question, answered from its blocks.
+
+
+def average_recording(
+    folder: Path, output: Path, profile: str, *, max_memory: str, dry_run: bool, force: bool, as_json: bool
+) -> None:
+    """Write the average of a recorded run under ``profile``, and say how well its blocks give it.
+
+    Raises as :meth:`polyak.Trajectory.write`.
+    """
+    from polyak import Trajectory
+
+    trajectory = Trajectory(folder)
+    explanation = trajectory.explain(profile)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if not dry_run:
+            trajectory.write(profile, output, overwrite=force, max_memory=max_memory)
+    notes = [*explanation.warnings, *(str(warning.message) for warning in caught)]
+    if as_json:
+        typer.echo(json.dumps(_as_dict(explanation, notes, folder, output, dry_run), indent=2))
+        return
+    typer.echo(str(explanation))
+    for note in notes[len(explanation.warnings) :]:
+        typer.echo(f"warning: {note}")
+    typer.echo(f"{'would write' if dry_run else 'wrote'} {output}")
+
+
+def _as_dict(
+    explanation: Explanation, notes: list[str], folder: Path, output: Path, dry_run: bool
+) -> dict[str, object]:
+    return {
+        "input": str(folder),
+        "output": str(output),
+        "profile": str(explanation.profile),
+        "blocks": [str(block) for block in explanation.blocks],
+        "coefficients": explanation.coefficients.tolist(),
+        "misplaced_weight": explanation.misplaced_weight,
+        "effective_samples": explanation.effective_samples,
+        "warnings": notes,
+        "dry_run": dry_run,
+    }
+
+
+# ``polyak average``: any checkpoints in, one average out.
+
+
+def average(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Checkpoints (files or folders), folders of them, patterns; or a recorded run."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="What to write; its suffix says the format.")
+    ],
+    profile: Annotated[
+        str | None, typer.Option(help="How much each step counts: tail:0.4, ema:half_life=2000, ...")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="How much each input counts, in the order given: 1,2,3")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the output: fp32, bf16, fp16, ...; by default the inputs'.")
+    ] = None,
+    max_memory: Annotated[
+        str, typer.Option(help="The most memory, whatever the sizes of models and tensors.")
+    ] = "256MB",
+    key: Annotated[
+        str | None, typer.Option(help="Nested key of the weights; by default the best known.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the headers, say what would be done, and stop.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
+    hashes: Annotated[bool, typer.Option("--hash", help="Note the SHA-256 of the inputs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+) -> None:
+    """Average checkpoints of any tool, format and size, in little memory.
+
+    \b
+    polyak average a.pt b.safetensors hf_folder/ -o average.safetensors
+    polyak average run/ -o average.pt                        all checkpoints in a folder
+    polyak average 'run/step-*.pt' -o average.pt --profile tail:0.4
+    polyak average run/ -o average.pt --profile ema:half_life=2000
+    polyak average a.pt b.pt -o average.pt --weights 3,1     three parts a, one part b
+    polyak average run/ -o average.pt --dry-run              what would be read, written, averaged
+    polyak average run/ -o average.safetensors --dtype bf16 --max-memory 1GB
+    polyak average timm/*.pth.tar -o average.pt --key state_dict_ema
+    torchrun --nproc-per-node 4 -m polyak average run/ -o average.safetensors
+    polyak average recording/ -o average.safetensors --profile tail:0.4     what a polyak.Recorder wrote
+
+    A profile takes the inputs in the order of their training steps. The output says what it was made of, and
+    appears whole or not at all. BatchNorm statistics of an average must be computed anew: polyak.update_bn.
+    """
+    from polyak.checkpoints._formats import is_recording
+    from polyak.combine import plan_average
+
+    paths = expanded(inputs, "--profile")
+    if len(paths) == 1 and is_recording(paths[0]):
+        _refuse(paths[0], {"--weights": weights, "--key": key, "--dtype": dtype, "--hash": hashes or None})
+        if _is_first_process():  # blocks are few: one process is enough
+            average_recording(
+                paths[0],
+                output,
+                profile or "uniform",
+                max_memory=max_memory,
+                dry_run=dry_run,
+                force=force,
+                as_json=as_json,
+            )
+        return
+    plan = plan_average(
+        paths,
+        output,
+        weights=None if weights is None else _numbers(weights),
+        profile=profile,
+        dtype=dtype,
+        max_memory=max_memory,
+        key=key,
+        overwrite=force,
+        hashes=hashes,
+    )
+    started = time.monotonic()
+    report = plan.report() if dry_run else _run(plan)
+    if not _is_first_process():
+        return
+    if as_json:
+        typer.echo(json.dumps(report.to_dict() | {"dry_run": dry_run}, indent=2))
+    else:
+        _show(report, None if dry_run else time.monotonic() - started)
+
+
+def _refuse(recording: Path, options: dict[str, object]) -> None:
+    from polyak.errors import OptionError
+
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise OptionError(
+            f"{recording} is a recorded run, which takes no {', '.join(given)}: say --profile, such as tail:0.4"
+        )
+
+
+def _numbers(weights: str) -> list[float]:
+    from polyak.errors import OptionError
+
+    try:
+        return [float(number) for number in weights.split(",")]
+    except ValueError:
+        raise OptionError(f"--weights takes numbers between commas, such as 1,2,3; got {weights!r}") from None
+
+
+def _run(plan: Plan) -> AverageReport:
+    from polyak.combine._offline import launched_on_ranks, process_group, run_on_ranks
+
+    with _ended_cleanly(), _progress() as progress:
+        if not launched_on_ranks():
+            return plan.run(progress)
+        with process_group():
+            return run_on_ranks(plan, progress)
+
+
+def _is_first_process() -> bool:
+    from polyak.combine._offline import launched_on_ranks
+
+    return not launched_on_ranks() or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def _ended_cleanly() -> Iterator[None]:
+    """Let SIGTERM, as launchers and schedulers send it, remove the temporary file like an interrupt does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on stderr with bytes per second, where there is a terminal to show it."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    columns = (
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    is_hidden = not console.is_terminal or not _is_first_process()
+    with progress.Progress(*columns, console=console, transient=True, disable=is_hidden) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _show(report: AverageReport, seconds: float | None) -> None:
+    from rich.console import Console
+
+    from polyak.inspection._views import printable
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(_inputs(report))
+    for line in (*report.notes, *_tensors(report), _bytes(report, seconds)):
+        console.print(printable(line), soft_wrap=True)
+
+
+def _inputs(report: AverageReport) -> Table:
+    from polyak.inspection._views import printable, table
+
+    rows = table("input", "#step", "#coefficient")
+    steps = report.steps or [None] * len(report.inputs)
+    for name, step, coefficient in zip(report.inputs, steps, report.coefficients, strict=True):
+        rows.add_row(printable(name), "-" if step is None else f"{step:,}", f"{coefficient:.6g}")
+    return rows
+
+
+def _tensors(report: AverageReport) -> Iterator[str]:
+    from polyak.errors import name_list
+    from polyak.inspection._views import counted
+
+    yield f"{counted(len(report.averaged), 'tensor')} averaged"
+    if report.copied:
+        yield f"{len(report.copied)} copied from the last input: {name_list([*report.copied])}"
+    if report.differing:
+        yield f"of these the inputs differ in {name_list([*report.differing])}"
+    if report.ignored:
+        yield f"ignored, as no weights: {name_list([*report.ignored])}"
+
+
+def _bytes(report: AverageReport, seconds: float | None) -> str:
+    from rich.filesize import decimal
+
+    read, written, memory = map(decimal, (report.bytes_read, report.bytes_written, report.memory_bytes))
+    if seconds is None:
+        return f"would read {read} and write {written} in at most {memory} of memory: {report.output}"
+    speed = decimal(int((report.bytes_read + report.bytes_written) / max(seconds, 1e-3)))
+    return f"{report.output}: {read} read and {written} written in {seconds:.1f} s ({speed}/s)"

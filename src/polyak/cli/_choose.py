@@ -1,0 +1,255 @@
+"""``polyak select`` and ``polyak report``: what they share, and the two commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from polyak.cli._inputs import expanded, imported
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from polyak.landscape import PathScores
+    from polyak.selection import Selection
+    from polyak.trajectory import Trajectory
+
+# What the commands that score a run have in common: its options, and how they are carried out.
+
+
+class Mode(StrEnum):
+    """Which scores are better."""
+
+    min = "min"
+    max = "max"
+
+
+ModeOption = Annotated[Mode, typer.Option(help="Whether lower or higher scores are better.")]
+ProfilesOption = Annotated[
+    list[str] | None,
+    typer.Option(help="What to try: 'tail:0.4 decay:sqrt:0.4'; may be repeated. By default a grid."),
+]
+RecalibrateOption = Annotated[
+    str | None,
+    typer.Option(help="package.module:function that returns batches for BatchNorm statistics."),
+]
+HoldoutOption = Annotated[str | None, typer.Option(help="Like --score, on data that nothing is chosen on.")]
+KeyOption = Annotated[
+    str | None, typer.Option(help="Nested key of the checkpoints' weights; by default the best known.")
+]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked of a run, as it stands on the command line."""
+
+    model: str
+    score: str
+    mode: Mode = Mode.min
+    profiles: list[str] | None = None
+    recalibrate: str | None = None
+    holdout: str | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The user's model, with the run's live weights, how it is scored, and what was chosen."""
+
+    network: nn.Module
+    score: Any
+    batches: Any
+    choice: Selection
+
+
+def answered(trajectory: Trajectory, questions: Questions) -> Answers:
+    """Import what the user names, build the model, and choose."""
+    import polyak
+    from polyak._evaluate import apply_weights
+
+    build, score = imported("--model", questions.model), imported("--score", questions.score)
+    holdout = None if questions.holdout is None else imported("--holdout", questions.holdout)
+    recalibrate = questions.recalibrate
+    batches = None if recalibrate is None else imported("--recalibrate", recalibrate)()
+    network = _built(questions.model, build)
+    apply_weights(network, trajectory.live())
+    choice = polyak.select(
+        trajectory,
+        network,
+        score=score,
+        mode=questions.mode.value,
+        profiles=None if questions.profiles is None else " ".join(questions.profiles).split(),
+        recalibrate=batches,
+        holdout=holdout,
+        progress=sys.stderr.isatty(),
+    )
+    return Answers(network, score, batches, choice)
+
+
+def opened(paths: list[Path], key: str | None) -> Trajectory:
+    """A recorded trajectory, or checkpoints as one."""
+    from polyak import Trajectory
+    from polyak.combine._inputs import open_inputs
+    from polyak.errors import OptionError
+    from polyak.trajectory._blocks import Manifest
+
+    if Manifest.exists(paths[0]):
+        if len(paths) > 1 or key is not None:
+            raise OptionError(f"{paths[0]} is a recorded trajectory: give it alone, and no --key")
+        return Trajectory(paths[0])
+    recording = next((path.parent for path in paths if path.is_file() and Manifest.exists(path.parent)), None)
+    if recording is not None:
+        raise OptionError(
+            f"{paths[0]} is a part of the recorded trajectory {recording}: give {recording} alone"
+        )
+    return Trajectory.from_checkpoints([each.path for each in open_inputs(paths, key)], key=key)
+
+
+def _built(text: str, build: Any) -> Any:
+    from torch import nn
+
+    from polyak.errors import OptionError
+
+    network = build()
+    if not isinstance(network, nn.Module):
+        raise OptionError(
+            f"--model {text} must return a torch.nn.Module, it returned a {type(network).__name__}"
+        )
+    return network
+
+
+# ``polyak select``: score the averages of a run, say which is best, write it.
+
+
+def select(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="A recorded trajectory, or checkpoints, folders of them, and patterns."),
+    ],
+    model: Annotated[str, typer.Option(help="package.module:function that builds the model.")],
+    score: Annotated[
+        str, typer.Option(help="package.module:function that takes the model; see below what it returns.")
+    ],
+    mode: ModeOption = Mode.min,
+    profiles: ProfilesOption = None,
+    recalibrate: RecalibrateOption = None,
+    holdout: HoldoutOption = None,
+    key: KeyOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the model with the best weights here.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every candidate as JSON.")] = False,
+) -> None:
+    """Choose an average after training: score many, and the live weights, on your own data.
+
+    \b
+    polyak select run/ --model my.model:build --score my.data:validation_losses
+    polyak select 'ckpts/step-*.pt' --model my.model:build --score my.data:accuracy --mode max
+    polyak select ckpts/ --model my.model:build --score my.data:losses -o best.safetensors
+    polyak select ckpts/ --model my.model:build --score my.data:losses --profiles 'tail:0.2 tail:0.4'
+    polyak select ckpts/ --model my.model:build --score my.data:losses --recalibrate my.data:loader
+
+    The score function gets the model in evaluation mode and returns a number, or a tensor with one loss per
+    example: then every difference to the live weights comes with a paired interval. The live weights are the
+    newest checkpoint, or those that the recorder kept. Modules are looked for in the working directory too,
+    and run: this command executes your code, never code in a checkpoint.
+    """
+    from polyak.checkpoints._formats import format_for
+    from polyak.checkpoints._io import AtomicOutput
+
+    if output is not None:
+        format_for(output, None)
+        AtomicOutput(output, overwrite=force)  # refused before anything is scored
+    questions = Questions(model, score, mode, profiles, recalibrate, holdout)
+    choice = answered(opened(expanded(inputs, "--profiles"), key), questions).choice
+    if output is not None:
+        choice.write(output, overwrite=force)
+    if as_json:
+        written = None if output is None else str(output)
+        typer.echo(json.dumps(choice.to_dict() | {"output": written}, indent=2))
+    else:
+        typer.echo(str(choice) if output is None else f"{choice}\nWritten: {output}")
+
+
+# ``polyak report``: one page about a run.
+
+# Every point costs an evaluation; from half the way before the live weights to as far beyond the average.
+_POSITIONS = tuple(step / 8 for step in range(-4, 13))
+
+
+def report(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="A recorded trajectory, or checkpoints, folders of them, and patterns."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write, ending in .html.")],
+    model: Annotated[
+        str | None, typer.Option(help="package.module:function that builds the model; needs --score.")
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option(help="package.module:function that scores it, as for polyak select.")
+    ] = None,
+    mode: Annotated[
+        Mode | None, typer.Option(help="Whether lower or higher scores are better; lower by default.")
+    ] = None,
+    profiles: ProfilesOption = None,
+    recalibrate: RecalibrateOption = None,
+    holdout: HoldoutOption = None,
+    key: KeyOption = None,
+    title: Annotated[str | None, typer.Option(help="The heading; by default the folder's name.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a page that is there.")] = False,
+) -> None:
+    """Write one self-contained page about a run: metrics, movement, profiles, and which average is best.
+
+    \b
+    polyak report run/ -o report.html
+    polyak report 'ckpts/step-*.pt' -o report.html
+    polyak report run/ -o report.html --model my.model:build --score my.data:losses
+    polyak report run/ -o report.html --model my.model:build --score my.data:losses \\
+        --recalibrate my.data:loader --holdout my.data:test_losses
+
+    With a model and a score it also chooses, as polyak select does, and looks along the line from the live weights
+    to the best average. The page needs no network and holds no scripts.
+    """
+    from polyak.errors import OptionError
+    from polyak.report._page import refuse_output, write_report
+
+    if (model is None) != (score is None):
+        raise OptionError("--model and --score belong together: give both, or neither")
+    if model is None and (mode or profiles or recalibrate or holdout):
+        raise OptionError(
+            "--mode, --profiles, --recalibrate and --holdout are about scores: give --model and --score"
+        )
+    refuse_output(output, overwrite=force)
+    trajectory = opened(expanded(inputs, "--profiles"), key)
+    selection = line = None
+    if model is not None and score is not None:
+        answers = answered(
+            trajectory, Questions(model, score, mode or Mode.min, profiles, recalibrate, holdout)
+        )
+        selection, line = answers.choice, _line(trajectory, answers)
+    write_report(trajectory, output, selection=selection, line=line, title=title, overwrite=force)
+    typer.echo(f"Written: {output}" if selection is None else f"{selection.verdict}\nWritten: {output}")
+
+
+def _line(trajectory: Trajectory, answers: Answers) -> PathScores:
+    from polyak import landscape
+    from polyak.selection._result import shortened
+
+    best = answers.choice.best_average.profile
+    assert best is not None, "an average has a profile"
+    return landscape.path(
+        answers.network,
+        {"live": trajectory.live(), shortened(str(best)): trajectory.average(best)},
+        answers.score,
+        mode=answers.choice.mode,
+        positions=_POSITIONS,
+        recalibrate=answers.batches,
+        progress=sys.stderr.isatty(),
+    )

@@ -1,0 +1,411 @@
+"""The inputs of an average: opened, of one layout, in step order, each with the steps it stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from polyak import checkpoints
+from polyak._version import __version__
+from polyak.checkpoints import Checkpoint, Layout, TensorInfo
+from polyak.checkpoints._formats import (
+    checkpoint_paths,
+    is_checkpoint_folder,
+    is_recording,
+    natural_order,
+    recognise,
+)
+from polyak.combine._running import is_averaged
+from polyak.errors import CheckpointError, OptionError, StructureError, name_list
+from polyak.profiles import Profile
+
+__all__ = [
+    "Span",
+    "coefficients",
+    "common_layout",
+    "in_step_order",
+    "input_names",
+    "known_steps",
+    "open_inputs",
+    "provenance",
+    "refuse_partly_known",
+    "spans_of_steps",
+]
+
+# From a profile to coefficients: which steps each block or checkpoint stands for, and the weight they
+# carry.
+
+
+@dataclass(frozen=True)
+class Span:
+    """The optimizer steps ``(start, stop]``, and how many samples were taken in them."""
+
+    start: int
+    stop: int
+    count: int = 1
+
+
+def spans_of_steps(steps: Sequence[int]) -> list[Span]:
+    """What checkpoints saved at ``steps`` stand for: all steps since the checkpoint before.
+
+    The first takes the length of the next gap, or all steps up to its own if it is the only one.
+
+    Raises ``OptionError`` unless the steps rise from 0 or later.
+
+    >>> spans_of_steps([1000, 1500])
+    [Span(start=500, stop=1000, count=1), Span(start=1000, stop=1500, count=1)]
+    """
+    if not all(before < after for before, after in zip([-1, *steps], steps, strict=False)):
+        raise OptionError(f"checkpoints must be of different steps, oldest first, got {list(steps)}")
+    first_gap = steps[1] - steps[0] if len(steps) > 1 else steps[0]
+    starts = [max(0, steps[0] - first_gap), *steps[:-1]]
+    return [Span(start, stop) for start, stop in zip(starts, steps, strict=True)]
+
+
+def coefficients(profile: Profile, spans: Sequence[Span]) -> list[float]:
+    """The coefficient of each span: a_k = F(stop_k) - F(start_k), divided by their sum.
+
+    F is the profile's ``cumulative`` over optimizer steps, over samples, or over spans, as its unit says. Steps
+    that no span covers, as before the first of a run's last checkpoints, give their weight to all the others in
+    proportion.
+
+    Args:
+        profile: any profile.
+        spans: disjoint, in step order.
+
+    Returns:
+        One number per span; they sum to 1.
+
+    Raises ``OptionError`` if the profile does not fit the run, or has no weight on any span.
+
+    >>> import polyak
+    >>> spans = spans_of_steps([1000, 1500, 2500])
+    >>> coefficients(polyak.Uniform(), spans[1:]), coefficients(polyak.Tail(steps=1500), spans)
+    ([0.5, 0.5], [0.0, 0.333..., 0.666...])
+    """
+    if profile.unit == "steps":
+        starts, stops = [span.start for span in spans], [span.stop for span in spans]
+    else:
+        lengths = [span.count if profile.unit == "samples" else 1 for span in spans]
+        stops = np.cumsum(lengths)
+        starts = stops - lengths
+    total = stops[-1]
+    weights = profile.cumulative(stops, total) - profile.cumulative(starts, total)
+    if not profile.signed:
+        # A flat stretch of F may fall by a rounding error, which must not put the average outside the hull.
+        weights = np.maximum(weights, 0.0)
+    if weights.sum() == 0:
+        raise OptionError(
+            f"{profile} has no weight on any of the steps there are, {spans[0].start} to {spans[-1].stop}"
+        )
+    return (weights / weights.sum()).tolist()
+
+
+# What an averaged checkpoint says about where it comes from.
+
+# The one entry of the output's metadata that is ours: JSON.
+METADATA_KEY = "polyak"
+
+
+def provenance(
+    inputs: Sequence[Checkpoint],
+    coefficients: Sequence[float],
+    profile: str | None,
+    steps: Sequence[int] | None,
+    *,
+    hashes: bool = False,
+) -> dict[str, str]:
+    """Metadata for the average of ``inputs``: what all of them say alike, and one JSON entry about the average.
+
+    Args:
+        inputs: the checkpoints, in the order of their coefficients.
+        coefficients: one for each.
+        profile: the profile as text, None if weights were given.
+        steps: the training step of each, if known.
+        hashes: add the SHA-256 of every input file, which takes reading them once more.
+    """
+    record: dict[str, object] = {
+        "version": __version__,
+        "inputs": input_names(inputs),
+        "coefficients": list(coefficients),
+        "profile": profile,
+        "steps": None if steps is None else list(steps),
+    }
+    if hashes:
+        record["sha256"] = {
+            file.relative_to(checkpoint.path.parent).as_posix(): _sha256(file)
+            for checkpoint in inputs
+            for file in _files(checkpoint.path)
+        }
+    return _agreed(inputs) | {METADATA_KEY: json.dumps(record)}
+
+
+def input_names(inputs: Sequence[Checkpoint]) -> list[str]:
+    """File or folder names; with that of the folder they are in where they would be the same.
+
+    Absolute paths would say more about the machine than about the weights.
+    """
+    names = [checkpoint.path.name for checkpoint in inputs]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{checkpoint.path.absolute().parent.name}/{checkpoint.path.name}" for checkpoint in inputs]
+
+
+def averaged_inputs(checkpoint: Checkpoint) -> list[str]:
+    """What the checkpoint was made of, as :func:`provenance` noted it; nothing where it did not."""
+    try:
+        return [str(name) for name in json.loads(checkpoint.metadata[METADATA_KEY])["inputs"]]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return []
+
+
+def _agreed(inputs: Sequence[Checkpoint]) -> dict[str, str]:
+    """Metadata that every input has. Text that is the name of a tensor is left out: it would read as a tie."""
+    return {
+        key: text
+        for key, text in inputs[0].metadata.items()
+        if key != METADATA_KEY
+        and text not in inputs[0].tensors
+        and all(checkpoint.metadata.get(key) == text for checkpoint in inputs)
+    }
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+
+
+# Comparing what checkpoints say they hold, before any weight is read.
+
+_MOST_NAMES = 5
+
+
+def common_layout(
+    inputs: Sequence[Checkpoint],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Layout:
+    """What an average of ``inputs`` holds, from their headers alone.
+
+    Args:
+        inputs: one or more opened checkpoints.
+        dtype: for the floating-point tensors; by default that of the inputs.
+        metadata: entries of the output.
+
+    Returns:
+        Names and shapes in the order of the first input; tensors are tied where they are tied in every input.
+
+    Raises ``StructureError`` that names, for all inputs at once, the tensors that are missing, extra, of
+    another shape or of another dtype than in the first.
+    """
+    first = inputs[0]
+    problems = [problem for other in inputs[1:] for problem in _differences(first, other)]
+    if problems:
+        raise StructureError(
+            f"the inputs do not hold the same tensors: compared with {first.path}, {'; '.join(problems)}. "
+            f"Average checkpoints of one model, or choose the right weights with key"
+        )
+    ties = _common_ties(inputs)
+    tensors = {
+        name: replace(info, dtype=dtype) if dtype is not None and info.dtype.is_floating_point else info
+        for name, info in first.tensors.items()
+        if name not in ties
+    }
+    return Layout(tensors, ties, metadata or {})
+
+
+def _differences(first: Checkpoint, other: Checkpoint) -> list[str]:
+    ours, theirs = first.tensors, other.tensors
+    missing = [name for name in ours if name not in theirs]
+    extra = [name for name in theirs if name not in ours]
+    shared = [name for name in ours if name in theirs]
+    reshaped = [
+        f"{name!r} has shape {list(theirs[name].shape)} and not {list(ours[name].shape)}"
+        for name in shared
+        if theirs[name].shape != ours[name].shape
+    ]
+    retyped = [
+        f"{name!r} is {theirs[name].dtype} and not {ours[name].dtype}"
+        for name in shared
+        if theirs[name].dtype != ours[name].dtype
+    ]
+    found = []
+    if missing:
+        found.append(f"lacks {name_list(missing, _MOST_NAMES)}")
+    if extra:
+        found.append(f"has also {name_list(extra, _MOST_NAMES)}")
+    found += [_shortened(group) for group in (reshaped, retyped) if group]
+    return [f"{other.path} {', '.join(found)}"] if found else []
+
+
+def _shortened(phrases: list[str]) -> str:
+    rest = len(phrases) - _MOST_NAMES
+    return "in it " + ", ".join(phrases[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _common_ties(inputs: Sequence[Checkpoint]) -> dict[str, str]:
+    first_names: dict[tuple[str, ...], str] = {}
+    ties = {}
+    for name in inputs[0].tensors:
+        place = tuple(checkpoint.ties.get(name, name) for checkpoint in inputs)
+        first = first_names.setdefault(place, name)
+        if first != name:
+            ties[name] = first
+    return ties
+
+
+def averaged_names(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Those that are averaged; the others are copied."""
+    return [name for name, info in tensors.items() if is_averaged(info.dtype)]
+
+
+# Which checkpoints are averaged, and at which training steps they were saved.
+
+# A number after one of these words, the first that all names have; else one that stands by itself, not in 0.90.
+_AFTER_WORDS = [
+    re.compile(rf"{word}\D?(\d{{1,18}})(?!\d)", re.IGNORECASE) for word in ("step", "iter(?:ation)?", "epoch")
+]
+_AFTER_EPOCH = _AFTER_WORDS[-1]
+_NUMBER = re.compile(r"(?<!\d)(?<!\d\.)\d{1,18}(?!\d)(?!\.\d)")
+
+
+def open_inputs(
+    paths: Iterable[str | PathLike[str]] | str | PathLike[str], key: str | None = None
+) -> list[Checkpoint]:
+    """Open checkpoints, and all those in folders of checkpoints.
+
+    Raises ``OptionError`` if there is none, or a folder holds an average of others in it, and what
+    ``polyak.checkpoints.open`` raises.
+    """
+    if isinstance(paths, str | PathLike):
+        paths = [paths]
+    opened: list[Checkpoint] = []
+    for path in map(Path, paths):
+        files = _expanded(path)
+        found = [checkpoints.open(file, key) for file in files]
+        if files != [path]:
+            _refuse_average_of_others(found)
+        opened += found
+    if not opened:
+        raise OptionError("there is nothing to average: name one or more checkpoints, or a folder of them")
+    return opened
+
+
+def _refuse_average_of_others(siblings: Sequence[Checkpoint]) -> None:
+    """Refuse what an earlier call wrote into the folder of what it was made of: these would count twice."""
+    names = {checkpoint.path.name for checkpoint in siblings}
+    for checkpoint in siblings:
+        made_of = names.intersection(Path(name).name for name in averaged_inputs(checkpoint))
+        if made_of - {checkpoint.path.name}:
+            raise OptionError(
+                f"{checkpoint.path} is itself an average, of {name_list(sorted(made_of, key=natural_order))} beside "
+                "it: move it to another folder, or name the checkpoints to average"
+            )
+
+
+def _expanded(path: Path) -> list[Path]:
+    if not path.is_dir() or is_checkpoint_folder(path):
+        return [path]
+    if is_recording(path):
+        raise OptionError(
+            f"{path} is a recorded trajectory, whose blocks stand for unlike numbers of samples: take averages of it "
+            f"alone, by polyak average or polyak.Trajectory({str(path)!r}).write, or let polyak select choose one"
+        )
+    files = checkpoint_paths(path)
+    if not files:
+        recognise(path)  # says what the folder holds instead
+    return files
+
+
+def known_steps(inputs: Sequence[Checkpoint]) -> list[int] | None:
+    """The training step of each checkpoint, or None where they are not known for all, or not all different.
+
+    They are taken from the checkpoints themselves, else from their names.
+    """
+    saved = [checkpoint.step for checkpoint in inputs]
+    known = [step for step in saved if step is not None]
+    if len(known) == len(saved) == len(set(known)):
+        return _counted_from_one(known, any(checkpoint.step_key != "epoch" for checkpoint in inputs))
+    return steps_in_names([checkpoint.path for checkpoint in inputs])
+
+
+def steps_in_names(paths: Sequence[Path]) -> list[int] | None:
+    """The number that tells the names apart: after ``step``, ``iter`` or ``epoch``, else the last that always differs.
+
+    A name without numbers, such as ``model.safetensors``, is taken with that of its folder. Where epochs, or
+    numbers that nothing says to be steps, begin at 0, the first stands for one that was trained: they are
+    counted from 1.
+
+    >>> steps_in_names([Path("epoch=1-step=500.ckpt"), Path("epoch=2-step=1000.ckpt")])
+    [500, 1000]
+    >>> steps_in_names([Path("epoch1_loss0.90.pt"), Path("epoch2_loss0.50.pt")])
+    [1, 2]
+    >>> steps_in_names([Path("run/9/model_bf16.pt"), Path("run/10/model_bf16.pt")])
+    [9, 10]
+    >>> steps_in_names([Path("epoch0.pt"), Path("epoch1.pt")])
+    [1, 2]
+    >>> steps_in_names([Path("best.pt"), Path("last.pt")])
+    """
+    for names in ([path.stem for path in paths], [path.absolute().parent.name for path in paths]):
+        for column, are_steps in _columns(names):
+            numbers = [int(number) for number in column]
+            if len(set(numbers)) == len(numbers):
+                return _counted_from_one(numbers, are_steps)
+    return None
+
+
+def _counted_from_one(numbers: list[int], are_steps: bool) -> list[int]:
+    return numbers if are_steps or min(numbers) > 0 else [number + 1 for number in numbers]
+
+
+def _columns(names: Sequence[str]) -> Iterator[tuple[Sequence[str], bool]]:
+    """Numbers that all ``names`` have, those that most likely are steps first, and whether a word says so."""
+    for word in _AFTER_WORDS:
+        found = [match[1] for name in names if (match := word.search(name))]
+        if len(found) == len(names):
+            yield found, word is not _AFTER_EPOCH
+    numbers = [_NUMBER.findall(name) for name in names]
+    if len({len(found) for found in numbers}) == 1:
+        for column in reversed(list(zip(*numbers, strict=True))):
+            yield column, False
+
+
+def in_step_order(inputs: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[int] | None]:
+    """Checkpoints by rising step, with the steps; in the order given, with None, where they are not known.
+
+    Raises ``OptionError`` where they are known of some only.
+    """
+    steps = known_steps(inputs)
+    if steps is None:
+        refuse_partly_known(inputs)
+        return list(inputs), None
+    order = sorted(range(len(steps)), key=steps.__getitem__)
+    return [inputs[index] for index in order], [steps[index] for index in order]
+
+
+def refuse_partly_known(inputs: Sequence[Checkpoint]) -> None:
+    """Refuse (``OptionError``) inputs of which only some say a step.
+
+    A ``best.pt`` beside ``epoch_1.pt``, ``epoch_2.pt``, … has no place in their order.
+    """
+    without = [c.path.name for c in inputs if c.step is None and not _NUMBER.search(c.path.stem)]
+    if 0 < len(without) < len(inputs):
+        raise OptionError(
+            f"no training step is known of {name_list(without)}, as it is of the others: leave those out, for example "
+            "by a pattern such as 'run/epoch_*.pt'"
+        )

@@ -1,0 +1,389 @@
+"""``average_checkpoints``: what will be read and written, planned before anything is touched, and then done."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from polyak import checkpoints
+from polyak._distributed import Team
+from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
+from polyak.checkpoints._formats import format_for
+from polyak.checkpoints._io import AtomicOutput, Observer
+from polyak.checkpoints._writer import written_together
+from polyak.combine._engine import Budget, Progress, combine
+from polyak.combine._inputs import (
+    Span,
+    coefficients,
+    common_layout,
+    in_step_order,
+    input_names,
+    known_steps,
+    open_inputs,
+    provenance,
+    spans_of_steps,
+)
+from polyak.combine._running import is_averaged
+from polyak.errors import OptionError, PolyakError, name_list
+from polyak.profiles import Profile, Uniform, Weights, as_profile
+
+__all__ = [
+    "AverageReport",
+    "Plan",
+    "average_checkpoints",
+    "launched_on_ranks",
+    "parse_dtype",
+    "plan_average",
+    "process_group",
+    "run_on_ranks",
+]
+
+# Dtypes as people write them.
+
+_SHORT = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+}
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point dtype from itself, its name in torch, or ``fp64``, ``fp32``, ``fp16``, ``bf16``, ``fp8``.
+
+    Raises ``OptionError`` for anything else.
+
+    >>> parse_dtype("bf16"), parse_dtype("float8_e5m2"), parse_dtype(torch.float32)
+    (torch.bfloat16, torch.float8_e5m2, torch.float32)
+    """
+    text = str(dtype).removeprefix("torch.")
+    found = _SHORT.get(text) or getattr(torch, text, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise OptionError(
+            f"{text!r} is no floating-point dtype: choose from {', '.join(_SHORT)}, or a name that torch has"
+        )
+    return found
+
+
+# An offline average as a plan: everything that headers can tell, checked before a weight is read.
+
+Paths = Iterable[str | PathLike[str]] | str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class AverageReport:
+    """What an average is made of.
+
+    Attributes:
+        output: where it is written.
+        inputs: names of the checkpoints, in the order of ``coefficients``.
+        coefficients: how much each counts; they sum to 1.
+        steps: the training step of each; None if not known for all.
+        averaged: names of the tensors that are averaged, tied ones once.
+        copied: names of the integer and bool tensors, copied from the last input that counts.
+        differing: those of ``copied`` that differ between inputs; empty before anything was read.
+        ignored: entries of the inputs that are not among the weights.
+        notes: which weights were chosen where inputs hold several, one sentence for all that are alike.
+        bytes_read, bytes_written: of tensors.
+        memory_bytes: the most that it takes, beyond the interpreter with torch.
+    """
+
+    output: str
+    inputs: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    steps: tuple[int, ...] | None
+    averaged: tuple[str, ...]
+    copied: tuple[str, ...]
+    differing: tuple[str, ...]
+    ignored: tuple[str, ...]
+    notes: tuple[str, ...]
+    bytes_read: int
+    bytes_written: int
+    memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An average that has been checked in all its headers and not begun."""
+
+    inputs: list[Checkpoint]
+    coefficients: list[float]
+    steps: list[int] | None
+    profile: str | None
+    layout: Layout
+    dtype: torch.dtype | None
+    output: Path
+    overwrite: bool
+    max_memory: int | str
+    hashes: bool
+
+    def report(self, differing: Sequence[str] = ()) -> AverageReport:
+        """What will be, or has been, averaged."""
+        tensors = {name: self.inputs[0].tensors[name] for name in self.layout.tensors}
+        counted = sum(a != 0 for a in self.coefficients)
+        return AverageReport(
+            output=str(self.output),
+            inputs=tuple(input_names(self.inputs)),
+            coefficients=tuple(self.coefficients),
+            steps=None if self.steps is None else tuple(self.steps),
+            averaged=tuple(name for name, info in tensors.items() if is_averaged(info.dtype)),
+            copied=tuple(name for name, info in tensors.items() if not is_averaged(info.dtype)),
+            differing=tuple(differing),
+            ignored=tuple(dict.fromkeys(entry for opened in self.inputs for entry in opened.ignored)),
+            notes=(*_notes(self.inputs), *(_batchnorm_note(tensors) if counted > 1 else ())),
+            bytes_read=counted * sum(info.nbytes for info in tensors.values()),
+            bytes_written=sum(info.nbytes for info in self.layout.tensors.values()),
+            memory_bytes=Budget.within(self.max_memory, self.inputs, 1).total_bytes,
+        )
+
+    def with_provenance(self) -> Layout:
+        """The layout with the metadata of the output."""
+        metadata = provenance(self.inputs, self.coefficients, self.profile, self.steps, hashes=self.hashes)
+        return replace(self.layout, metadata=metadata)
+
+    def run(self, progress: Progress | None = None) -> AverageReport:
+        """Read, average and write."""
+        with checkpoints.create(self.output, self.with_provenance(), overwrite=self.overwrite) as writer:
+            differing = self.fill(writer, progress)
+        return self.report(differing)
+
+    def fill(
+        self, writer: Writer, progress: Progress | None = None, share: tuple[int, int] = (0, 1)
+    ) -> list[str]:
+        """Read, average and hand to ``writer``: ``combine`` with what was planned."""
+        return combine(
+            self.inputs,
+            [self.coefficients],
+            [writer],
+            max_memory=self.max_memory,
+            accumulate=torch.float64 if self.dtype == torch.float64 else None,
+            progress=progress,
+            share=share,
+        )
+
+
+def plan_average(
+    inputs: Paths,
+    output: str | PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    profile: Profile | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    max_memory: int | str = "256MB",
+    key: str | None = None,
+    overwrite: bool = False,
+    hashes: bool = False,
+) -> Plan:
+    """Check everything that can be checked in headers alone; arguments and errors as ``average_checkpoints``."""
+    if weights is not None and profile is not None:
+        raise OptionError("weights and profile are two ways to say one thing: give one of them")
+    output = Path(output)
+    format_for(output, None)
+    opened = open_inputs(inputs, key)
+    _refuse_input_as_output(opened, output)
+    AtomicOutput(output, overwrite)  # refuses what must not be overwritten, and touches nothing
+    if profile is None:
+        steps = known_steps(opened)
+        chosen = Uniform() if weights is None else Weights(weights)
+    else:
+        opened, steps = in_step_order(opened)
+        chosen = as_profile(profile)
+    target = None if dtype is None else parse_dtype(dtype)
+    plan = Plan(
+        inputs=opened,
+        coefficients=coefficients(chosen, _spans(opened, steps if profile is not None else None)),
+        steps=steps,
+        profile=None if profile is None else str(chosen),
+        layout=common_layout(opened, target),
+        dtype=target,
+        output=output,
+        overwrite=overwrite,
+        max_memory=max_memory,
+        hashes=hashes,
+    )
+    Budget.within(max_memory, opened, n_outputs=1)
+    return plan
+
+
+def _notes(inputs: Sequence[Checkpoint]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for name, checkpoint in zip(input_names(inputs), inputs, strict=True):
+        if checkpoint.note:
+            names.setdefault(checkpoint.note, []).append(name)
+    return [
+        note if len(those) == len(inputs) else f"{name_list(those)}: {note}" for note, those in names.items()
+    ]
+
+
+def batchnorm_statistics(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of running statistics: what a file tells of BatchNorm layers."""
+    return [name for name, info in tensors.items() if is_statistic(name) and is_averaged(info.dtype)]
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is, by its name, a running statistic of a BatchNorm layer.
+
+    >>> is_statistic("layer1.bn.running_var"), is_statistic("layer1.bn.weight")
+    (True, False)
+    """
+    return name.endswith(("running_mean", "running_var"))
+
+
+def _batchnorm_note(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    if statistics := batchnorm_statistics(tensors):
+        yield (
+            f"{name_list(statistics)} are BatchNorm statistics: their averages do not fit the averaged weights, so "
+            "recompute them with polyak.update_bn"
+        )
+
+
+def _spans(inputs: Sequence[Checkpoint], steps: Sequence[int] | None) -> list[Span]:
+    return spans_of_steps(range(1, len(inputs) + 1) if steps is None else steps)
+
+
+def _refuse_input_as_output(inputs: Sequence[Checkpoint], output: Path) -> None:
+    place = output.resolve()
+    for checkpoint in inputs:
+        path = checkpoint.path.resolve()
+        is_same_file = output.exists() and os.path.samefile(output, path)
+        if is_same_file or path.is_relative_to(place):
+            raise OptionError(f"the output {output} is the input {checkpoint.path}: name another output")
+
+
+# One average shared out over processes and machines: each rank fills its bytes of the one output file.
+
+# Ranks that die are noticed by their closed connections; ranks that are slow may be so for hours.
+_TIMEOUT = timedelta(days=1)
+
+
+def launched_on_ranks() -> bool:
+    """Whether a launcher such as ``torchrun`` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """A gloo process group as the launcher's environment describes it."""
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run_on_ranks(plan: Plan, progress: Progress | None = None) -> AverageReport:
+    """``plan.run`` on all ranks of the default process group, bit for bit the same; a collective call.
+
+    Rank 0 lays the file out and commits it when all have written and synced their part. If one rank fails, all
+    raise and nothing is left behind.
+
+    Raises as ``Plan.run``; ``OptionError`` for formats whose bytes have no place before all are known;
+    ``PolyakError`` on the ranks that did not fail, or if one was lost.
+    """
+    team = Team.of_all()
+    try:
+        with written_together(team, plan.output, plan.layout, partial(_created, plan)) as target:
+            differing = plan.fill(target, progress, share=(dist.get_rank(), dist.get_world_size()))
+        return plan.report(sorted(set().union(*team.gather(differing))))
+    finally:
+        # A launcher ends all ranks when one leaves with an error: the temporary file must be gone by then.
+        with suppress(PolyakError):
+            team.gather(None)
+
+
+def _created(plan: Plan, _observe: Observer | None) -> Writer:
+    return checkpoints.create(plan.output, plan.with_provenance(), overwrite=plan.overwrite)
+
+
+# ``average_checkpoints``: checkpoints of any tool in, one average out.
+
+
+def average_checkpoints(
+    inputs: Paths,
+    output: str | PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    profile: Profile | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    max_memory: int | str = "256MB",
+    key: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    hashes: bool = False,
+) -> AverageReport:
+    """Average checkpoints of any size and format in bounded memory: Σ_k a_k · input_k.
+
+    Sums are kept in float32, in float64 for float64 tensors; identical inputs come back bit for bit. Integer and
+    bool tensors are copied from the last input that counts, with a warning where they differ. Tied tensors stay
+    tied. The output appears whole or not at all.
+
+    Args:
+        inputs: checkpoints, and folders of checkpoints, in any formats.
+        output: the file or folder to write; its suffix says the format.
+        weights: one number for each input, in the order given; they are divided by their sum. By default all
+            count the same.
+        profile: instead of ``weights``, a profile or its text. The inputs are then taken in the order of their
+            training steps, read from the files, else from their names, else in the order given; a checkpoint
+            stands for the steps since the one before it, or for one step each where steps are not known.
+        dtype: of the floating-point tensors written, such as ``torch.bfloat16`` or ``"bf16"``; by default that
+            of the inputs.
+        max_memory: bytes, or text such as ``"512MB"``, beyond the interpreter with torch.
+        key: the nested key that holds the weights, such as ``"state_dict_ema"``; by default the best known.
+        overwrite: replace an output that is there.
+        progress: called with bytes done and bytes in all.
+        hashes: note the SHA-256 of the inputs in the output.
+
+    Returns:
+        What was averaged, copied and ignored, and the coefficient of each input.
+
+    Raises:
+        StructureError: the inputs do not hold the same tensors; all differences are named.
+        CheckpointError: an input cannot be read, or the output not written.
+        NonFiniteError: an input holds NaN, or an infinity that the others do not; file and tensor are named.
+        OptionError: both ``weights`` and ``profile``, an output that is one of the inputs, too little memory.
+        OutputExistsError: the output is there and may not be overwritten.
+
+    >>> import tempfile
+    >>> import polyak
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for step in (100, 200, 300):
+    ...         torch.save({"w": torch.full((2,), float(step))}, f"{folder}/step{step}.pt")
+    ...     report = polyak.average_checkpoints(folder, f"{folder}/tail.pt", profile="tail:steps=200")
+    ...     torch.load(f"{folder}/tail.pt")["w"], report.coefficients
+    (tensor([250., 250.]), (0.0, 0.5, 0.5))
+    """
+    plan = plan_average(
+        inputs,
+        output,
+        weights=weights,
+        profile=profile,
+        dtype=dtype,
+        max_memory=max_memory,
+        key=key,
+        overwrite=overwrite,
+        hashes=hashes,
+    )
+    report = plan.run(progress)
+    if report.differing:
+        warnings.warn(
+            f"integer and bool tensors were copied from the last input, though the inputs differ in "
+            f"{name_list([*report.differing])}",
+            stacklevel=2,
+        )
+    return report

@@ -1,0 +1,401 @@
+"""What the demo shows: the verdict, tables and figures, and the files they go to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich import box
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from polyak._checks import require
+from polyak.checkpoints._io import write_file, writing
+from polyak.demo._study import (
+    Difference,
+    Study,
+    check_seeds,
+    mean_and_error,
+    paired_difference,
+    run_count,
+    run_study,
+)
+from polyak.demo._tasks import CHOSEN, LIVE, Task
+from polyak.errors import OutputExistsError
+from polyak.plots import Line, Panel, line_panels, png_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Outputs", "show", "study_as_data", "study_figure", "study_table", "verdict"]
+
+# The demo's files: TASK.json, TASK.png and TASK.txt in one folder.
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The three files of a task. A former demo's are rewritten; files that no demo made are left alone."""
+
+    folder: Path
+    task: str
+
+    @property
+    def paths(self) -> list[Path]:
+        """Numbers, figure, and the table and verdict as text, in the order in which they are written."""
+        return [self.folder / f"{self.task}.{suffix}" for suffix in ("json", "png", "txt")]
+
+    def claim(self) -> None:
+        """Make the folder, before hours of training find that it cannot be written.
+
+        Raises:
+            OutputExistsError: if one of the files is there and is not a former demo's.
+            CheckpointError: if the folder cannot be made.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        present = [path.name for path in self.paths if path.exists()]
+        if present and not self._made_by_demo():
+            raise OutputExistsError(
+                f"{self.folder} has {', '.join(present)}, not made by a former demo: "
+                f"name another folder with --output, or move them away"
+            )
+
+    def write(self, numbers: dict[str, object], png: bytes, text: str) -> None:
+        """Write all three, each whole or not at all."""
+        # The JSON file goes first: it is what marks the others as the demo's own.
+        as_json = json.dumps(numbers, indent=1, allow_nan=False) + "\n"
+        for path, content in zip(self.paths, (as_json.encode(), png, text.encode()), strict=True):
+            write_file(path, content, overwrite=True)
+
+    def _made_by_demo(self) -> bool:
+        try:
+            former = json.loads(self.paths[0].read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(former, dict) and former.get("made_by") == MADE_BY
+
+
+# The numbers of a study as plain sentences.
+
+SIGNIFICANT = 0.05
+
+
+def verdict(study: Study) -> list[str]:
+    """Whether averaging helped, by how much and how surely: one sentence per question.
+
+    It is about the weights that :func:`polyak.select` chose from the recording of each run, by validation. A
+    difference over seeds counts as real if its two-sided paired t-test has p < 0.05; otherwise it is "not sure".
+    """
+    sentences = [_choices(study), _against_live(study), _against_decay(study)]
+    if study.task.update_bn_pair:
+        sentences.append(_without_update_bn(study, *study.task.update_bn_pair))
+    sentences.append(
+        "The intervals are over seeds of one model on one data set: measure on your own before relying on it."
+    )
+    return sentences
+
+
+def format_p(p_value: float) -> str:
+    """
+    >>> format_p(0.0312), format_p(0.00001)
+    ('p = 0.031', 'p < 0.001')
+    """
+    return f"p = {p_value:.3f}" if p_value >= 0.001 else "p < 0.001"
+
+
+def _choices(study: Study) -> str:
+    found = study.selections.values()
+    counts = Counter(selection["best"] for selection in found)
+    choices = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
+    checks = [selection["holdout"] for selection in found if selection["holdout"]]
+    confirmed = sum(check["high"] < 0 for check in checks)
+    candidates = max(len(selection["candidates"]) for selection in found)
+    return (
+        f"After training, validation chose among up to {candidates} averages and the live weights, on so many "
+        f"seeds: {choices}. Of {len(checks)} averages chosen, test confirms {confirmed} beyond the noise of its "
+        "examples."
+    )
+
+
+def _against_live(study: Study) -> str:
+    difference = _nll_difference(study, LIVE)
+    opening = _by_outcome(
+        difference,
+        lower="Averaging helped",
+        higher="Averaging did not help, it did harm",
+        unsure="Not sure whether averaging helped",
+    )
+    return f"{opening}: the test NLL of what was chosen is {_size(difference, f'the {LIVE}')}."
+
+
+def _against_decay(study: Study) -> str:
+    difference = _nll_difference(study, study.decay)
+    opening = _by_outcome(
+        difference,
+        lower="It also beat the best tuned learning-rate decay",
+        higher="The best tuned learning-rate decay is better still",
+        unsure="Against the best tuned learning-rate decay there is no sure difference",
+    )
+    runs = len(study.task.decay_fractions) * len(study.task.tuning_seeds)
+    return (
+        f"{opening}: the test NLL is {_size(difference, 'decay')}. That decay is linear over the last "
+        f"{study.decay_fraction:.0%}, a share that {runs} runs on other seeds went to find; averaging needed none."
+    )
+
+
+def _without_update_bn(study: Study, *labels: str) -> str:
+    raw, recomputed = (study.scores(label, "accuracy") for label in labels)
+    difference = paired_difference(raw, recomputed)
+    opening = _by_outcome(
+        difference,
+        lower="Without update_bn the average is wrong",
+        higher="Without update_bn the average did better, which is unusual",
+        unsure="Whether update_bn mattered is not sure here",
+    )
+    return (
+        f"{opening}: {_mean(raw):.1%} of the test examples right instead of {_mean(recomputed):.1%} "
+        f"({format_p(difference.p_value)})."
+    )
+
+
+def _nll_difference(study: Study, baseline: str) -> Difference:
+    return paired_difference(study.scores(CHOSEN, "nll"), study.scores(baseline, "nll"))
+
+
+def _by_outcome(difference: Difference, *, lower: str, higher: str, unsure: str) -> str:
+    if difference.p_value >= SIGNIFICANT:
+        return unsure
+    return lower if difference.mean < 0 else higher
+
+
+def _size(difference: Difference, baseline: str) -> str:
+    side = "below" if difference.mean < 0 else "above"
+    return (
+        f"{abs(difference.mean):.4f} {side} that of {baseline} (95% interval of the difference "
+        f"{difference.low:+.4f} to {difference.high:+.4f}, {format_p(difference.p_value)}, lower on "
+        f"{difference.seeds_lower} of {difference.seeds} seeds)"
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+# The demo's figure: test NLL and accuracy along the run.
+
+# Before this share of the run all candidates are far worse than where they end.
+_FIRST_SHOWN = 0.25
+
+
+def study_figure(study: Study) -> Figure:
+    """Live weights, tuned decay and averages against training time, mean over seeds ± standard error."""
+    labels = [LIVE, study.decay, *study.task.averages]
+    nlls = [_line(study, label, "test_nll", 1) for label in labels]
+    accuracies = [_line(study, label, "test_accuracy", 100) for label in labels]
+    without_update_bn = (study.task.update_bn_pair or (None,))[0]
+    worth_comparing = [line for line in nlls if line.label != without_update_bn]
+    return line_panels(
+        f"Test scores of {study.task.description}\nmean of {len(study.curves)} seeds ± standard error",
+        study.task.time_unit,
+        [
+            Panel("NLL (lower is better)", nlls, _limits_of_second_half(worth_comparing)),
+            Panel("accuracy, % (higher is better)", accuracies, _limits_of_second_half(accuracies)),
+        ],
+    )
+
+
+def _line(study: Study, label: str, measure: str, scale: float) -> Line:
+    curves = [curves[label] for curves in study.curves.values()]
+    steps = np.array(curves[0].steps)
+    # Until the decay begins, its run is that of the live weights and would hide it.
+    constant_share = 1 - study.decay_fraction if label == study.decay else 0.0
+    shown = steps >= max(_FIRST_SHOWN, constant_share) * study.task.steps
+    scores = np.array([getattr(curve, measure) for curve in curves])
+    return Line(label, steps[shown] / study.task.unit_steps, scale * scores[:, shown])
+
+
+def _limits_of_second_half(lines: list[Line]) -> tuple[float, float]:
+    """Limits that show the second half of training in full: the first would squeeze what is compared."""
+    end = max(np.max(np.asarray(line.x)) for line in lines)
+    means = np.concatenate(
+        [np.asarray(line.y)[:, np.asarray(line.x) >= end / 2].mean(axis=0) for line in lines]
+    )
+    margin = 0.08 * np.ptp(means)
+    return float(means.min() - margin), float(means.max() + margin)
+
+
+# A study as a table for people and as plain data for programs.
+
+MADE_BY = "polyak demo"
+_PACKAGES = ("polyak", "torch", "numpy", "scipy", "scikit-learn")
+
+
+def study_table(study: Study) -> Table:
+    """Test NLL and accuracy of each candidate, and its paired differences to both baselines."""
+    table = Table(
+        title=f"Test scores over {len(study.curves)} seeds, mean ± standard error",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("", f"minus {LIVE}", "minus tuned decay"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    _add_section(table, study, "NLL", "nll", lambda value: f"{value:.4f}")
+    table.add_section()
+    _add_section(table, study, "accuracy, %", "accuracy", lambda value: f"{100 * value:.2f}")
+    return table
+
+
+def study_as_data(study: Study) -> dict[str, Any]:
+    """Settings, versions, all measured numbers, what follows from them: equal for equal seeds."""
+    return {
+        "made_by": MADE_BY,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "settings": _settings(study.task) | {"seeds": list(study.curves)},
+        "verdict": verdict(study),
+        "summary": {label: _summary(study, label) for label in study.labels},
+        "tuning": {
+            "validation_nll": {str(fraction): nll for fraction, nll in study.tuning_nll.items()},
+            "best_decay_fraction": study.decay_fraction,
+        },
+        "selections": {str(seed): found for seed, found in study.selections.items()},
+        "curves": {
+            str(seed): {label: asdict(curve) for label, curve in curves.items()}
+            for seed, curves in study.curves.items()
+        },
+    }
+
+
+def _add_section(table: Table, study: Study, name: str, measure: str, number: Callable[[float], str]) -> None:
+    table.add_row(f"[bold]{name}[/]")
+    live, decay = study.scores(LIVE, measure), study.scores(study.decay, measure)
+    for label in study.labels:
+        scores = study.scores(label, measure)
+        mean, stderr = mean_and_error(scores)
+        table.add_row(
+            f" {label}",
+            f"{number(mean)} ± {number(stderr)}",
+            "" if label == LIVE else _cell(paired_difference(scores, live), number),
+            "" if label == study.decay else _cell(paired_difference(scores, decay), number),
+        )
+
+
+def _cell(difference: Difference, number: Callable[[float], str]) -> str:
+    sign = "-" if difference.mean < 0 else "+"
+    return f"{sign}{number(abs(difference.mean))} ({format_p(difference.p_value).replace(' ', '')})"
+
+
+def _summary(study: Study, label: str) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    for measure in ("nll", "accuracy"):
+        scores = study.scores(label, measure)
+        mean, stderr = mean_and_error(scores)
+        summary[f"test_{measure}"] = {
+            "by_seed": scores,
+            "mean": mean,
+            "stderr": stderr,
+            "minus_live": asdict(paired_difference(scores, study.scores(LIVE, measure))),
+            "minus_tuned_decay": asdict(paired_difference(scores, study.scores(study.decay, measure))),
+        }
+    return summary
+
+
+def _settings(task: Task) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "description": task.description,
+        "optimizer": task.optimizer.__name__,
+        "optimizer_options": dict(task.optimizer_options),
+        "batch_size": task.batch_size,
+        "steps": task.steps,
+        "warmup_steps": task.warmup_steps,
+        "input_noise": task.input_noise,
+        "eval_steps": task.eval_steps,
+        "averages": {
+            label: {
+                "scheme": str(spec.scheme),
+                "start": spec.start,
+                "every": spec.every,
+                "update_bn": spec.update_bn,
+            }
+            for label, spec in task.averages.items()
+        },
+        "record_every": task.record_every,
+        "block_steps": task.block_steps,
+        "decay_fractions": list(task.decay_fractions),
+        "tuning_seeds": list(task.tuning_seeds),
+    }
+
+
+# The whole demo: run a study before the user's eyes, print what came out, write the files.
+
+_TEXT_FILE_COLUMNS = 100
+
+
+def show(task: Task, seeds: int, outputs: Outputs, console: Console) -> None:
+    """Run ``task`` on ``seeds`` seeds with a progress bar, print table and verdict, write ``outputs``.
+
+    Raises:
+        MissingExtraError, OptionError, OutputExistsError, CheckpointError: before any training.
+    """
+    check_seeds(task, seeds)
+    for module in ("matplotlib", "scipy", "sklearn"):
+        require(module, extra="demo", purpose="the demo")
+    outputs.claim()
+    console.print(_announcement(task, seeds))
+    study = _run_with_progress(task, seeds, console)
+    findings = Group(
+        study_table(study),
+        "\nWhat select found on the first seed, scored on validation, with test as the holdout:\n",
+        Text(study.first_selection),
+        "",
+        *(Text(sentence) for sentence in verdict(study)),
+    )
+    outputs.write(study_as_data(study), png_bytes(study_figure(study)), _as_text(findings))
+    console.print(findings)
+    console.print(Text(f"\nWritten: {', '.join(str(path) for path in outputs.paths)}", style="dim"))
+
+
+def _announcement(task: Task, seeds: int) -> Text:
+    return Text(
+        f"Training {task.description}: {run_count(task, seeds)} runs of {task.steps} steps.\n"
+        f"The learning-rate decay is tuned on {len(task.tuning_seeds)} other seeds, for validation NLL; "
+        f"the averages' settings were fixed beforehand, but for one that validation chooses after training. The "
+        f"scores below are from the test set, which nothing was chosen on.\n"
+    )
+
+
+def _run_with_progress(task: Task, seeds: int, console: Console) -> Study:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("starting", total=run_count(task, seeds))
+        return run_study(
+            task,
+            seeds,
+            workers=min(os.cpu_count() or 1, seeds),
+            on_run=lambda doing: progress.update(bar, advance=1, description=doing),
+        )
+
+
+def _as_text(findings: Group) -> str:
+    console = Console(file=StringIO(), width=_TEXT_FILE_COLUMNS, color_system=None)
+    with console.capture() as capture:
+        console.print(findings)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"

@@ -1,0 +1,280 @@
+"""What is at a path, and what differs between two: the answers behind ``polyak inspect``, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from polyak import checkpoints
+from polyak.checkpoints import Checkpoint
+from polyak.checkpoints._formats import checkpoint_paths, is_checkpoint_folder, is_recording, recognise
+from polyak.combine._inputs import steps_in_names
+from polyak.errors import OptionError, PolyakError
+from polyak.inspection._measure import (
+    CheckpointSummary,
+    Comparison,
+    LayoutDifference,
+    Movement,
+    compare_checkpoints,
+    compare_layouts,
+    measure_movement,
+    summarise_checkpoint,
+)
+from polyak.trajectory import Block, Trajectory
+
+__all__ = ["FolderRow", "FolderSummary", "TrajectorySummary", "summarise_folder", "summarise_trajectory"]
+
+# A folder of checkpoints: one row for each, from headers alone.
+
+
+@dataclass(frozen=True)
+class FolderRow:
+    """One checkpoint of a folder.
+
+    Attributes:
+        name: its file or folder name.
+        error: why it cannot be used, one sentence; None if it can, and only then the rest is known.
+        format, note, step: as the checkpoint says them.
+        tensors: how many, tied ones once.
+        nbytes: of all tensors.
+        dtypes: the dtypes, most bytes first.
+        layout: how it differs from the folder's ``reference``.
+    """
+
+    name: str
+    error: str | None = None
+    format: str = ""
+    note: str = ""
+    step: int | None = None
+    tensors: int = 0
+    nbytes: int = 0
+    dtypes: tuple[str, ...] = ()
+    layout: LayoutDifference | None = None
+
+
+@dataclass(frozen=True)
+class FolderSummary:
+    """A folder of checkpoints, ordered by step where all readable ones have one (the others last), else by name.
+
+    Attributes:
+        path: the folder.
+        reference: the name of the checkpoint that the others' layouts are compared with; None if none is readable.
+        rows: one for each checkpoint.
+        movement: how the readable ones lie to each other; None unless it was asked for.
+    """
+
+    path: str
+    reference: str | None
+    rows: tuple[FolderRow, ...]
+    movement: Movement | None = None
+
+    @property
+    def readable(self) -> tuple[FolderRow, ...]:
+        """The checkpoints that can be used."""
+        return tuple(row for row in self.rows if row.error is None)
+
+    @property
+    def unreadable(self) -> tuple[FolderRow, ...]:
+        """The checkpoints that cannot."""
+        return tuple(row for row in self.rows if row.error is not None)
+
+    @property
+    def same_layout(self) -> bool:
+        """Whether all readable checkpoints have the same names, shapes, dtypes and ties."""
+        return not any(row.layout for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "kind": "folder",
+            "path": self.path,
+            "reference": self.reference,
+            "same_layout": self.same_layout,
+            "checkpoints": [asdict(row) for row in self.rows],
+            "movement": self.movement.to_dict() if self.movement else None,
+        }
+
+
+def summarise_folder(path: Path, key: str | None = None, *, movement: bool = False) -> FolderSummary:
+    """Describe every checkpoint in a folder; those that cannot be read are named with the reason.
+
+    Args:
+        path: the folder.
+        key: the nested key to take weights from, in each of them.
+        movement: also read all weights and measure how they moved.
+
+    Raises ``CheckpointError`` if there is none, and for ``movement`` what ``measure_movement`` raises.
+
+    >>> import tempfile, torch
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> for step in (100, 20):
+    ...     torch.save({"model": {"w": torch.ones(3)}, "step": step}, Path(folder.name) / f"{step}.pt")
+    >>> summary = summarise_folder(Path(folder.name))
+    >>> [(row.name, row.step, row.nbytes) for row in summary.rows], summary.same_layout
+    ([('20.pt', 20, 12), ('100.pt', 100, 12)], True)
+    >>> folder.cleanup()
+    """
+    paths = checkpoint_paths(path)
+    if not paths:
+        recognise(path)  # says what the folder holds instead
+    rows = list(_rows(paths, key))
+    reference = next((row.name for row in rows if row.error is None), None)
+    rows = _in_step_order(_with_steps(rows))
+    opened = [checkpoints.open(path / row.name, key) for row in rows if movement and row.error is None]
+    return FolderSummary(str(path), reference, tuple(rows), measure_movement(opened) if opened else None)
+
+
+def _rows(paths: list[Path], key: str | None) -> Iterator[FolderRow]:
+    reference: Checkpoint | None = None
+    for path in paths:
+        try:
+            with checkpoints.open(path, key) as checkpoint:
+                reference = reference or checkpoint
+                yield _row(checkpoint, reference)
+        except PolyakError as error:
+            yield FolderRow(path.name, " ".join(str(error).split()))
+
+
+def _with_steps(rows: list[FolderRow]) -> list[FolderRow]:
+    """Where the checkpoints do not say their steps, those in the names, as averaging reads them."""
+    readable = [row for row in rows if row.error is None]
+    if any(row.step is not None for row in readable):
+        return rows
+    steps = steps_in_names([Path(row.name) for row in readable])
+    known = {} if steps is None else dict(zip((row.name for row in readable), steps, strict=True))
+    return [replace(row, step=known.get(row.name)) for row in rows]
+
+
+def _in_step_order(rows: list[FolderRow]) -> list[FolderRow]:
+    if any(row.step is None for row in rows if row.error is None):
+        return rows
+    return sorted(rows, key=lambda row: (row.step is None, row.step))
+
+
+def _row(checkpoint: Checkpoint, reference: Checkpoint) -> FolderRow:
+    summary = summarise_checkpoint(checkpoint)
+    return FolderRow(
+        name=checkpoint.path.name,
+        format=checkpoint.format,
+        note=checkpoint.note,
+        step=checkpoint.step,
+        tensors=len(summary.stored),
+        nbytes=summary.nbytes,
+        dtypes=tuple(summary.dtypes),
+        layout=compare_layouts(reference, checkpoint),
+    )
+
+
+# A recorded trajectory: its blocks, and how the run moved from one to the next.
+
+
+@dataclass(frozen=True)
+class TrajectorySummary:
+    """What a :class:`polyak.Recorder` wrote.
+
+    Attributes:
+        path: the folder.
+        blocks: oldest first.
+        damaged: position in ``blocks`` to what is wrong with it.
+        nbytes: of the tensors of all blocks that can be read.
+        movement: how the readable blocks lie to each other; None where there are none.
+    """
+
+    path: str
+    blocks: tuple[Block, ...]
+    damaged: Mapping[int, str]
+    nbytes: int
+    movement: Movement | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "kind": "trajectory",
+            "path": self.path,
+            "nbytes": self.nbytes,
+            "blocks": [asdict(block) for block in self.blocks],
+            "damaged": {str(index): problem for index, problem in self.damaged.items()},
+            "movement": self.movement.to_dict() if self.movement else None,
+        }
+
+
+def summarise_trajectory(path: Path) -> TrajectorySummary:
+    """Describe a recorded trajectory; all blocks are read to measure how they lie to each other.
+
+    Raises ``CheckpointError`` where its manifest is damaged.
+
+    >>> import tempfile, torch, polyak
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> with polyak.Recorder(model, folder.name, block=2) as run:
+    ...     for value in (1.0, 3.0, 2.0, 2.0):
+    ...         _ = model.weight.data.fill_(value)
+    ...         run.update()
+    >>> summary = summarise_trajectory(Path(folder.name))
+    >>> [str(block) for block in summary.blocks], summary.nbytes, summary.movement.neighbours[0].relative_distance
+    (['(0, 2]', '(2, 4]'], 16, 0.0)
+    >>> folder.cleanup()
+    """
+    trajectory = Trajectory(path)
+    # Damage may show by the checksum only, and would be measured as a great leap.
+    opened = [checkpoint for checkpoint in trajectory.usable.checkpoints if checkpoint is not None]
+    nbytes = sum(
+        info.nbytes
+        for checkpoint in opened
+        for name, info in checkpoint.tensors.items()
+        if name not in checkpoint.ties
+    )
+    movement = measure_movement(opened) if opened else None
+    return TrajectorySummary(str(path), trajectory.blocks, trajectory.damaged, nbytes, movement)
+
+
+Summary = CheckpointSummary | FolderSummary | TrajectorySummary | Comparison
+
+
+def describe(
+    path: str | PathLike[str], key: str | None = None, *, movement: bool = False
+) -> CheckpointSummary | FolderSummary | TrajectorySummary:
+    """Say what is at a path: one checkpoint, a folder of them, or a recorded trajectory.
+
+    Args:
+        path: a file or folder.
+        key: the nested key to take weights from.
+        movement: for a folder, also read all weights and measure how they moved; for a trajectory always.
+
+    Raises ``CheckpointError`` for what is no whole, safe checkpoint, ``OptionError`` for a key that is not there
+    and for ``movement`` of a single checkpoint, ``StructureError`` for ``movement`` between different models.
+    """
+    path = Path(path)
+    if is_recording(path):
+        if key is not None:
+            raise OptionError(
+                f"{path} is a recorded trajectory, whose blocks have no nested keys: leave the key out"
+            )
+        return summarise_trajectory(path)
+    if path.is_dir() and not is_checkpoint_folder(path):
+        return summarise_folder(path, key, movement=movement)
+    if movement:
+        raise OptionError(f"{path} is one checkpoint: movement is measured along a folder of several")
+    with checkpoints.open(path, key) as checkpoint:
+        return summarise_checkpoint(checkpoint)
+
+
+def compare(
+    path: str | PathLike[str],
+    other: str | PathLike[str],
+    key: str | None = None,
+    other_key: str | None = None,
+) -> Comparison:
+    """Say what differs between two checkpoints, and by how much.
+
+    Args:
+        path, other: a file or folder each.
+        key, other_key: the nested key to take weights from in each of them; the best known one by default.
+
+    Raises as ``describe``, and ``StructureError`` if the two have no tensor in common.
+    """
+    with checkpoints.open(path, key) as first, checkpoints.open(other, other_key) as second:
+        return compare_checkpoints(first, second)

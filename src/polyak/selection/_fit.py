@@ -1,0 +1,227 @@
+"""`fit`: the weights of a run's blocks by gradient descent on given batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from polyak._evaluate import matched, refuse_no_trajectory
+from polyak._mean import mean_dtype
+from polyak._model import ModelTensors, bare_model
+from polyak.errors import BatchError, NonFiniteError, OptionError
+from polyak.profiles import Decay, Profile, Weights
+from polyak.trajectory import Trajectory
+
+__all__ = ["Fit", "fit"]
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+# Adam moves every logit by about its learning rate: 200 steps that decay linearly to zero can change a weight
+# by a factor of e^5. Signed weights move in parts of the mean weight, 1/K, instead.
+_LOGIT_RATE = 0.05
+_SIGNED_RATE = 0.05
+# The share of the weight that starts spread over all blocks: a logit of -inf would never move.
+_SPREAD = 0.01
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fitted weights, and what they cost.
+
+    Attributes:
+        profile: the weights; score them with :func:`polyak.select` on other data before they are used.
+        losses: the loss of each step's batch.
+        run_steps: optimizer steps of the run that was averaged.
+    """
+
+    profile: Weights
+    losses: Sequence[float]
+    run_steps: int
+
+    @property
+    def extra_steps(self) -> int:
+        """Forward and backward passes made, each as dear as a training step on the same batch."""
+        return len(self.losses)
+
+    def __str__(self) -> str:
+        share = self.extra_steps / self.run_steps
+        tenth = max(1, len(self.losses) // 10)
+        first, last = (sum(part) / len(part) for part in (self.losses[:tenth], self.losses[-tenth:]))
+        return (
+            f"{len(self.profile.a)} weights fitted in {self.extra_steps} forward and backward passes, {share:.1%} "
+            f"of the run's {self.run_steps} steps; mean loss of the first tenth {first:.5g}, of the last {last:.5g}"
+        )
+
+
+def fit(
+    trajectory: Trajectory,
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: LossFunction,
+    *,
+    start: Profile | None = None,
+    signed: bool = False,
+    steps: int = 200,
+) -> Fit:
+    """Fit the weight of each block: minimise the loss of Σ a_k · block_k over a.
+
+    The weights are a softmax, a = exp(θ) / Σ exp(θ), or with ``signed`` any numbers that sum to 1; θ follows
+    Adam with a learning rate that falls linearly to zero. All K blocks are held in memory, beside the model.
+
+    Steps of this kind are not free, and as many more steps of training may do more good: compare. Weights
+    fitted on training data are not evidence either; score them on validation data with :func:`polyak.select`.
+
+    Args:
+        trajectory: a recorded run, or a folder of checkpoints.
+        model: called in the mode it is in, on copies of its buffers; it is left as it is.
+        batches: one for each step, from the beginning again when they run out.
+        loss: ``loss(model, batch)`` returns a scalar tensor.
+        start: the profile to start from; None: ``Decay("sqrt", 0.4)``.
+        signed: allow negative weights; the average may then leave the hull of the blocks.
+        steps: forward and backward passes.
+
+    Raises:
+        OptionError: ``steps`` is not a whole number of at least 1, the first arguments are no trajectory and no
+            model, or the loss is no scalar with a gradient.
+        NotStartedError: the trajectory holds no block yet.
+        BatchError: there are no batches.
+        NonFiniteError: a loss was NaN or infinite.
+        StructureError: the trajectory is that of another model.
+
+    Source: TWA, Li et al. 2023, arXiv:2205.13104, which trains the weights of a trajectory's points.
+
+    >>> import tempfile, torch, polyak
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> run = polyak.Recorder(model, folder.name, block=1)
+    >>> for value in (0.0, 1.0, 4.0):
+    ...     _ = model.weight.data.fill_(value)
+    ...     run.update()
+    >>> run.close()
+    >>> fitted = polyak.fit(run.trajectory, model, [torch.tensor([[3.0]])],
+    ...                     lambda model, target: (model.weight - target).square().sum(), start=polyak.Uniform())
+    >>> weights = run.trajectory.average(fitted.profile)
+    >>> fitted.extra_steps, round(weights["weight"].item(), 2)
+    (200, 3.0)
+    >>> folder.cleanup()
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise OptionError(f"steps must be a whole number of at least 1, got {steps!r}")
+    refuse_no_trajectory(trajectory)
+    network = bare_model(model)
+    begin = trajectory.explain(Decay("sqrt", 0.4) if start is None else start).coefficients
+    coefficients = (_Signed if signed else _Softmax)(torch.tensor(begin, dtype=torch.float64))
+    stacks = _stacked_blocks(trajectory, model)
+    losses = _descend(coefficients, stacks, _Objective(network, loss), _endless(batches), steps)
+    run_steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
+    return Fit(Weights(coefficients.weights().tolist()), losses, run_steps)
+
+
+class _Softmax:
+    """Weights that are positive and sum to 1."""
+
+    def __init__(self, start: Tensor):
+        self.rate = _LOGIT_RATE
+        spread = (1 - _SPREAD) * start.clamp(min=0) / start.clamp(min=0).sum() + _SPREAD / len(start)
+        self.theta = spread.log().requires_grad_()
+
+    def weights(self) -> Tensor:
+        return torch.softmax(self.theta, dim=0)
+
+
+class _Signed:
+    """Weights of either sign that sum to 1: θ, moved along (1, …, 1) onto that plane."""
+
+    def __init__(self, start: Tensor):
+        self.rate = _SIGNED_RATE / len(start)
+        self.theta = start.clone().requires_grad_()
+
+    def weights(self) -> Tensor:
+        return self.theta + (1 - self.theta.sum()) / len(self.theta)
+
+
+class _Objective(nn.Module):
+    """The loss as a module, so that ``functional_call`` exchanges the parameters inside the user's own model."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction):
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss(self.model, batch)
+
+
+def _stacked_blocks(trajectory: Trajectory, model: nn.Module) -> dict[str, Tensor]:
+    """Each averaged parameter over the blocks, [K, ...], in fp32 at least, on the parameter's device."""
+    count = len(trajectory.blocks)
+    stacks: dict[str, Tensor] = {}
+    for index in range(count):
+        one_block = trajectory.average(Weights([float(k == index) for k in range(count)]))
+        for entry, value in matched(model, one_block):
+            numeric = entry.tensor.is_floating_point() or entry.tensor.is_complex()
+            if entry.kind == "parameter" and numeric:
+                if index == 0:
+                    stacks[entry.name] = torch.empty(
+                        (count, *value.shape), dtype=mean_dtype(value.dtype), device=entry.tensor.device
+                    )
+                stacks[entry.name][index] = value
+    return stacks
+
+
+@torch.enable_grad()
+def _descend(
+    coefficients: _Softmax | _Signed,
+    stacks: dict[str, Tensor],
+    objective: _Objective,
+    batches: Iterator[Any],
+    steps: int,
+) -> list[float]:
+    entries = ModelTensors(objective.model).values()
+    dtypes = {entry.name: entry.tensor.dtype for entry in entries}
+    buffers = {f"model.{e.name}": e.tensor.clone() for e in entries if e.kind == "buffer"}
+    optimizer = torch.optim.Adam([coefficients.theta], lr=coefficients.rate)
+    losses: list[float] = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = coefficients.rate * (1 - step / steps)
+        weights = coefficients.weights()
+        parameters = {
+            f"model.{name}": torch.tensordot(weights.to(stack), stack, dims=1).to(dtypes[name])
+            for name, stack in stacks.items()
+        }
+        value = functional_call(objective, {**parameters, **buffers}, (next(batches),))
+        losses.append(_checked(value, step))
+        (coefficients.theta.grad,) = torch.autograd.grad(value, [coefficients.theta])
+        optimizer.step()
+    return losses
+
+
+def _checked(value: object, step: int) -> float:
+    if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+        kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise OptionError(f"loss(model, batch) must return a scalar tensor with a gradient, got {kind}")
+    number = value.item()
+    if not math.isfinite(number):
+        raise NonFiniteError(
+            f"the loss of step {step + 1} is {number}: a batch or the start profile's average is broken; "
+            "score that profile with select first"
+        )
+    return number
+
+
+def _endless(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise BatchError(
+                "there are no more batches: give at least one, or as many as steps if they can be gone through once"
+            )

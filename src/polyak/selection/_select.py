@@ -1,0 +1,356 @@
+"""Which average of a run to ship: candidates from a trajectory, scored in the user's own model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from polyak._distributed import is_main_rank
+from polyak._evaluate import (
+    Mode,
+    Score,
+    ScoreFunction,
+    badness,
+    live_weights,
+    paired_intervals,
+    refuse_no_trajectory,
+    refuse_one_pass,
+    refuse_unknown_mode,
+    try_weights,
+)
+from polyak._mean import mean_dtype
+from polyak.errors import OptionError
+from polyak.profiles import EMA, Decay, Power, Profile, Tail, Weights, as_profile
+from polyak.selection._result import LIVE, Candidate, HoldoutCheck, Selection, ranked
+from polyak.trajectory import Explanation, Trajectory
+
+__all__ = ["averages", "bar", "coarse_grid", "fine_grid", "fold_in", "select"]
+
+# A bar on stderr while weights are tried, which takes as long as the user's own score does.
+
+
+@contextmanager
+def bar(what: str, shown: bool) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A bar on stderr of the main rank, or nothing; yields what wraps an iterable of known length.
+
+    >>> with bar("candidates", shown=False) as advance:
+    ...     list(advance([1, 2], 2))
+    [1, 2]
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    hidden = not (shown and is_main_rank())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as progress:
+        yield lambda items, total: iter(progress.track(items, total=total))
+
+
+# Which profiles `select` tries where it is not told: a coarse grid, then a finer one around its best.
+
+# Where between two neighbouring values of the coarse grid the finer ones lie, in logarithms.
+_BETWEEN = (1 / 3, 2 / 3)
+_DIGITS = 3
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Profiles with one parameter; ``build`` takes it and the length of the run in optimizer steps."""
+
+    build: Callable[[float, int], Profile]
+    values: tuple[float, ...]
+    largest: float = float("inf")
+
+
+_FAMILIES: Mapping[str, _Family] = {
+    "tail": _Family(lambda f, steps: Tail(f), (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0), largest=1.0),
+    "sqrt decay": _Family(lambda f, steps: Decay("sqrt", f), (0.1, 0.2, 0.4, 0.6, 0.8), largest=1.0),
+    "linear decay": _Family(lambda f, steps: Decay("linear", f), (0.1, 0.2, 0.4, 0.6, 0.8), largest=1.0),
+    "EMA": _Family(lambda h, steps: EMA(half_life=_rounded_number(h * steps)), (0.01, 0.025, 0.05, 0.1, 0.2)),
+    "power": _Family(lambda gamma, steps: Power(gamma=gamma), (1, 2, 4, 8, 16, 32)),
+}
+
+
+def coarse_grid(steps: int) -> list[Profile]:
+    """Tails, decays, EMAs and powers of every length for a run of ``steps`` optimizer steps.
+
+    >>> [str(profile) for profile in coarse_grid(1000)[:3]]
+    ['tail:0.02', 'tail:0.05', 'tail:0.1']
+    """
+    return [family.build(value, steps) for family in _FAMILIES.values() for value in family.values]
+
+
+def fine_grid(best: Profile, steps: int) -> list[Profile]:
+    """Four profiles around ``best``, one of :func:`coarse_grid`: two on either side, to its neighbours.
+
+    At an end of its family's grid the next value outwards is as far away as the one inwards.
+
+    >>> [str(profile) for profile in fine_grid(Tail(0.2), 1000)]
+    ['tail:0.159', 'tail:0.126', 'tail:0.241', 'tail:0.29']
+    """
+    for family in _FAMILIES.values():
+        for value in family.values:
+            if family.build(value, steps) == best:
+                return [family.build(near, steps) for near in _values_around(value, family)]
+    return []
+
+
+def _values_around(value: float, family: _Family) -> list[float]:
+    index = family.values.index(value)
+    below = family.values[index - 1] if index else value**2 / family.values[1]
+    last = index + 1 == len(family.values)
+    above = value**2 / family.values[index - 1] if last else family.values[index + 1]
+    around = [value * (end / value) ** part for end in (below, above) for part in _BETWEEN]
+    return [_rounded_number(near) for near in around if near <= family.largest]
+
+
+def _rounded_number(value: float) -> float:
+    """Three digits are more than scores can tell apart, and are read with ease."""
+    return float(f"{value:.{_DIGITS}g}")
+
+
+# Many averages of one trajectory, one after the other, with few of them in memory at a time.
+
+# Small models are averaged many profiles at a time, as reading each block costs more than its arithmetic.
+_TOGETHER_BYTES = 64 << 20
+_ROUNDING = 1e-12
+
+
+def averages(
+    trajectory: Trajectory, explained: Sequence[Explanation]
+) -> Iterator[tuple[Profile, dict[str, Tensor]]]:
+    """Each explained profile with its average: name to tensor, which the next step may overwrite.
+
+    Where all fit into 64 MB they are made in one pass over the blocks. Else tails come first, shortest first: each
+    is the one before plus the blocks that it reaches further back, so that all of them read every block about once
+    and hold one running mean; what is not averaged is as in the newest block, which all of them reach. Of the
+    others there are as many in memory as 64 MB hold, at least one.
+    """
+    together = max(1, _TOGETHER_BYTES // max(1, trajectory.average_bytes))
+    tails = [one for one in explained if isinstance(one.profile, Tail)] if together < len(explained) else []
+    yield from _nested_tails(trajectory, tails)
+    others = [one.profile for one in explained if not (tails and isinstance(one.profile, Tail))]
+    for first in range(0, len(others), together):
+        chunk = others[first : first + together]
+        yield from zip(chunk, trajectory.average_many(chunk), strict=True)
+
+
+def _nested_tails(
+    trajectory: Trajectory, tails: Sequence[Explanation]
+) -> Iterator[tuple[Profile, dict[str, Tensor]]]:
+    running: dict[str, Tensor] = {}
+    reached = np.zeros(len(trajectory.blocks))
+    for tail in sorted(tails, key=lambda tail: tail.coefficients[-1], reverse=True):
+        further = _beyond(reached, tail.coefficients)
+        share = 1.0 if further is None else float(further.sum())
+        if further is None:
+            running = {}
+            fold_in(running, trajectory.average(tail.profile), share, trajectory.averaged_names)
+        elif share > 0:
+            mean = trajectory.average(Weights(further.tolist()))
+            fold_in(running, mean, share, trajectory.averaged_names)
+        reached = tail.coefficients
+        yield tail.profile, running
+
+
+def _beyond(shorter: NDArray[np.float64], longer: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """What a longer tail adds: ``longer = c · shorter + rest`` with rest ≥ 0 that sums to 1 - c.
+
+    None where there is no such rest, as between a tail in steps and one in samples where blocks hold unlike
+    numbers of samples.
+    """
+    kept = longer[-1] / shorter[-1] if shorter[-1] else 0.0
+    rest = longer - kept * shorter
+    if rest.min() < -_ROUNDING:
+        return None
+    # What rounding leaves of blocks that both cover alike must not have those blocks read again.
+    return np.where(rest > _ROUNDING, rest, 0.0)
+
+
+@torch.no_grad()
+def fold_in(
+    running: dict[str, Tensor], mean: dict[str, Tensor], coefficient: float, averaged: Collection[str]
+) -> None:
+    """m += c (w - m) for the tensors named ``averaged``, tied ones once; the others stay what they were first."""
+    if not running:
+        copies = {
+            id(tensor): tensor.to(mean_dtype(tensor.dtype))
+            for name, tensor in mean.items()
+            if name in averaged
+        }
+        running.update({name: copies.get(id(tensor), tensor) for name, tensor in mean.items()})
+        return
+    pairs = {id(running[name]): (running[name], mean[name]) for name in mean if name in averaged}
+    for kept, tensor in pairs.values():
+        kept.lerp_(tensor.to(kept.dtype), coefficient)
+
+
+# `select`: every candidate average of a run, scored in the user's own model.
+
+Scores = dict[Profile | None, Score]
+
+
+def select(
+    trajectory: Trajectory,
+    model: nn.Module,
+    *,
+    score: ScoreFunction,
+    mode: Mode = "min",
+    profiles: Iterable[Profile | str] | None = None,
+    recalibrate: Iterable[Any] | None = None,
+    holdout: ScoreFunction | None = None,
+    progress: bool = True,
+) -> Selection:
+    """Score many averages of a run, and the live weights, and say which is best and how surely.
+
+    The best is the best score, nothing else; the verdict says whether it differs from the live weights beyond
+    noise. With losses ℓ_i of N examples under a candidate and under the live weights, the paired difference is
+    d = (1/N) Σ (ℓ_i - ℓ_i^live), and its interval is the middle 95% of d over 2,000 resamples of the examples.
+    The best of many candidates looks better than it is: ``holdout`` scores it once more, on other data.
+
+    Tails are built by one running pass over the blocks; memory is one average (a few, of a small model), a
+    backup of the live weights, and a block.
+
+    Args:
+        trajectory: a recorded run, or a folder of checkpoints.
+        model: takes the weights of each candidate, in evaluation mode and without gradients, while it is
+            scored. Its own weights, modes and buffers are as before when this returns or raises. The candidate
+            named ``live`` are the weights that the run ended with, see :meth:`Trajectory.live`; only of a
+            recording that was not closed they are those in the model.
+        score: ``score(model)`` returns a number, or a tensor of shape [N] with one loss per example, always
+            of the same examples in the same order.
+        mode: "min" if lower scores are better, "max" if higher ones are.
+        profiles: what to try, as profiles or as text; None: tails, decays, EMAs and powers on a coarse grid,
+            without those that the blocks cannot resolve, then a finer grid around the best average.
+        recalibrate: batches that can be gone through many times, for :func:`polyak.update_bn` before each
+            average is scored. The live weights keep the statistics they have.
+        holdout: like ``score``, on data that nothing is chosen on.
+        progress: show a bar on stderr.
+
+    Raises:
+        OptionError: an option is out of range, no profile can be tried, or scores cannot be used.
+        StructureError: the trajectory is that of another model.
+        CheckpointError: a block or checkpoint is damaged; it is named.
+        NotStartedError: the trajectory holds no block yet.
+
+    >>> import tempfile, torch, polyak
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> run = polyak.Recorder(model, folder.name, block=1)
+    >>> for value in (5.0, 1.0, 3.0, 1.0, 3.0):                 # the run circles around 2
+    ...     _ = model.weight.data.fill_(value)
+    ...     run.update()
+    >>> run.close()
+    >>> choice = polyak.select(run.trajectory, model, score=lambda m: (m.weight.item() - 2) ** 2,
+    ...                        profiles=["tail:0.4", "tail:0.8", "uniform"], progress=False)
+    >>> choice.best.name, choice.best.score, choice.live.score
+    ('tail:0.4', 0.0, 1.0)
+    >>> choice.apply(model)
+    >>> model.weight.item()
+    2.0
+    >>> folder.cleanup()
+    """
+    refuse_unknown_mode(mode)
+    refuse_one_pass(recalibrate)
+    refuse_no_trajectory(trajectory)
+    steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
+    tried = _distinct(trajectory, coarse_grid(steps)) if profiles is None else _given(trajectory, profiles)
+    with bar("candidates", progress) as advance:
+
+        def try_all(explained: Sequence[Explanation]) -> Scores:
+            scores: Scores = {}
+            for profile, weights in advance(averages(trajectory, explained), len(explained)):
+                scores[profile] = try_weights(model, weights, score, recalibrate)
+            return scores
+
+        scores: Scores = {None: try_weights(model, live_weights(trajectory), score)} | try_all(tried)
+        if profiles is None:
+            near = _distinct(trajectory, fine_grid(_best_average(scores, mode), steps), known=tried)
+            scores |= try_all(near)
+            tried += near
+        table = ranked(_candidates(scores, {one.profile: one for one in tried}), mode)
+        check = None
+        if holdout is not None and table[0].profile is not None:
+            check = _check(trajectory, model, table[0].profile, holdout, recalibrate)
+    return Selection(table, mode, check, trajectory, model, recalibrate)
+
+
+def _given(trajectory: Trajectory, profiles: Iterable[Profile | str]) -> list[Explanation]:
+    """The user's own profiles; one that the blocks cannot resolve is refused before any is scored."""
+    if isinstance(profiles, str | Profile):
+        raise OptionError(f"profiles must be a list, got {profiles!r}: write [{profiles!r}]")
+    given = dict.fromkeys(map(as_profile, profiles))
+    if not given:
+        raise OptionError("profiles is empty: give at least one, or None for the default grid")
+    return [trajectory.explain(profile) for profile in given]
+
+
+def _distinct(
+    trajectory: Trajectory, grid: Sequence[Profile], known: Sequence[Explanation] = ()
+) -> list[Explanation]:
+    """The profiles of ``grid`` that the blocks resolve and that differ from each other on these blocks."""
+    seen = {_rounded_weights(explained) for explained in known}
+    distinct = []
+    for profile in grid:
+        try:
+            explained = trajectory.explain(profile)
+        except OptionError:  # it looks back less far than the blocks resolve
+            continue
+        if _rounded_weights(explained) not in seen:
+            distinct.append(explained)
+            seen.add(_rounded_weights(explained))
+    return distinct
+
+
+def _rounded_weights(explained: Explanation) -> tuple[float, ...]:
+    return tuple(explained.coefficients.round(9).tolist())
+
+
+def _best_average(scores: Scores, mode: Mode) -> Profile:
+    averages = [profile for profile in scores if profile is not None]
+    return min(averages, key=lambda profile: badness(scores[profile].value, mode))
+
+
+def _candidates(scores: Scores, explained: Mapping[Profile, Explanation]) -> list[Candidate]:
+    live = scores[None]
+    intervals = paired_intervals(list(scores.values()), live)
+    return [
+        Candidate(
+            name=LIVE if profile is None else str(profile),
+            profile=profile,
+            score=score.value,
+            stderr=score.stderr,
+            difference=score.value - live.value,
+            low=interval.low if interval else None,
+            high=interval.high if interval else None,
+            effective_samples=1.0 if profile is None else explained[profile].effective_samples,
+            warnings=() if profile is None else explained[profile].warnings,
+        )
+        for (profile, score), interval in zip(scores.items(), intervals, strict=True)
+    ]
+
+
+def _check(
+    trajectory: Trajectory,
+    model: nn.Module,
+    best: Profile,
+    holdout: ScoreFunction,
+    recalibrate: Iterable[Any] | None,
+) -> HoldoutCheck:
+    live = try_weights(model, live_weights(trajectory), holdout)
+    score = try_weights(model, trajectory.average(best), holdout, recalibrate)
+    (interval,) = paired_intervals([score], live)
+    return HoldoutCheck(
+        best_score=score.value,
+        live_score=live.value,
+        difference=score.value - live.value,
+        low=interval.low if interval else None,
+        high=interval.high if interval else None,
+    )

@@ -1,0 +1,245 @@
+"""What a profile comes to on blocks: where its weight lies, and how much of it the blocks cannot place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyak.combine import Span, coefficients
+from polyak.errors import OptionError
+from polyak.profiles import Decay, Profile, Scheme
+from polyak.trajectory._blocks import Block
+
+__all__ = ["Explanation", "block_coefficients", "explain"]
+
+Floats = NDArray[np.float64]
+
+# Positions looked at within a block, at most.
+_POSITIONS = 1024
+_ROUNDING = 1e-9
+# The part of a scheme's weight that may lie on the wrong samples of their blocks.
+_MOST_MISPLACED = 0.1
+_LARGEST_SIGMA = 0.2887
+_MOST_DOUBLINGS = 40
+_EXPONENT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a profile is rebuilt from blocks.
+
+    Within a block all samples weigh the same, whatever the profile asks for. So some of its weight lies on other
+    samples than asked, never outside their block.
+
+    Attributes:
+        profile: what was asked for.
+        blocks: oldest first.
+        coefficients: float64, one per block; they sum to 1.
+        exact: whether no weight is misplaced.
+        misplaced_weight: the part of the weight that lies on other samples than the profile asks for. An
+            averaged number is off by at most this part of the widest range that the number runs through within
+            one block.
+        partly_covered_weight: the part of the weight that lies in blocks which the profile covers in part.
+        effective_samples: 1/Σ a², over the weights a of all samples: how many equal ones would say as much.
+        warnings: what speaks against this profile here, in sentences.
+    """
+
+    profile: Profile
+    blocks: Sequence[Block]
+    coefficients: Floats
+
+    # Each is worked out when it is asked for: choosing among many profiles looks at few.
+
+    @cached_property
+    def misplaced_weight(self) -> float:
+        return _misplaced(self.profile, self.blocks)
+
+    @cached_property
+    def partly_covered_weight(self) -> float:
+        return float(np.abs(self.coefficients[_are_partly_covered(self.profile, self.blocks)]).sum())
+
+    @cached_property
+    def effective_samples(self) -> float:
+        counts = np.array([block.count for block in self.blocks])
+        return float(1 / (self.coefficients**2 / counts).sum())
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        found = list(_warnings(self.profile, self.blocks, self.coefficients))
+        if self.misplaced_weight > _MOST_MISPLACED:
+            found.append(
+                f"the blocks are too long for {self.profile}: {self.misplaced_weight:.0%} of its weight lies on other "
+                "samples than it asks for"
+            )
+        return tuple(found)
+
+    @property
+    def exact(self) -> bool:
+        """Whether no weight is misplaced."""
+        return self.misplaced_weight <= _ROUNDING
+
+    def __str__(self) -> str:
+        head = f"{self.profile}: " + (
+            "exact"
+            if self.exact
+            else f"{self.misplaced_weight:.2%} of the weight lies on other samples of its block than asked for"
+        )
+        facts = (
+            f"{self.partly_covered_weight:.2%} of the weight in blocks that it covers in part, "
+            f"{self.effective_samples:.1f} effective samples"
+        )
+        rows = [
+            f"  {block!s:>24}  {block.count:>9} samples  {coefficient:10.6f}"
+            for block, coefficient in zip(self.blocks, self.coefficients, strict=True)
+            if coefficient
+        ]
+        return "\n".join([head, facts, *rows, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def explain(profile: Profile, blocks: Sequence[Block]) -> Explanation:
+    """The coefficients of ``profile`` on ``blocks``, and what is lost by them.
+
+    Raises:
+        OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
+
+    >>> import polyak
+    >>> found = explain(polyak.Tail(0.5), [Block(0, 60, count=60), Block(60, 100, count=40)])
+    >>> found.coefficients.round(3).tolist(), found.exact, round(found.misplaced_weight, 3)
+    ([0.2, 0.8], False, 0.167)
+    """
+    explanation = Explanation(profile, blocks, _fractions(profile, blocks))
+    _refuse_unresolved(profile, blocks, explanation.misplaced_weight)
+    return explanation
+
+
+def block_coefficients(profile: Profile, blocks: Sequence[Block]) -> Floats:
+    """One coefficient per block, which sum to 1.
+
+    Raises:
+        OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
+    """
+    if isinstance(profile, Scheme):
+        _refuse_unresolved(profile, blocks, _misplaced(profile, blocks))
+    return _fractions(profile, blocks)
+
+
+def _fractions(profile: Profile, blocks: Sequence[Block]) -> Floats:
+    return np.array(coefficients(profile, [Span(b.start, b.stop, b.count) for b in blocks]))
+
+
+def _refuse_unresolved(scheme: Profile, blocks: Sequence[Block], misplaced: float) -> None:
+    """Profiles that are no schemes say themselves what part of a run they cover, and are warned about."""
+    if misplaced <= _MOST_MISPLACED or not isinstance(scheme, Scheme):
+        return
+    shortest = _shortest(scheme, blocks)
+    if shortest is None:
+        cure = "its first sample alone counts that much, which no block holds alone; use debias=True"
+    else:
+        cure = (
+            "it looks back less far than they resolve. The shortest possible here is "
+            f"{shortest}; for a shorter one record shorter blocks, or follow it with polyak.Average"
+        )
+    raise OptionError(
+        f"the blocks cannot give {scheme}: {misplaced:.0%} of its weight would lie on other samples than it asks "
+        f"for, as {cure}"
+    )
+
+
+def _within_blocks(profile: Profile, blocks: Sequence[Block], parts: NDArray[np.int64]) -> Floats:
+    """The weights that ``profile`` gives to each block's parts, one block after the other.
+
+    Args:
+        profile: any profile.
+        blocks: K blocks.
+        parts: into how many parts of equal length each of the K is cut.
+    """
+    starts, stops = _edges(profile, blocks)
+    edges = parts + 1
+    which = np.repeat(np.arange(len(parts)), edges)
+    nth = np.arange(len(which)) - _firsts(edges)[which]
+    positions = starts[which] + (stops - starts)[which] * (nth / parts[which])
+    shares = profile.cumulative(positions.clip(0, stops[-1]), stops[-1])
+    return np.diff(shares)[which[1:] == which[:-1]]
+
+
+def _firsts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each run of so many elements begins."""
+    return np.cumsum(lengths) - lengths
+
+
+def _are_partly_covered(profile: Profile, blocks: Sequence[Block]) -> NDArray[np.bool_]:
+    """Which blocks have parts with weight and parts without."""
+    parts = np.full(len(blocks), _POSITIONS)
+    inside = _within_blocks(profile, blocks, parts).reshape(len(blocks), _POSITIONS)
+    weighs = inside > _ROUNDING * inside.sum(axis=1, keepdims=True)
+    return weighs.any(axis=1) & (inside <= 0).any(axis=1)
+
+
+def _edges(profile: Profile, blocks: Sequence[Block]) -> tuple[Floats, Floats]:
+    """Where each block begins and ends, in the unit of ``profile``."""
+    if profile.unit == "steps":
+        return np.array([float(b.start) for b in blocks]), np.array([float(b.stop) for b in blocks])
+    stops = np.cumsum([b.count if profile.unit == "samples" else 1 for b in blocks], dtype=np.float64)
+    return np.array([0, *stops[:-1]]), stops
+
+
+def _misplaced(profile: Profile, blocks: Sequence[Block]) -> float:
+    """Half of Σ |a - b| over all samples, a being the weight asked for and b what the block gives it."""
+    if profile.unit == "blocks":
+        return 0.0
+    parts = np.array([min(block.count, _POSITIONS) for block in blocks])
+    inside = _within_blocks(profile, blocks, parts)
+    given = np.add.reduceat(inside, _firsts(parts))
+    return float(np.abs(inside - np.repeat(given / parts, parts)).sum() / 2 / given.sum())
+
+
+def _shortest(scheme: Scheme, blocks: Sequence[Block]) -> Scheme | None:
+    """The scheme of this kind that looks back least far of those that the blocks resolve, if there is one."""
+    lengthened = _lengthening(scheme)
+
+    def resolves(exponent: float) -> bool:
+        return _misplaced(lengthened(2**exponent), blocks) <= _MOST_MISPLACED
+
+    high = next((float(exponent) for exponent in range(1, _MOST_DOUBLINGS) if resolves(exponent)), None)
+    if high is None:
+        return None
+    low = high - 1
+    while high - low > _EXPONENT_TOLERANCE:
+        middle = (low + high) / 2
+        low, high = (low, middle) if resolves(middle) else (middle, high)
+    return lengthened(2**high)
+
+
+def _lengthening(scheme: Scheme) -> Callable[[float], Scheme]:
+    """From a factor to the scheme that looks back about so many times farther, in round numbers."""
+    laws: dict[str, Callable[[float, float], float]] = {
+        "half_life": lambda value, factor: _rounded(value * factor),
+        "decay": lambda value, factor: 1 - _rounded((1 - value) / factor),
+        "sigma_rel": lambda value, factor: min(_rounded(value * factor), _LARGEST_SIGMA),
+        "gamma": lambda value, factor: _rounded(value / factor),
+        "eta": lambda value, factor: _rounded(value / factor),
+    }
+    name = next(name for name in laws if getattr(scheme, name, None) is not None)
+    value = getattr(scheme, name)
+    return lambda factor: replace(scheme, **{name: laws[name](value, factor)})
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _warnings(profile: Profile, blocks: Sequence[Block], found: Floats) -> tuple[str, ...]:
+    if not isinstance(profile, Decay):
+        return ()
+    rates = [block.lr for block, a in zip(blocks, found, strict=True) if a and block.lr]
+    least, greatest = min((r.min for r in rates), default=0), max((r.max for r in rates), default=0)
+    if greatest - least <= _ROUNDING * greatest:
+        return ()
+    return (
+        f"the learning rate was not constant over the steps that {profile} covers ({least:.3g} to {greatest:.3g}); "
+        "it stands in for a decay of the learning rate, and decaying twice does harm",
+    )

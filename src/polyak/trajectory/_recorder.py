@@ -1,0 +1,503 @@
+"""The recorder: a training run as block means on disk, written beside the training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from polyak._attach import refuse_by_hand
+from polyak._checks import refuse_other_state
+from polyak._distributed import Team
+from polyak._mean import Accumulator
+from polyak._model import Binding, local, refuse_unplaced, sharded_like
+from polyak._swap import copy_into, refuse_swapped
+from polyak.errors import OptionError, StateError, StructureError, name_list
+from polyak.profiles import Uniform
+from polyak.profiles._base import whole_within
+from polyak.trajectory._blocks import Block, Manifest, Meter, Snapshot, Summary
+from polyak.trajectory._policy import BackgroundWriter, Pace, block_steps_after
+from polyak.trajectory._store import TrajectoryFolder
+
+if TYPE_CHECKING:
+    from polyak.trajectory._trajectory import Trajectory
+
+__all__ = ["Recorder"]
+
+# The block that is being filled.
+
+
+class OpenBlock:
+    """Samples, learning rates and metrics since ``start``.
+
+    Two accumulators take turns: the means of the block before stay as they are while this one fills.
+
+    Attributes:
+        start: the optimizer step after which the block begins.
+        last_sample: the step of the last sample, accepted or not.
+    """
+
+    def __init__(self, binding: Binding, dtype: torch.dtype | None, device: torch.device | str | None):
+        self._binding = binding
+        agree = binding.agree if binding.sharded else None
+        self._filling, self._resting = (
+            Accumulator(binding.live, binding.names, Uniform(), dtype=dtype, device=device, agree=agree)
+            for _ in range(2)
+        )
+        self.begin(0)
+
+    def refuse_unstorable(self) -> None:
+        """Raise OptionError for means that the blocks' format cannot hold."""
+        wide = [
+            n
+            for n, m in zip(self._binding.names, self._filling.means, strict=True)
+            if m.dtype == torch.complex128
+        ]
+        if wide:
+            raise OptionError(
+                f"{name_list(wide)} would be complex128, which blocks cannot hold: pass dtype=torch.float32"
+            )
+
+    def begin(self, start: int) -> None:
+        """Empty it, for a block after ``start``."""
+        self.start = self.last_sample = start
+        self._filling.restart()
+        self._metrics, self._lr = Meter(), Meter()
+
+    def rebind(self) -> None:
+        """Take up tensors that the model has in the place of those before."""
+        for accumulator in (self._filling, self._resting):
+            accumulator.bind(self._binding.live)
+
+    def note(self, metrics: Mapping[str, Any], lr: float | Tensor | None) -> None:
+        """Take the numbers of one optimizer step."""
+        if metrics:
+            self._metrics.add(metrics)
+        if lr is not None:
+            self._lr.add({"lr": lr})
+
+    def sample(self, step: int) -> None:
+        """Take the weights as they are after ``step``."""
+        self._filling.add(self._binding.live)
+        self.last_sample = step
+
+    @property
+    def count(self) -> int:
+        """Accepted samples; on an accelerator reading it waits for the device."""
+        return self._filling.n_averaged
+
+    def take(self) -> tuple[Block, list[Tensor]]:
+        """What was filled, up to the last sample, and its means; the next block begins there."""
+        block = Block(
+            self.start,
+            self.last_sample,
+            self._filling.n_averaged,
+            self._filling.n_skipped,
+            self._lr.summaries().get("lr"),
+            self._metrics.summaries(),
+        )
+        means = self._filling.means
+        self._filling, self._resting = self._resting, self._filling
+        self.begin(block.stop)
+        return block, means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, and the means by name, which are not copied."""
+        self._filling.look_anew()
+        return {
+            "start": self.start,
+            "last_sample": self.last_sample,
+            "n_averaged": self._filling.n_averaged,
+            "n_skipped": self._filling.n_skipped,
+            "summaries": json.dumps({"lr": self._lr.to_json(), "metrics": self._metrics.to_json()}),
+            "open_block": self._named_means(),
+        }
+
+    def _named_means(self) -> dict[str, Tensor]:
+        binding, means = self._binding, self._filling.means
+        return {n: sharded_like(m, w) for n, m, w in zip(binding.names, means, binding.whole, strict=True)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that fits."""
+        copy_into(self._filling.means, local(state["open_block"][name] for name in self._binding.names))
+        self._filling.restart(state["n_averaged"], state["n_skipped"])
+        self.start, self.last_sample = state["start"], state["last_sample"]
+        summaries = json.loads(state["summaries"])
+        self._lr, self._metrics = (_meter(summaries[kind]) for kind in ("lr", "metrics"))
+
+
+def _meter(entries: Mapping[str, dict[str, Any]]) -> Meter:
+    return Meter({name: Summary(**numbers) for name, numbers in entries.items()})
+
+
+# Recording a training run as a short list of block means on disk.
+
+_LEAST_MAX_BLOCKS = 8
+# Where the length of a block follows the pace of the run: samples in the first one, and blocks until it is final.
+_FIRST_SAMPLES = 4
+_PACED_BLOCKS = 8
+# A training state may be lost while it is saved, so that its owner goes back to the one before.
+_KEPT_STATES = 2
+
+_log = logging.getLogger("polyak")
+
+
+class Recorder:
+    """Records a run as block means, so that the average is chosen after training.
+
+    A block is the mean of the samples taken in the optimizer steps (start, stop]. Blocks are kept in fp32 (the
+    default), as files of ``directory`` that are whole checkpoints. Once there are more than ``max_blocks``,
+    neighbours merge, exactly; blocks are short near the end of the run and longer in proportion to their age,
+    whatever its length turns out to be (see :mod:`polyak.trajectory._policy`). Memory: two copies of the
+    parameters, one that fills and one that is written on a thread of its own; the training waits rather than
+    queue more.
+
+    Args:
+        model: as for :class:`polyak.Average`. A model sharded by ``fully_shard`` is recorded by all its ranks, each
+            writing its own part of every file, without gathering. Every method that records, saves or loads is then a
+            collective call, metrics and learning rates are the first rank's, and all must share ``directory``.
+        directory: made if need be. One that holds a trajectory of the same model is continued after its last
+            block; see ``step``.
+        every: optimizer steps between samples.
+        block: length of the first blocks in optimizer steps, a multiple of ``every``; it doubles whenever the
+            run exceeds 1,024 of them. None: lengthened over the first blocks until writing one takes at most a
+            fiftieth of the time of training it. Then the borders depend on the machine's speed.
+        max_blocks: blocks kept, at least 8.
+        dtype: of the blocks: float32, float64, or None for that of each parameter but at least float32.
+        device: where both copies are kept; None: beside each parameter.
+        buffers: "copy" stores them as they are at the end of each block; "average" averages the floating ones.
+        optimizer: whose learning rate is kept with each block, the largest where parameter groups differ.
+        step: the optimizer steps already taken, where training is resumed and :meth:`load_state_dict` is not
+            used: later blocks are dropped, all of them where it is 0. None: continue after the last block, with
+            a warning.
+
+    Attributes:
+        directory: where the blocks are.
+        every: as given.
+        max_blocks: as given.
+
+    Raises:
+        OptionError: an option is out of range, or nothing would be averaged.
+        StateError: the directory is that of another model or of other options, is being recorded by somebody
+            else, or has a block that lies across ``step``.
+        CheckpointError: the directory cannot be read or written.
+
+    >>> import tempfile, torch, polyak
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> with polyak.Recorder(model, folder.name, block=2) as run:
+    ...     for value in (1.0, 3.0, 5.0, 9.0):                  # the weights after four optimizer steps
+    ...         _ = model.weight.data.fill_(value)
+    ...         run.update(loss=1 / value)
+    >>> [(str(block), block.count, round(block.metrics["loss"].mean, 2)) for block in run.trajectory.blocks]
+    [('(0, 2]', 2, 0.67), ('(2, 4]', 2, 0.16)]
+    >>> run.trajectory.average(polyak.Tail(0.5))
+    {'weight': tensor([[7., 7.]])}
+    >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        directory: str | PathLike[str],
+        *,
+        every: int = 1,
+        block: int | None = None,
+        max_blocks: int = 64,
+        dtype: torch.dtype | None = torch.float32,
+        device: torch.device | str | None = None,
+        buffers: Literal["copy", "average"] = "copy",
+        optimizer: Optimizer | None = None,
+        step: int | None = None,
+    ):
+        self.directory = Path(directory)
+        self.every = whole_within("[1, inf)", "every", every)
+        self.max_blocks = whole_within(f"[{_LEAST_MAX_BLOCKS}, inf)", "max_blocks", max_blocks)
+        if dtype not in (None, torch.float32, torch.float64):
+            raise OptionError(f"dtype must be torch.float32, torch.float64 or None, got {dtype}")
+        if step is not None:
+            step = whole_within("[0, inf)", "step", step)
+        self._law = {"every": self.every, "dtype": str(dtype), "buffers": buffers}
+        self._optimizer = optimizer
+        self._binding = Binding(model, buffers=buffers)
+        self._team = Team.of(self._binding.ranks) if self._binding.sharded else Team()
+        self._accumulation = {"dtype": dtype, "device": device}
+        self._open_block: OpenBlock | None = None
+        self._writer = BackgroundWriter()
+        self._pace = Pace(_FIRST_SAMPLES * self.every)
+        given = _given_steps(block, self.every)
+        fresh = Manifest(self._law, given or self._pace.block_steps(), settled=given is not None)
+        self._folder = TrajectoryFolder(self.directory, fresh, given, self._team)
+        self._is_open = True
+        try:
+            self._begin(step)
+        except BaseException:
+            self._release()
+            raise
+
+    # Following the model.
+
+    def update(self, **metrics: float | Tensor) -> None:
+        """Count one optimizer step, and take a sample if one is due.
+
+        Args:
+            metrics: numbers, or tensors of one element, whose means over each block are kept with it; values
+                that are not finite are left out. Tensors on an accelerator are read at the end of the block.
+
+        Raises:
+            OptionError: a metric is not a number, or an optimizer calls this already, by :func:`polyak.attach`.
+            StructureError: the model's tensors are no longer those it was made for, or have no data yet.
+            StateError: the recorder is closed.
+            CheckpointError: writing a block failed; blocks written before are safe, nothing more is recorded.
+        """
+        refuse_by_hand(self, instead=", with note(loss=loss) for metrics")
+        self._refuse_closed("update()")
+        if self._team.size == 1:  # ranks find a failure together, where they hand the next block over
+            self._writer.raise_if_failed()
+        if self._goes_on_unasked:
+            self._warn_of_going_on()
+        block = self._open_block or self._follow_model()
+        block.note(metrics, self._learning_rate())
+        self._pace.tick()
+        self._step += 1
+        if self._step % self.every == 0:
+            self._sample()
+
+    def note(self, **metrics: float | Tensor) -> None:
+        """Keep metrics with the block that is being filled, as :meth:`update` does; no step is counted.
+
+        For a recorder that is attached to an optimizer, or numbers that come at other times than steps.
+        """
+        self._refuse_closed("note()")
+        (self._open_block or self._follow_model()).note(metrics, None)
+
+    @property
+    def block_steps(self) -> int:
+        """The length of the block that is being filled, in optimizer steps."""
+        manifest = self._folder.manifest
+        return block_steps_after(self._start - manifest.start, manifest.block_steps)
+
+    @property
+    def _start(self) -> int:
+        """Where the open block begins; the manifest may be behind by the block under way."""
+        return self._folder.manifest.stop if self._open_block is None else self._open_block.start
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """What was recorded so far, without the block that is being filled; waits for the one under way."""
+        from polyak.trajectory._trajectory import Trajectory
+
+        self._writer.wait()
+        return Trajectory(self.directory)
+
+    def close(self) -> None:
+        """Write the block that is being filled and the live weights, and let go of the directory.
+
+        A ``with`` statement does so at its end; left by an error, it does so as well, but for a sharded model only
+        lets go, as the other ranks may not come along.
+
+        Calling it again does nothing. Raises CheckpointError as :meth:`update` does; the directory is let go
+        all the same. While averaged weights are in the model it raises SwapError, and stays open. A
+        model that is no longer the recorded one raises StructureError once its blocks are written.
+        """
+        if not self._is_open:
+            return
+        refuse_swapped(self._binding.live)
+        try:
+            if self._open_block is not None and self._open_block.count:
+                self._hand_over(self._open_block)
+            self._writer.wait()
+            # Without a step since, the model may not even be the trained one.
+            if self._step > self._began_at and self._folder.manifest.blocks:
+                self._follow_model()
+                self._folder.write_live(Snapshot.of(self._binding, self._binding.live), self._step)
+        finally:
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._team.size > 1:
+            self._release()  # the other ranks may know nothing of the error, and would not come to close together
+        else:
+            self.close()
+
+    def __repr__(self) -> str:
+        blocks = len(self._folder.manifest.blocks)
+        return f"Recorder({str(self.directory)!r}, every={self.every}, block_steps={self.block_steps}, blocks={blocks})"
+
+    # Saving and resuming.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open block, to be saved with the training state; waits for the block under way.
+
+        The border at which that block begins is kept, also by later merges, until two more states were asked
+        for. It loads with ``torch.load(weights_only=True)``; tensors are not copied.
+        """
+        self._refuse_closed("state_dict()")
+        self._writer.wait()
+        block = self._follow_model()
+        if block.start not in self._kept_edges:
+            self._kept_edges.append(block.start)
+        return {**self._law, "step": self._step, **block.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state: the clock is that of the state, and blocks recorded after it are dropped.
+
+        Raises:
+            StateError: it belongs to another model, other options or another directory, or a block lies across
+                its border; nothing was changed.
+        """
+        self._refuse_closed("load_state_dict()")
+        self._writer.wait()
+        block = self._follow_model()
+        current = {**self._law, "step": self._step, **block.state_dict()}
+        refuse_other_state(current, state, law=list(self._law))
+        self._folder.refuse_gap_before(state["start"])
+        self._folder.begin_at(state["start"], live_step=state["step"])
+        block.load_state_dict(state)
+        self._go_on_from(state["step"])
+        self._goes_on_unasked = False
+
+    # How it works inside.
+
+    def _begin(self, step: int | None) -> None:
+        if self._binding.ready:
+            self._allocate()
+        if step is not None:
+            self._warn_of_gap(step)
+            self._folder.begin_at(step, live_step=step)
+        if self._open_block is not None:
+            self._open_block.begin(self._folder.manifest.stop)
+        self._go_on_from(self._folder.manifest.stop if step is None else step)
+        self._goes_on_unasked = step is None and bool(self._folder.manifest.blocks)
+
+    def _warn_of_going_on(self) -> None:
+        """Running a script once more is no resuming, but looks the same from here."""
+        self._goes_on_unasked = False
+        warnings.warn(
+            f"{self.directory} holds a recording up to optimizer step {self._step}, which goes on: both count as one "
+            "run. Pass step=0 to start over; where training was resumed, load_state_dict() or step= says from where",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def _warn_of_gap(self, step: int) -> None:
+        """The open block of a process that was killed is lost as a matter of course; more than that is not."""
+        manifest = self._folder.manifest
+        if manifest.blocks and step - manifest.stop > self.block_steps:
+            warnings.warn(
+                f"{self.directory}: optimizer steps {manifest.stop} to {step} were not recorded, so the samples of the "
+                "next block stand for them too",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _go_on_from(self, step: int) -> None:
+        self._step = self._began_at = step
+        self._kept_edges = deque([self._start], maxlen=_KEPT_STATES)
+        self._pace.restart()
+        self._plan_stop()
+        if self._folder.manifest.blocks:
+            _log.info("%s: goes on after optimizer step %d", self.directory, step)
+
+    def _plan_stop(self) -> None:
+        """Blocks end at multiples of their length, so that a run that was resumed has the same borders."""
+        self._stop = (self._step // self.block_steps + 1) * self.block_steps
+
+    def _sample(self) -> None:
+        block = self._follow_model()
+        block.sample(self._step)
+        # A block without an accepted sample goes on until it has one.
+        if self._step >= self._stop and block.count:
+            self._hand_over(block)
+
+    def _hand_over(self, block: OpenBlock) -> None:
+        """Give what was filled to the writer, once it has written the block before."""
+        self._pace.stop()
+        self._pace.wrote(self._writer.wait())
+        self._follow_pace()
+        filled, means = block.take()
+        snapshot = Snapshot.of(self._binding, means)
+        edges = frozenset(self._kept_edges)
+        self._writer.submit(partial(self._folder.commit, filled, snapshot, self.max_blocks, edges))
+        self._plan_stop()
+
+    def _follow_pace(self) -> None:
+        manifest = self._folder.manifest
+        if manifest.settled:
+            return
+        settled = len(manifest.blocks) >= _PACED_BLOCKS
+        self._folder.settle(self._team.first(self._pace.block_steps), settled)
+        if settled:
+            steps = self._folder.manifest.block_steps
+            _log.info("%s: blocks of %d optimizer steps, which take %s", self.directory, steps, self._pace)
+
+    def _learning_rate(self) -> float | Tensor | None:
+        if self._optimizer is None:
+            return None
+        return max(group["lr"] for group in self._optimizer.param_groups)
+
+    def _follow_model(self) -> OpenBlock:
+        refuse_swapped(self._binding.live)
+        replaced = self._binding.follow()
+        if self._open_block is None:
+            return self._allocate()
+        if replaced:
+            self._writer.wait()  # it reads the means of the block before
+            self._open_block.rebind()
+        return self._open_block
+
+    def _allocate(self) -> OpenBlock:
+        binding = self._binding
+        if binding.sharded and self._team.size == 1 < len(binding.ranks):
+            raise StructureError("the model was sharded after its Recorder was made: make a new one")
+        refuse_unplaced({e.name: e.tensor for e in binding.tensors.values() if e.persistent})
+        shapes = {e.name: tuple(e.tensor.shape) for e in binding.tensors.values() if e.kind == "parameter"}
+        averaged = dict(zip(binding.names, map(_shape, binding.whole), strict=True))
+        frozen = {name: shape for name, shape in shapes.items() if name not in averaged}
+        self._folder.refuse_other_model(averaged, frozen)
+        self._open_block = OpenBlock(binding, **self._accumulation)
+        self._open_block.refuse_unstorable()
+        self._open_block.begin(self._folder.manifest.stop)
+        return self._open_block
+
+    def _release(self) -> None:
+        self._is_open = False
+        self._writer.stop()
+        self._folder.close()
+
+    def _refuse_closed(self, call: str) -> None:
+        if not self._is_open:
+            raise StateError(
+                f"{call} after close(): remove its hook, or make a new Recorder on {self.directory} to go on"
+            )
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _given_steps(block: int | None, every: int) -> int | None:
+    if block is None:
+        return None
+    steps = whole_within("[1, inf)", "block", block)
+    if steps % every:
+        raise OptionError(
+            f"block must be a multiple of every={every}, the steps between samples, got {block}"
+        )
+    return steps

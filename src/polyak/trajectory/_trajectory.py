@@ -1,0 +1,518 @@
+"""A recorded run, or a folder of checkpoints, to be averaged afterwards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from polyak import checkpoints
+from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
+from polyak.combine import (
+    MemoryWriter,
+    batchnorm_statistics,
+    combine,
+    common_layout,
+    is_averaged,
+    known_steps,
+    refuse_partly_known,
+    spans_of_steps,
+)
+from polyak.errors import CheckpointError, NotStartedError, OptionError, name_list
+from polyak.profiles import Profile, Weights, as_profile
+from polyak.trajectory._blocks import FROZEN_NAME, Block, Manifest, Part, copied_names, refuse_damaged
+from polyak.trajectory._explain import Explanation, block_coefficients, explain
+
+__all__ = ["Trajectory"]
+
+# In which order checkpoints of other tools were saved, and at which optimizer steps.
+
+
+def checkpoint_steps(
+    inputs: Sequence[Checkpoint], steps: Sequence[int] | None, ordered: bool
+) -> list[tuple[int, Checkpoint]]:
+    """Checkpoints with the optimizer step of each, by step.
+
+    Steps are those given, which should order the checkpoints as their names do; or those that all checkpoints say
+    in their metadata; or those in the names, if all have one; or 1, 2, … in the order given.
+
+    Raises:
+        OptionError: steps of another number than the checkpoints, or the same one twice; or steps known of some
+            only; or no steps, and paths whose order means nothing.
+    """
+    chosen = list(steps) if steps is not None else known_steps(inputs)
+    if chosen is None:
+        refuse_partly_known(inputs)
+    if chosen is None and not ordered:
+        raise OptionError(
+            f"no step is known for {name_list([c.path.name for c in inputs])}, and the paths come in no order: give "
+            "steps, or a list from the oldest to the newest"
+        )
+    chosen = chosen or list(range(1, len(inputs) + 1))
+    if len(chosen) != len(inputs):
+        raise OptionError(f"{len(chosen)} steps were given for {len(inputs)} checkpoints: give one for each")
+    if steps is not None:
+        _warn_of_other_order(inputs, chosen)
+    found = sorted(zip(chosen, inputs, strict=True), key=lambda pair: pair[0])
+    for (step, first), (other, second) in pairwise(found):
+        if step == other:
+            raise OptionError(
+                f"{first.path} and {second.path} are both of step {step}: give steps, or one of them"
+            )
+    return found
+
+
+def _warn_of_other_order(inputs: Sequence[Checkpoint], steps: Sequence[int]) -> None:
+    """Paths sorted as text put epoch-10 before epoch-9, and then the steps given are those of other files."""
+    known = known_steps(inputs)
+    if known is None:
+        return
+    pairs = sorted(zip(known, steps, inputs, strict=True), key=lambda pair: pair[0])
+    for (number, step, first), (other, later, second) in pairwise(pairs):
+        if number < other and step > later:
+            warnings.warn(
+                f"steps say that {first.path.name} is of step {step} and {second.path.name} of {later}, which is not "
+                "the order of their names or metadata: give one step for each path, in the order of paths",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
+
+
+# Putting averaged models together: combined block means, copied buffers, frozen parameters.
+
+_COPY_NUMEL = 1 << 20
+
+# One coefficient per block; zero for those that do not count.
+Row = Sequence[float]
+
+
+class Assembly:
+    """Makes models of blocks, for any number of rows of coefficients in one pass.
+
+    Args:
+        blocks: the opened block of each coefficient; None may stand where no row counts it.
+        frozen: what all blocks share, if anything.
+    """
+
+    def __init__(self, blocks: Sequence[Checkpoint | None], frozen: Checkpoint | None):
+        self._blocks = blocks
+        self._frozen = frozen
+
+    def layout(self, row: Row, dtype: torch.dtype | None = None) -> Layout:
+        """Names, shapes and ties of the model that ``row`` gives: tied is what is tied in every block.
+
+        ``dtype`` is the narrowest of what is averaged; None: that of the newest block.
+        """
+        blocks = list(self._counted([row]).values())
+        newest = blocks[-1]
+        ties = {t: n for t, n in newest.ties.items() if all(b.ties.get(t) == n for b in blocks)}
+        copied = copied_names(newest)
+        tensors = {
+            name: info if dtype is None or name in copied else _at_least(info, dtype)
+            for name, info in newest.tensors.items()
+            if name not in ties
+        }
+        if self._frozen is not None:
+            ties |= self._frozen.ties
+            tensors |= {n: info for n, info in self._frozen.tensors.items() if n not in ties}
+        return Layout(tensors, ties)
+
+    def fill(self, rows: Sequence[Row], writers: Sequence[Writer], max_memory: int | str) -> None:
+        """Write the model of each row to its writer, which was begun with its layout."""
+        averaged = [self._copy_rest(row, writer) for row, writer in zip(rows, writers, strict=True)]
+        blocks = self._counted(rows)
+        coefficients = [[row[index] for index in blocks] for row in rows]
+        combine(list(blocks.values()), coefficients, averaged, max_memory=max_memory)
+
+    def _copy_rest(self, row: Row, writer: Writer) -> Part:
+        """Copy what is not averaged; what remains to be written. Buffers are those of the newest block."""
+        newest, stored = list(self._counted([row]).values())[-1], writer.layout.tensors
+        copied = copied_names(newest).intersection(stored)
+        _copy(newest, copied, writer)
+        if self._frozen is not None:
+            _copy(self._frozen, stored.keys() & self._frozen.tensors.keys(), writer)
+        return Part(writer, [name for name in stored if name in newest.tensors and name not in copied])
+
+    def _counted(self, rows: Sequence[Row]) -> dict[int, Checkpoint]:
+        """The blocks with a coefficient in any of ``rows``, by position."""
+        return {
+            index: block
+            for index, block in enumerate(self._blocks)
+            if block is not None and any(row[index] for row in rows)
+        }
+
+
+def _at_least(info: TensorInfo, dtype: torch.dtype) -> TensorInfo:
+    if not is_averaged(info.dtype):
+        return info
+    # torch promotes no 8-bit floats, than which all that can be asked for is wider.
+    wider = dtype if info.dtype.itemsize == 1 else torch.promote_types(info.dtype, dtype)
+    return TensorInfo(info.shape, wider)
+
+
+def _copy(source: Checkpoint, names: Iterable[str], writer: Writer) -> None:
+    """Copy tensors as they are, slice by slice."""
+    for name in names:
+        numel = source.tensors[name].numel
+        for start in range(0, numel, _COPY_NUMEL):
+            stop = min(start + _COPY_NUMEL, numel)
+            writer.write(name, start, source.read_slice(name, start, stop))
+
+
+# A run as block means, from which any average is made afterwards.
+
+_MAX_MEMORY = "1GB"
+
+
+class Trajectory:
+    """The block means of a run, oldest first.
+
+    The average under a profile F is Σ a_k · block_k with a_k = F(stop_k) - F(start_k), over optimizer steps or
+    samples, as the profile's unit says. It is exact where F is straight within each block, as for any window
+    between borders of blocks; :meth:`explain` says how far it is from exact elsewhere.
+
+    Args:
+        directory: what a :class:`polyak.Recorder` wrote, or is still writing: blocks that come later are not
+            seen.
+
+    Attributes:
+        blocks: with ``start``, ``stop``, ``count``, ``skipped``, ``lr`` and ``metrics``.
+        damaged: position in ``blocks`` to what is wrong with it; see :attr:`usable`.
+
+    Raises:
+        CheckpointError: there is no trajectory, or its manifest is damaged.
+
+    >>> import tempfile, torch, polyak
+    >>> from polyak import checkpoints
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for step in (100, 200, 300):
+    ...         checkpoints.write(f"{folder}/step-{step}.pt", {"w": torch.full((2,), float(step))})
+    ...     run = polyak.Trajectory.from_checkpoints(Path(folder).glob("*.pt"))
+    ...     run.average(polyak.Tail(steps=200))
+    {'w': tensor([250., 250.])}
+    """
+
+    blocks: tuple[Block, ...]
+    damaged: dict[int, str]
+    _live: Path | Weights | None
+
+    def __init__(self, directory: str | PathLike[str]):
+        folder = Path(directory)
+        manifest, self._inputs, self.damaged = _read(folder)
+        self._place = str(folder)
+        self.blocks = manifest.blocks
+        self._unchecked = {index for index in range(len(self.blocks)) if index not in self.damaged}
+        self._frozen = checkpoints.open(folder / FROZEN_NAME) if manifest.has_frozen else None
+        self._live = None if manifest.live_name is None else folder / manifest.live_name
+        self._live_checksum = manifest.live_checksum
+        self._frozen_checksum = manifest.frozen_checksum
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        paths: Iterable[str | PathLike[str]],
+        steps: Sequence[int] | None = None,
+        *,
+        key: str | None = None,
+    ) -> Trajectory:
+        """Checkpoints of any tool as a trajectory: each is a block with one sample.
+
+        One saved at step s stands for the steps since the one before; the first takes the length of the next
+        gap. Tensors that are not averaged, such as counters, are those of the newest that counts.
+
+        Args:
+            paths: files or folders of the formats that :mod:`polyak.checkpoints` reads.
+            steps: the optimizer step of each; None: as the checkpoints say, or else the number in each name
+                (the one after "step", or the last), or else 1, 2, … in the order of ``paths``.
+            key: the nested key that holds the weights; None: the best known.
+
+        Raises:
+            OptionError: no paths; steps that do not fit; or none known, and paths in no order, as from a glob.
+            CheckpointError: one is corrupt.
+            StructureError: they do not hold the same tensors.
+        """
+        if isinstance(paths, str | PathLike):
+            raise OptionError(
+                f"paths must be a list, got {str(paths)!r}: write [...] or Path({str(paths)!r}).glob('*.pt')"
+            )
+        ordered = isinstance(paths, Sequence)
+        inputs = [checkpoints.open(path, key) for path in paths]
+        if not inputs:
+            raise OptionError("there are no checkpoints: paths is empty")
+        found = checkpoint_steps(inputs, steps, ordered)
+        trajectory = cls.__new__(cls)
+        trajectory._place = str(inputs[0].path.parent)
+        trajectory._inputs = [checkpoint for _, checkpoint in found]
+        spans = spans_of_steps([step for step, _ in found])
+        trajectory.blocks = tuple(Block(span.start, span.stop, span.count) for span in spans)
+        trajectory.damaged, trajectory._unchecked = {}, set()
+        trajectory._frozen = trajectory._frozen_checksum = None
+        trajectory._live = Weights([float(index == len(found) - 1) for index in range(len(found))])
+        common_layout(inputs)  # refuses checkpoints of different models
+        return trajectory
+
+    @property
+    def usable(self) -> Self:
+        """The trajectory without its damaged blocks, whose weight goes to the others in proportion."""
+        self._check(range(len(self.blocks)))
+        rest = object.__new__(type(self))
+        rest.__dict__.update(self.__dict__)
+        kept = [index for index in range(len(self.blocks)) if index not in self.damaged]
+        rest.blocks = tuple(self.blocks[index] for index in kept)
+        rest._inputs = [self._inputs[index] for index in kept]
+        rest.damaged, rest._unchecked = {}, set()
+        return rest
+
+    @property
+    def name(self) -> str:
+        """The name of the folder that it was opened from."""
+        return Path(self._place).absolute().name
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint | None, ...]:
+        """The opened file of each block, None where it is damaged."""
+        return tuple(self._inputs)
+
+    def average(
+        self,
+        profile: Profile | str,
+        *,
+        dtype: torch.dtype | None = None,
+        max_memory: int | str = _MAX_MEMORY,
+    ) -> dict[str, Tensor]:
+        """The averaged model under ``profile``: name to tensor on the host, tied names sharing one.
+
+        Tensors that are not averaged are those of the newest block that counts.
+
+        Args:
+            profile: any profile, or its text such as ``"tail:0.4"``.
+            dtype: the narrowest that averaged tensors may have, such as ``torch.float32`` for bf16 checkpoints;
+                None: that of the blocks, to which averages are rounded.
+            max_memory: bytes, or text such as ``"512MB"``: the most memory used beside the result.
+
+        Raises:
+            OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
+            CheckpointError: a block that counts is damaged; the message names it.
+            NotStartedError: there are no blocks yet.
+        """
+        return self.average_many([profile], dtype=dtype, max_memory=max_memory)[0]
+
+    def average_many(
+        self,
+        profiles: Sequence[Profile | str],
+        *,
+        dtype: torch.dtype | None = None,
+        max_memory: int | str = _MAX_MEMORY,
+    ) -> list[dict[str, Tensor]]:
+        """As :meth:`average` for each profile, in one pass over the blocks."""
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise OptionError(
+                f"dtype must be a floating-point torch.dtype, such as torch.float32, got {dtype!r}"
+            )
+        rows = [self._coefficients(profile) for profile in profiles]
+        writers = [MemoryWriter(self._assembly.layout(row, dtype)) for row in rows]
+        self._fill(rows, writers, max_memory)
+        return [writer.tensors for writer in writers]
+
+    def write(
+        self,
+        profile: Profile | str,
+        path: str | PathLike[str],
+        *,
+        overwrite: bool = False,
+        max_memory: int | str = _MAX_MEMORY,
+    ) -> None:
+        """Write the averaged model as a checkpoint, whole or not at all, without holding it in memory.
+
+        BatchNorm statistics in it are not those of the averaged weights, which a warning says.
+
+        Args:
+            profile: any profile.
+            path: the ending chooses the format, as for :func:`polyak.checkpoints.write`.
+            overwrite: replace an output that is there.
+            max_memory: as for :meth:`average`.
+
+        Raises as :meth:`average`; ``OutputExistsError``.
+        """
+        row = self._coefficients(profile)
+        layout = replace(self._assembly.layout(row), metadata={"polyak.profile": str(profile)})
+        n_samples = sum(block.count for block, a in zip(self.blocks, row, strict=True) if a)
+        if n_samples > 1 and (statistics := batchnorm_statistics(layout.tensors)):
+            warnings.warn(
+                f"{name_list(statistics)} in {path} are BatchNorm statistics of other weights than the average: "
+                "recompute them with polyak.update_bn, or choose with polyak.select(recalibrate=...), which writes "
+                "an average with its own",
+                UserWarning,
+                stacklevel=2,
+            )
+        with checkpoints.create(path, layout, overwrite=overwrite) as writer:
+            self._fill([row], [writer], max_memory)
+
+    def explain(self, profile: Profile | str) -> Explanation:
+        """Where the weight of ``profile`` lies, and how far the blocks are from what it asks for.
+
+        Raises:
+            OptionError: as for :meth:`average`.
+            NotStartedError: there are no blocks yet.
+        """
+        self._refuse_empty()
+        return explain(as_profile(profile), self.blocks)
+
+    @property
+    def averaged_names(self) -> frozenset[str]:
+        """Names of the tensors that are averaged, tied ones under each name; the rest are those of one block."""
+        self._refuse_empty()
+        newest = next(checkpoint for checkpoint in reversed(self._inputs) if checkpoint is not None)
+        copied = copied_names(newest)
+        return frozenset(
+            name
+            for name, info in newest.tensors.items()
+            if is_averaged(info.dtype) and newest.ties.get(name, name) not in copied
+        )
+
+    @property
+    def average_bytes(self) -> int:
+        """Bytes that an average takes in memory, tied tensors once.
+
+        Raises:
+            NotStartedError: there are no blocks yet.
+            CheckpointError: none can be read.
+        """
+        self._refuse_empty()
+        readable = [index for index, checkpoint in enumerate(self._inputs) if checkpoint is not None]
+        if not readable:
+            raise CheckpointError(
+                f"no block of {self._place} can be read: {next(iter(self.damaged.values()))}"
+            )
+        newest = [float(index == readable[-1]) for index in range(len(self))]
+        return sum(info.nbytes for info in self._assembly.layout(newest).tensors.values())
+
+    @property
+    def has_live(self) -> bool:
+        """Whether :meth:`live` has the weights that the run ended with: not while it is still being recorded."""
+        return self._live is not None
+
+    def live(self) -> dict[str, Tensor]:
+        """The weights that the run ended with: as they were when the recorder was closed, or the newest checkpoint's.
+
+        Raises:
+            NotStartedError: they were not kept, as the recording was not closed, or goes on.
+            CheckpointError: they are damaged.
+        """
+        if self._live is None:
+            raise NotStartedError(
+                f"{self._place} held no live weights when it was opened, which a recorder writes when it is closed; "
+                "take them from the model, or from the training's own last checkpoint"
+            )
+        if isinstance(self._live, Weights):
+            return self.average(self._live)
+        try:
+            refuse_damaged(self._live, self._live_checksum, "the live weights")
+        except CheckpointError:
+            self._refuse_outdated()
+            raise
+        self._check_frozen()
+        sources = [checkpoints.open(self._live), *([self._frozen] if self._frozen else [])]
+        return {name: source.read(name) for source in sources for name in source.tensors}
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __repr__(self) -> str:
+        reach = f", steps {self.blocks[0].start} to {self.blocks[-1].stop}" if self.blocks else ""
+        return f"Trajectory({self._place!r}, {len(self.blocks)} blocks{reach})"
+
+    # How it works inside.
+
+    def _coefficients(self, profile: Profile | str) -> list[float]:
+        self._refuse_empty()
+        found = block_coefficients(as_profile(profile), self.blocks).tolist()
+        used = [index for index, a in enumerate(found) if a]
+        self._check(used)
+        self._check_frozen()
+        broken = [index for index in used if index in self.damaged]
+        if broken:
+            others = len(self.blocks) - len(self.damaged)
+            raise CheckpointError(
+                f"{self.damaged[broken[0]]}. {profile} needs this block, {self.blocks[broken[0]]}; the other "
+                f"{others} blocks can be used: trajectory.usable leaves the damaged ones out"
+            )
+        return found
+
+    def _fill(self, rows: list[list[float]], writers: Sequence[Writer], max_memory: int | str) -> None:
+        try:
+            self._assembly.fill(rows, writers, max_memory)
+        except CheckpointError:
+            self._refuse_outdated()
+            raise
+
+    def _check(self, indices: Iterable[int]) -> None:
+        """Compare files with their checksums, each once: what lies on a disk for long may change."""
+        for index in sorted(self._unchecked.intersection(indices)):
+            checkpoint = self._inputs[index]
+            assert checkpoint is not None, "what could not be opened is not checked"
+            try:
+                refuse_damaged(checkpoint.path, self.blocks[index].checksum, f"block {self.blocks[index]}")
+            except CheckpointError as error:
+                self._refuse_outdated()
+                self.damaged[index] = str(error)
+            self._unchecked.remove(index)
+
+    def _check_frozen(self) -> None:
+        if self._frozen is None or self._frozen_checksum is None:
+            return
+        try:
+            refuse_damaged(self._frozen.path, self._frozen_checksum, "the frozen parameters")
+        except CheckpointError:
+            self._refuse_outdated()
+            raise
+        self._frozen_checksum = None  # once is enough
+
+    def _refuse_outdated(self) -> None:
+        """A missing file is no damage where the recording has gone on, merged blocks, and has other live weights."""
+        folder = Path(self._place)
+        if not Manifest.exists(folder):
+            return
+        then = {block.file_name: block.checksum for block in self.blocks}
+        if isinstance(self._live, Path):
+            then[self._live.name] = self._live_checksum
+        if self._frozen_checksum is not None:
+            then[FROZEN_NAME] = self._frozen_checksum
+        if not then.items() <= Manifest.read(folder).checksums.items():
+            raise CheckpointError(
+                f"{self._place} has been recorded further since this trajectory was opened, and files of it were "
+                "replaced: open it again"
+            )
+
+    @property
+    def _assembly(self) -> Assembly:
+        return Assembly(self._inputs, self._frozen)
+
+    def _refuse_empty(self) -> None:
+        if not self.blocks:
+            raise NotStartedError(f"{self._place} holds no block yet: the first one is not full")
+
+
+def _read(folder: Path) -> tuple[Manifest, list[Checkpoint | None], dict[int, str]]:
+    """The manifest, its blocks opened, and what is wrong with those that could not be."""
+    while True:
+        manifest = Manifest.read(folder)
+        inputs: list[Checkpoint | None] = []
+        damaged: dict[int, str] = {}
+        for index, block in enumerate(manifest.blocks):
+            try:
+                inputs.append(checkpoints.open(folder / block.file_name))
+            except CheckpointError as error:
+                inputs.append(None)
+                damaged[index] = str(error)
+        # A recorder at work may have merged blocks away before they were opened.
+        if not damaged or Manifest.read(folder) == manifest:
+            return manifest, inputs, damaged
