@@ -21,7 +21,7 @@ from polyak import checkpoints
 from polyak.checkpoints._formats import FORMATS
 from polyak.errors import CheckpointError, OptionError, StructureError
 from polyak.inspection import CheckpointSummary, FolderSummary, _measure, compare, describe
-from polyak.inspection.views import view
+from polyak.inspection._views import view
 
 SUFFIXES = {"safetensors": ".safetensors", "pt": ".pt", "npz": ".npz"}
 DTYPES = (

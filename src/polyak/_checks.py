@@ -42,18 +42,18 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 # Refusing a saved state that belongs to something else, before anything is loaded.
 
 
-def refuse_other_state(current: Mapping[str, Any], state: Mapping[str, Any], law: Iterable[str]) -> None:
+def refuse_other_state(current: Mapping[str, Any], state: Mapping[str, Any], options: Iterable[str]) -> None:
     """Compare a saved state with the present one of the object that is to take it up.
 
     Args:
         current: the object's own state.
         state: the saved one.
-        law: the keys whose values must be equal.
+        options: the keys whose values must be equal.
 
     Raises:
-        StateError: keys, law, names, shapes or dtypes differ; the message says which.
+        StateError: keys, options, names, shapes or dtypes differ; the message says which.
 
-    >>> refuse_other_state({"scheme": "uniform"}, {"scheme": "ema:decay=0.9"}, law=["scheme"])
+    >>> refuse_other_state({"scheme": "uniform"}, {"scheme": "ema:decay=0.9"}, options=["scheme"])
     Traceback (most recent call last):
     polyak.errors.StateError: the state was saved with scheme='ema:decay=0.9', but this has scheme='uniform';
     nothing was loaded
@@ -65,7 +65,7 @@ def refuse_other_state(current: Mapping[str, Any], state: Mapping[str, Any], law
             f"this is not a state of the kind expected: it lacks {name_list(lacking) or 'nothing'} and has "
             f"{name_list(unknown) or 'nothing'} besides; nothing was loaded"
         )
-    other = [key for key in law if current[key] != state[key]]
+    other = [key for key in options if current[key] != state[key]]
     if other:
         saved = ", ".join(f"{key}={state[key]!r}" for key in other)
         here = ", ".join(f"{key}={current[key]!r}" for key in other)

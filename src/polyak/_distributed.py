@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polyak.errors import PolyakError
 
-__all__ = ["Team", "is_distributed", "is_main_rank", "sum_over_ranks"]
+__all__ = ["RankGroup", "is_distributed", "is_main_rank", "sum_over_ranks"]
 
 Result = TypeVar("Result")
 
@@ -36,12 +36,12 @@ def is_main_rank() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
-class Team:
+class RankGroup:
     """Ranks that do something together: their calls are collective, and plain local answers for one process alone.
 
     Objects travel through ``group``; None is one process alone.
 
-    >>> Team().gather("alone")
+    >>> RankGroup().gather("alone")
     ['alone']
     """
 
@@ -49,12 +49,12 @@ class Team:
         self._group = group
 
     @classmethod
-    def of_all(cls) -> Team:
+    def of_all(cls) -> RankGroup:
         """All ranks of the default group, or this process alone."""
         return cls(dist.group.WORLD if is_distributed() else None)
 
     @classmethod
-    def of(cls, ranks: Sequence[int]) -> Team:
+    def of(cls, ranks: Sequence[int]) -> RankGroup:
         """These ranks of the default group, in a gloo group of their own; a collective call among them.
 
         Its calls may be made on another thread than the training's own. It lives as long as the default group: torch
@@ -88,7 +88,7 @@ class Team:
     def first(self, call: Callable[[], Result]) -> Result:
         """What ``call`` returns on the first rank, where alone it runs; what it raises there is raised on all.
 
-        >>> Team().first(lambda: 2 + 2)
+        >>> RankGroup().first(lambda: 2 + 2)
         4
         """
         if self._group is None:
@@ -115,7 +115,7 @@ class Team:
         Raises:
             PolyakError: on the ranks that did not fail, naming those that did; the others raise their own error.
 
-        >>> with Team().all_or_none("counting"):
+        >>> with RankGroup().all_or_none("counting"):
         ...     total = 1 + 1
         """
         failure: BaseException | None = None

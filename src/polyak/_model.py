@@ -36,8 +36,8 @@ __all__ = [
     "is_sharded",
     "local",
     "refuse_unplaced",
-    "runs",
     "shape_of",
+    "shard_runs",
     "sharded_like",
 ]
 
@@ -316,7 +316,7 @@ def _refuse_unplaced(name: str, tensor: DTensor) -> None:
         )
 
 
-def runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[int, Tensor]]:
+def shard_runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[int, Tensor]]:
     """Where the elements of ``part`` lie in the flattened ``whole``: (start, 1-D values), one run after the other.
 
     Over all ranks every element comes once: of copies on several ranks only the first is given out.
@@ -327,7 +327,7 @@ def runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[int, Ten
         is_first: whether this is the rank that gives out plain tensors.
 
     >>> import torch
-    >>> [(start, values.tolist()) for start, values in runs(torch.ones(2, 2), torch.ones(2, 2), is_first=True)]
+    >>> [(start, values.tolist()) for start, values in shard_runs(torch.ones(2, 2), torch.ones(2, 2), is_first=True)]
     [(0, [1.0, 1.0, 1.0, 1.0])]
     """
     if not is_sharded(whole):

@@ -280,7 +280,7 @@ class Average:
         accumulator = self._follow_model()
         accumulator.look_anew()
         state = {
-            **self._law(),
+            **self._options(),
             "step": self._step,
             "sampled_at": self._sampled_at,
             "origin": self._origin,
@@ -301,7 +301,7 @@ class Average:
         self._refuse_while_swapped("load_state_dict() would be undone by the swap")
         accumulator = self._follow_model()
         current = self.state_dict()
-        refuse_other_state(current, state, law=list(self._law()))
+        refuse_other_state(current, state, options=list(self._options()))
         for kind in ("average", "residual") if self._compensated else ("average",):
             copy_into(local(current[kind].values()), local(state[kind][name] for name in current[kind]))
         accumulator.restart(state["n_averaged"], state["n_skipped"], state["position"])
@@ -364,7 +364,7 @@ class Average:
         binding = self._binding
         return {n: sharded_like(t, w) for n, t, w in zip(binding.names, tensors, binding.whole, strict=True)}
 
-    def _law(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         return {
             "scheme": str(self.scheme),
             "start": self.start,

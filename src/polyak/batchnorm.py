@@ -130,11 +130,11 @@ def _per_channel(counts: Sequence[int], streams: Sequence[Tensor]) -> Tensor:
     return torch.tensor(counts, dtype=torch.float64).repeat_interleave(channels)
 
 
-# The BatchNorm layers of a model: which are refreshed, and how they are lent out and given back unharmed.
+# The BatchNorm layers of a model: which are refreshed, and how they borrow buffers and get their own back unharmed.
 
 
 class BatchNormLayer:
-    """A BatchNorm module, the state of it that measuring would disturb, and buffers to lend it meanwhile."""
+    """A BatchNorm module, the state of it that measuring would disturb, and buffers for it to borrow meanwhile."""
 
     def __init__(self, name: str, module: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
         self.name = name
@@ -144,8 +144,8 @@ class BatchNormLayer:
         self.n_batches = module.num_batches_tracked
         self.momentum = module.momentum
         # Not copies of the old ones: a momentum of 1 still multiplies those by 0, and 0 · NaN is NaN.
-        self.lent_mean = torch.zeros_like(mean)
-        self.lent_variance = torch.ones_like(variance)
+        self.borrowed_mean = torch.zeros_like(mean)
+        self.borrowed_variance = torch.ones_like(variance)
 
     @property
     def is_synchronised(self) -> bool:
@@ -157,9 +157,9 @@ class BatchNormLayer:
         """Whether a step in training mode leaves this rank's moments behind, in fp32 at least."""
         return not self.is_synchronised and self.mean.element_size() >= 4
 
-    def lend(self) -> None:
-        self.module.running_mean = self.lent_mean
-        self.module.running_var = self.lent_variance
+    def borrow(self) -> None:
+        self.module.running_mean = self.borrowed_mean
+        self.module.running_var = self.borrowed_variance
         if self.n_batches is not None:
             self.module.num_batches_tracked = torch.zeros_like(self.n_batches)
         self.module.momentum = 1.0
@@ -171,8 +171,8 @@ class BatchNormLayer:
         self.module.momentum = self.momentum
 
     def normalise_by(self, mean: Tensor, variance: Tensor) -> None:
-        self.lent_mean.copy_(mean)
-        self.lent_variance.copy_(variance)
+        self.borrowed_mean.copy_(mean)
+        self.borrowed_variance.copy_(variance)
 
 
 def layers_to_refresh(network: nn.Module, keep_frozen: bool) -> list[BatchNormLayer]:
@@ -223,8 +223,8 @@ def _tracks(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 
 @contextmanager
-def lent(layers: list[BatchNormLayer], network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode and the layers on lent buffers; all is given back at the end, always."""
+def borrowed_buffers(layers: list[BatchNormLayer], network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode and the layers on borrowed buffers; all is given back at the end, always."""
     modes = {module: module.training for module in network.modules()}
 
     def give_back() -> None:
@@ -238,7 +238,7 @@ def lent(layers: list[BatchNormLayer], network: nn.Module) -> Iterator[None]:
         for module in modes:
             module.training = False
         for layer in layers:
-            layer.lend()
+            layer.borrow()
         yield
     finally:
         try:
@@ -281,7 +281,7 @@ def store(moments: PooledMoments, layers: list[BatchNormLayer]) -> None:
 # What reaches each BatchNorm layer, measured as it passes.
 
 
-class Meter:
+class InputMoments:
     """A hook before each layer's forward that pools the moments of its inputs.
 
     In training mode with momentum 1, a layer's running statistics *are* the moments of its last batch, so
@@ -289,9 +289,9 @@ class Meter:
     SyncBatchNorm, for single elements, and when normalising as in evaluation.
 
     Args:
-        layers: the layers, on lent buffers.
+        layers: the layers, on borrowed buffers.
         normalise_by_batch: whether batches are normalised by their own statistics, as in training, or by
-            those in the lent buffers.
+            those in the borrowed buffers.
     """
 
     def __init__(self, layers: list[BatchNormLayer], normalise_by_batch: bool) -> None:
@@ -342,8 +342,8 @@ class Meter:
 
     def _read(self, indices: list[int]) -> None:
         counts = [self._unread.pop(index) for index in indices]
-        means = [self.layers[index].lent_mean for index in indices]
-        unbiased = [self.layers[index].lent_variance for index in indices]
+        means = [self.layers[index].borrowed_mean for index in indices]
+        unbiased = [self.layers[index].borrowed_variance for index in indices]
         variances = torch._foreach_mul(unbiased, [(count - 1) / count for count in counts])
         self.moments.merge(indices, counts, means, list(variances))
 
@@ -516,7 +516,7 @@ def update_bn(
     _require_equal_on_ranks(layers, passes)
 
     call = forward or call_model
-    with lent(layers, network), _eager(), progress_bar(loader, passes, progress) as advance:
+    with borrowed_buffers(layers, network), _eager(), progress_bar(loader, passes, progress) as advance:
 
         def run(batch: Any) -> None:
             call(network, batch if device is None else moved(batch, device))
@@ -537,8 +537,8 @@ def _measure(
     normalise_by_batch: bool,
 ) -> PooledMoments:
     """The moments of what reaches each layer in one pass over the data of all ranks."""
-    meter = Meter(layers, normalise_by_batch)
-    with meter.attached(), _distributed.Team.of_all().all_or_none("update_bn"):
+    meter = InputMoments(layers, normalise_by_batch)
+    with meter.attached(), _distributed.RankGroup.of_all().all_or_none("update_bn"):
         for batch in loader:
             run(batch)
             meter.end_batch()
@@ -553,7 +553,7 @@ def _measure(
 
 def _require_equal_on_ranks(layers: list[BatchNormLayer], passes: int) -> None:
     job = (passes, [(layer.name, len(layer.mean)) for layer in layers])
-    for rank, other in enumerate(_distributed.Team.of_all().gather(job)):
+    for rank, other in enumerate(_distributed.RankGroup.of_all().gather(job)):
         if other != job:
             raise StructureError(
                 f"rank {rank} would refresh other BatchNorm layers than this rank, or take other passes; "

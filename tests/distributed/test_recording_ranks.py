@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import polyak
 from polyak import checkpoints
-from polyak._model import runs
+from polyak._model import shard_runs
 from polyak.errors import CheckpointError, StateError, StructureError
 from polyak.trajectory import _blocks
 from ranks import run_on_ranks
@@ -332,7 +332,7 @@ def runs_of_ranks():
         tensor = distribute_tensor(whole, mesh, placements)
         parts = [
             (start, values.tolist())
-            for start, values in runs(tensor.to_local(), tensor, dist.get_rank() == 0)
+            for start, values in shard_runs(tensor.to_local(), tensor, dist.get_rank() == 0)
         ]
         found.append(((str(placements), shape), parts))
     return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ import torch
 from torch import nn
 
 import polyak
-from polyak import checkpoints
+from polyak import EMA, Decay, Power, Tail, Uniform, Weights, checkpoints, parse
 from polyak.errors import NotStartedError, OptionError
+from polyak.selection._select import averages, coarse_grid, fine_grid
 from polyak.trajectory import Trajectory
+from recorded_runs import RecordedWalk, largest_error
 
 
 class Line(nn.Module):
@@ -335,3 +339,146 @@ def test_the_bar_is_shown_on_stderr_only_where_it_is_asked_for(recorded, capsys)
     assert capsys.readouterr() == ("", "")
     select(recorded, progress=True)
     assert capsys.readouterr().out == ""
+
+
+# The grids that are tried by default.
+
+
+@pytest.mark.parametrize("steps", [1, 7, 2000, 10**7])
+def test_the_grid_holds_every_kind_and_can_be_written_down(steps):
+    grid = coarse_grid(steps)
+    assert len(set(grid)) == len(grid)
+    assert {type(profile) for profile in grid} == {Tail, Decay, EMA, Power}
+    assert [parse(str(profile)) for profile in grid] == grid
+
+
+def test_half_lives_follow_the_length_of_the_run():
+    half_lives = [profile.half_life for profile in coarse_grid(2000) if isinstance(profile, EMA)]
+    assert half_lives == [20, 50, 100, 200, 400]
+
+
+@pytest.mark.parametrize("best", coarse_grid(2000))
+def test_finer_values_lie_around_the_best_and_in_its_family(best):
+    near = fine_grid(best, 2000)
+    assert len(set(near)) == len(near) >= 2
+    assert all(type(profile) is type(best) and profile not in coarse_grid(2000) for profile in near)
+    if isinstance(best, Decay):
+        assert {profile.shape for profile in near} == {best.shape}
+
+
+def test_at_an_end_of_the_grid_the_finer_values_reach_beyond_it():
+    assert min(profile.fraction for profile in fine_grid(Tail(0.02), 2000)) < 0.02
+    assert max(profile.gamma for profile in fine_grid(Power(gamma=32), 2000)) > 32
+    assert max(profile.fraction for profile in fine_grid(Tail(1.0), 2000)) < 1
+
+
+def test_there_is_nothing_finer_around_what_is_not_on_the_grid():
+    assert fine_grid(Uniform(), 2000) == []
+
+
+# Averages made one after the other equal those made alone, and are never all in memory.
+
+
+@pytest.fixture
+def recorded_stream(tmp_path):
+    walk = RecordedWalk(tmp_path / "run", every=2, block=10, max_blocks=16, poisoned={44, 46})
+    walk.run(500)
+    walk.recorder.close()
+    return walk.recorder.trajectory
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Averages do not all fit into it."""
+    monkeypatch.setattr("polyak.selection._select._TOGETHER_BYTES", 0)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many averages each pass over the blocks makes."""
+    made = []
+    average_many = Trajectory.average_many
+
+    def watched(self, profiles, **options):
+        made.append(len(profiles))
+        return average_many(self, profiles, **options)
+
+    monkeypatch.setattr(Trajectory, "average_many", watched)
+    return made
+
+
+def streamed(trajectory, profiles):
+    for profile, weights in averages(trajectory, [trajectory.explain(profile) for profile in profiles]):
+        yield profile, {name: tensor.double().clone() for name, tensor in weights.items()}
+
+
+def test_nested_tails_are_the_averages_that_the_trajectory_makes_alone(recorded_stream, little_memory):
+    tails = [Tail(1.0), Tail(0.02), Tail(steps=3), Tail(0.31), Tail(0.3), Tail(steps=200)]
+    found = dict(streamed(recorded_stream, tails))
+    assert set(found) == set(tails)
+    for tail, weights in found.items():
+        alone = recorded_stream.average(tail)
+        assert weights.keys() == alone.keys()
+        assert largest_error(weights, {n: t.double() for n, t in alone.items()}) < 2e-7
+        assert weights["1.num_batches_tracked"] == alone["1.num_batches_tracked"]
+
+
+def test_nested_tails_read_each_block_about_once(recorded_stream, monkeypatch, little_memory):
+    reads = []
+    coefficients = Trajectory._coefficients
+
+    def watched(self, profile):
+        found = coefficients(self, profile)
+        reads.extend(index for index, a in enumerate(found) if a)
+        return found
+
+    monkeypatch.setattr(Trajectory, "_coefficients", watched)
+    tails = [Tail(f / 20) for f in range(1, 21)]
+    assert len(list(streamed(recorded_stream, tails))) == 20
+    # A tail that ends inside a block reads that block again for the next one.
+    assert set(reads) == set(range(len(recorded_stream.blocks)))
+    assert len(reads) <= len(recorded_stream.blocks) + len(tails)
+
+
+def test_what_fits_the_memory_is_made_in_one_pass(recorded_stream, passes):
+    profiles = [Tail(0.5), Power(gamma=1), Tail(0.25)]
+    found = dict(streamed(recorded_stream, profiles))
+    assert passes == [3] and list(found) == profiles
+    for profile in profiles:
+        alone = recorded_stream.average(profile)
+        assert largest_error(found[profile], {n: t.double() for n, t in alone.items()}) == 0
+
+
+def test_the_others_come_in_chunks_that_fit_the_memory(recorded_stream, passes, monkeypatch):
+    monkeypatch.setattr("polyak.selection._select._TOGETHER_BYTES", 1000)
+    size = sum(tensor.nbytes for tensor in recorded_stream.average(Uniform()).values())
+    assert recorded_stream.average_bytes == size
+    together = 1000 // size
+    assert 1 < together < 10
+    profiles = [Power(gamma=gamma) for gamma in range(1, 8)] + [
+        Decay("sqrt", 0.4),
+        Weights([1.0] * len(recorded_stream)),
+    ]
+    found = dict(streamed(recorded_stream, profiles))
+    assert list(found) == profiles and max(passes) == together
+    for profile in profiles:
+        alone = recorded_stream.average(profile)
+        assert largest_error(found[profile], {n: t.double() for n, t in alone.items()}) == 0
+
+
+def test_of_tails_one_is_in_memory_at_a_time(recorded_stream, little_memory):
+    seen = []
+    explained = [recorded_stream.explain(Tail(f / 10)) for f in range(1, 11)]
+    for _, weights in averages(recorded_stream, explained):
+        seen += [weakref.ref(tensor) for tensor in weights.values() if tensor.is_floating_point()]
+        gc.collect()
+        alive = {id(reference()) for reference in seen if reference() is not None}
+        assert alive == {id(tensor) for tensor in weights.values() if tensor.is_floating_point()}
+
+
+def test_half_precision_blocks_keep_a_mean_in_fp32(tmp_path, little_memory):
+    for step in range(1, 5):
+        torch.save({"w": torch.full((2,), 1 + step / 128, dtype=torch.bfloat16)}, tmp_path / f"{step}.pt")
+    trajectory = Trajectory.from_checkpoints(sorted(tmp_path.glob("*.pt")))
+    found = dict(streamed(trajectory, [Tail(0.25), Tail(1.0)]))
+    assert found[Tail(1.0)]["w"].tolist() == pytest.approx([1 + 2.5 / 128] * 2, abs=1e-7)

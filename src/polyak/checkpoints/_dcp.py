@@ -89,7 +89,7 @@ def write_sharded(path: str | PathLike[str], tensors: Mapping[str, Tensor], over
     from torch.distributed.checkpoint import save
 
     path = Path(path)
-    if any(_distributed.Team.of_all().gather(path.exists())) and not overwrite:
+    if any(_distributed.RankGroup.of_all().gather(path.exists())) and not overwrite:
         raise OutputExistsError(
             f"{path} exists already: name another output, or pass overwrite=True (--force on the command line)"
         )

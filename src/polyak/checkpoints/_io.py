@@ -37,7 +37,7 @@ __all__ = [
 # Large files pass through the page cache without staying in it, where the system knows how.
 
 # Smaller files are left in the page cache: what is chosen among, such as the blocks of a small model, is read soon.
-LEAST_PASSING_BYTES = 1 << 25
+LEAST_UNCACHED_BYTES = 1 << 25
 # The page cache holds about so much of a file at a time; pieces below the second size are left to the system.
 _CHUNK_BYTES = 1 << 21
 _LEAST_PIECE_BYTES = 1 << 18
@@ -48,23 +48,23 @@ _UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _ERRORS = (OSError, NotImplementedError)
 
 
-def write_all(number: int, data: memoryview, offset: int, *, passing: bool = False) -> None:
+def write_all(number: int, data: memoryview, offset: int, *, uncached: bool = False) -> None:
     """``os.pwrite`` until all is written: the system may take less at a time.
 
-    If ``passing``, the system begins at once to put it on the disk, and then drops it from the page cache.
+    If ``uncached``, the system begins at once to put it on the disk, and then drops it from the page cache.
     """
-    passing = passing and len(data) >= _LEAST_PIECE_BYTES
+    uncached = uncached and len(data) >= _LEAST_PIECE_BYTES
     done = 0
     while done < len(data):
-        if passing:
-            done += _write_passing(number, data[done : done + _CHUNK_BYTES], offset + done)
+        if uncached:
+            done += _write_uncached(number, data[done : done + _CHUNK_BYTES], offset + done)
         else:
             done += os.pwrite(number, data[done:], offset + done)
 
 
-def read_into(number: int, buffer: memoryview, offset: int, *, passing: bool = False) -> int:
-    """``os.preadv``; if ``passing``, what has to come from the disk does not stay in the page cache."""
-    if passing and sys.platform == "linux":
+def read_into(number: int, buffer: memoryview, offset: int, *, uncached: bool = False) -> int:
+    """``os.preadv``; if ``uncached``, what has to come from the disk does not stay in the page cache."""
+    if uncached and sys.platform == "linux":
         try:
             return os.preadv(number, [buffer], offset, _RWF_DONTCACHE)
         except _ERRORS as error:
@@ -77,7 +77,7 @@ def _raise_unless_unsupported(error: Exception) -> None:
         raise error
 
 
-def _write_passing(number: int, data: memoryview, offset: int) -> int:
+def _write_uncached(number: int, data: memoryview, offset: int) -> int:
     if sys.platform == "linux":
         try:
             return os.pwritev(number, [data], offset, _RWF_DONTCACHE)
@@ -121,14 +121,14 @@ def _descriptor(path: Path, fingerprint: tuple[int, ...]) -> _Descriptor:
 class DataFile:
     """A file read at byte offsets, from any number of threads.
 
-    If ``passing``, what has to come from the disk does not stay in the page cache.
+    If ``uncached``, what has to come from the disk does not stay in the page cache.
 
     Raises ``CheckpointError`` if the file cannot be opened, is empty, shrinks, or is replaced meanwhile.
     """
 
-    def __init__(self, path: Path, *, passing: bool = False) -> None:
+    def __init__(self, path: Path, *, uncached: bool = False) -> None:
         self.path = path
-        self._passing = passing
+        self._uncached = uncached
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
@@ -147,7 +147,7 @@ class DataFile:
         try:
             descriptor = _descriptor(self.path, self._fingerprint)
             while done < len(buffer):
-                count = read_into(descriptor.number, buffer[done:], offset + done, passing=self._passing)
+                count = read_into(descriptor.number, buffer[done:], offset + done, uncached=self._uncached)
                 if count == 0:
                     raise CheckpointError(
                         f"{self.path} ends before byte {offset + len(buffer)}: it is truncated; use another copy"
@@ -166,7 +166,7 @@ class DataFile:
 
     def window(self, offset: int = 0, nbytes: int | None = None) -> io.BufferedReader:
         """A part of the file as a seekable binary stream."""
-        return io.BufferedReader(Window(self, offset, self.size - offset if nbytes is None else nbytes))
+        return io.BufferedReader(FilePart(self, offset, self.size - offset if nbytes is None else nbytes))
 
     def mapped(self) -> mmap.mmap:
         """The whole file as read-only memory; it is unmapped when the last user lets go."""
@@ -182,7 +182,7 @@ class DataFile:
         _descriptor.cache_clear()
 
 
-class Window(io.RawIOBase):
+class FilePart(io.RawIOBase):
     """The bytes ``[offset, offset + nbytes)`` of a file as a stream of their own."""
 
     def __init__(self, file: DataFile, offset: int, nbytes: int) -> None:
@@ -326,7 +326,7 @@ class OutputFile:
         self.path = path
         self._output = output
         self._observe = observe
-        self._is_large = nbytes >= LEAST_PASSING_BYTES
+        self._is_large = nbytes >= LEAST_UNCACHED_BYTES
         with writing(output):
             # A full disk shows here, before hours of work, rather than at the last tensor.
             if shutil.disk_usage(path.parent).free < nbytes:
@@ -342,7 +342,7 @@ class OutputFile:
         """Write all of ``data`` at ``offset``."""
         assert self._number is not None, "the file is closed"
         with writing(self._output):
-            write_all(self._number, data, offset, passing=self._is_large)
+            write_all(self._number, data, offset, uncached=self._is_large)
         if self._observe is not None:
             self._observe(offset, data)
 

@@ -47,7 +47,7 @@ _MAX_ENTRIES = 1_000_000
 
 
 @dataclass
-class Weights:
+class FoundWeights:
     """The tensors chosen, the key they lay under and the keys there were, what was left out, and the step."""
 
     tensors: dict[str, StoredTensor]
@@ -62,7 +62,7 @@ class Weights:
     def note(self) -> str:
         """One sentence for the user, or the empty string where there was nothing to choose.
 
-        >>> Weights({}, "state_dict_ema", ("state_dict_ema", "state_dict")).note
+        >>> FoundWeights({}, "state_dict_ema", ("state_dict_ema", "state_dict")).note
         "weights found under 'state_dict_ema'; also present: 'state_dict'"
         """
         parts = []
@@ -76,7 +76,7 @@ class Weights:
         return "; ".join(parts)
 
 
-def find_weights(contents: Contents, key: str | None, path: Path) -> Weights:
+def find_weights(contents: Contents, key: str | None, path: Path) -> FoundWeights:
     """Choose the weights of a checkpoint.
 
     Args:
@@ -96,7 +96,7 @@ def find_weights(contents: Contents, key: str | None, path: Path) -> Weights:
             f"{path} holds no weights; its entries are {name_list([*map(str, contents.tree)])}"
         )
     step, step_key = _step(entries, place)
-    return Weights(
+    return FoundWeights(
         tensors={name: contents.stored(entries[parts]) for name, parts in named.items()},
         key=".".join(place) or None,
         found_keys=tuple(".".join(other) for other in found),

@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from polyak._distributed import Team
+from polyak._distributed import RankGroup
 from polyak.checkpoints._base import Location, TensorInfo, byte_view
 from polyak.checkpoints._io import AtomicOutput, Observer, write_all, writing
 from polyak.errors import CheckpointError, OptionError, StructureError
@@ -218,7 +218,7 @@ def read_sidecar(path: Path, text: bytes) -> dict[str, dict[str, str]]:
 
 @contextmanager
 def written_together(
-    team: Team,
+    group: RankGroup,
     output: Path,
     layout: Layout,
     create: Callable[[Observer | None], Writer],
@@ -229,7 +229,7 @@ def written_together(
     The body holds no collective call. If it fails on one rank, it fails on all and nothing is left behind.
 
     Args:
-        team: the ranks, whose folder of ``output`` must be the same.
+        group: the ranks, whose folder of ``output`` must be the same.
         output: the file.
         layout: what is written, the same on all ranks.
         create: makes the whole file's writer, with ``observe``; called on the first rank.
@@ -242,19 +242,19 @@ def written_together(
     whole: Writer | None = None
     locations: dict[str, Location] = {}
     try:
-        with team.all_or_none(f"laying out {output}"):
-            if team.is_first:
+        with group.all_or_none(f"laying out {output}"):
+            if group.is_first:
                 whole = create(observe)
-                if team.size > 1:
+                if group.size > 1:
                     locations = _locations(whole, output)
-        locations = team.first(lambda: locations)
-        with team.all_or_none(f"writing {output}"):
+        locations = group.first(lambda: locations)
+        with group.all_or_none(f"writing {output}"):
             if whole is not None:
                 yield whole
             else:
                 with _PartWriter(layout, locations, output, observe) as part:
                     yield part
-        with team.all_or_none(f"committing {output}"):
+        with group.all_or_none(f"committing {output}"):
             if whole is not None:
                 whole.commit()
     finally:
@@ -295,7 +295,7 @@ class _PartWriter(Writer):
         path, begin = self._locations[name]
         data, offset = byte_view(values), begin + start * values.element_size()
         with writing(self._output):
-            write_all(self._numbers[path], data, offset, passing=True)
+            write_all(self._numbers[path], data, offset, uncached=True)
         if self._observe is not None:
             self._observe(offset, data)
 

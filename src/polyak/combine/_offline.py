@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from polyak import checkpoints
-from polyak._distributed import Team
+from polyak._distributed import RankGroup
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
 from polyak.checkpoints._formats import format_for
 from polyak.checkpoints._io import AtomicOutput, Observer
@@ -296,15 +296,15 @@ def run_on_ranks(plan: Plan, progress: Progress | None = None) -> AverageReport:
     Raises as ``Plan.run``; ``OptionError`` for formats whose bytes have no place before all are known;
     ``PolyakError`` on the ranks that did not fail, or if one was lost.
     """
-    team = Team.of_all()
+    group = RankGroup.of_all()
     try:
-        with written_together(team, plan.output, plan.layout, partial(_created, plan)) as target:
+        with written_together(group, plan.output, plan.layout, partial(_created, plan)) as target:
             differing = plan.fill(target, progress, share=(dist.get_rank(), dist.get_world_size()))
-        return plan.report(sorted(set().union(*team.gather(differing))))
+        return plan.report(sorted(set().union(*group.gather(differing))))
     finally:
         # A launcher ends all ranks when one leaves with an error: the temporary file must be gone by then.
         with suppress(PolyakError):
-            team.gather(None)
+            group.gather(None)
 
 
 def _created(plan: Plan, _observe: Observer | None) -> Writer:

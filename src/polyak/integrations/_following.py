@@ -181,7 +181,7 @@ class Following:
         finally:
             self.swap_in()
 
-    def ship(self) -> None:
+    def apply(self) -> None:
         """Make the averaged weights the model's for good, or warn and leave the live ones."""
         with self.applied():
             if self._model is None or not self.swapped:
@@ -231,7 +231,7 @@ def _in_full(value: Any, in_full: Mapping[int, Tensor]) -> Any:
 # checkpoints.
 
 
-class Recording:
+class RecordedRun:
     """A recorder of a model that somebody else trains.
 
     Args:

@@ -142,7 +142,7 @@ class Averaging(Callback):
         self._stop()
         # Not at the end of training: a last checkpoint, which is written there, needs the live weights too.
         if self._apply:
-            self._following.ship()
+            self._following.apply()
 
     # Checkpoints.
 
@@ -232,7 +232,7 @@ class Recording(Callback):
     """
 
     def __init__(self, directory: str | PathLike[str], **options: Any):
-        self._recording = _following.Recording(directory, options)
+        self._recording = _following.RecordedRun(directory, options)
         self._state: dict[str, Any] | None = None
 
     @property

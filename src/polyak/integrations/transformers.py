@@ -200,7 +200,7 @@ class Averaging(_Watching):
                 stacklevel=2,
             )
             return
-        self._following.ship()
+        self._following.apply()
 
     def _load(self, checkpoint: str | PathLike[str]) -> bool:
         saved = self._saved(checkpoint)
@@ -246,7 +246,7 @@ class Recording(_Watching):
     file_name = "polyak-_following.pt"
 
     def __init__(self, trainer: Trainer, directory: str | PathLike[str], **options: Any):
-        self._recording = _following.Recording(directory, options)
+        self._recording = _following.RecordedRun(directory, options)
         super().__init__(trainer)
 
     @property

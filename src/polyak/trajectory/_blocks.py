@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak._distributed import Team
-from polyak._model import Binding, ModelTensors, NamedTensor, is_sharded, local, runs
+from polyak._distributed import RankGroup
+from polyak._model import Binding, ModelTensors, NamedTensor, is_sharded, local, shard_runs
 from polyak.checkpoints import Checkpoint, Layout, Location, TensorInfo, Writer, _safetensors
 from polyak.checkpoints import open as open_checkpoint
 from polyak.checkpoints._formats import RECORDING_NAME
@@ -31,7 +31,7 @@ __all__ = [
     "CheckedFile",
     "Checksum",
     "Manifest",
-    "Meter",
+    "Metrics",
     "Part",
     "Snapshot",
     "Summary",
@@ -85,10 +85,10 @@ def merged(earlier: Mapping[str, Summary], later: Mapping[str, Summary]) -> dict
     return {**earlier, **later, **both}
 
 
-class Meter:
+class Metrics:
     """Collects named numbers. Values on an accelerator are read when somebody asks, not when they are given.
 
-    >>> meter = Meter()
+    >>> meter = Metrics()
     >>> meter.add({"loss": 2.0}); meter.add({"loss": float("nan")}); meter.add({"loss": 4.0})
     >>> meter.summaries()["loss"].mean
     3.0
@@ -138,6 +138,7 @@ def _scalar(name: str, value: Any) -> float | Tensor:
 
 FROZEN_NAME = "frozen.safetensors"
 _FORMAT = "polyak trajectory 1"
+_OPTIONS_KEY = "law"  # as it is written since the first version of the format
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class Manifest:
     """What a folder holds.
 
     Attributes:
-        law: the options that all blocks were recorded with: ``every``, ``dtype`` and ``buffers``.
+        options: the options that all blocks were recorded with: ``every``, ``dtype`` and ``buffers``.
         block_steps: the length of the first blocks.
         settled: whether that length is final; otherwise it still follows the pace of training and writing.
         start: the optimizer step at which the recording began.
@@ -206,7 +207,7 @@ class Manifest:
         live_checksum: CRC-32 of their file.
     """
 
-    law: Mapping[str, Any]
+    options: Mapping[str, Any]
     block_steps: int
     settled: bool
     start: int = 0
@@ -251,7 +252,8 @@ class Manifest:
         """Write it, whole or not at all."""
         path = folder / RECORDING_NAME
         # Compact and without asdict's deep copies: a small model may write hundreds of blocks a minute.
-        entries = {**vars(self), "law": dict(self.law), "blocks": [_entry(block) for block in self.blocks]}
+        entries = {**vars(self), "blocks": [_entry(block) for block in self.blocks]}
+        entries[_OPTIONS_KEY] = dict(entries.pop("options"))
         data = json.dumps({"format": _FORMAT, **entries}, allow_nan=False).encode()
         write_file(path, data, overwrite=True)
 
@@ -295,7 +297,7 @@ def _parsed(data: bytes) -> Manifest:
     if entries.pop("format") != _FORMAT:
         raise ValueError(f"it is not of the format {_FORMAT!r}")
     blocks = tuple(_parsed_block(entry) for entry in entries.pop("blocks"))
-    manifest = Manifest(**entries, blocks=blocks)
+    manifest = Manifest(options=entries.pop(_OPTIONS_KEY), **entries, blocks=blocks)
     edges = [manifest.start, *(block.stop for block in blocks)]
     if [block.start for block in blocks] != edges[:-1] or any(b.steps < 1 or b.count < 1 for b in blocks):
         raise ValueError("its blocks do not follow each other")
@@ -421,8 +423,8 @@ class CheckedFile(DataFile):
     Raises as :class:`DataFile` does. One thread at a time.
     """
 
-    def __init__(self, path: Path, *, passing: bool = False) -> None:
-        super().__init__(path, passing=passing)
+    def __init__(self, path: Path, *, uncached: bool = False) -> None:
+        super().__init__(path, uncached=uncached)
         self._checksum = Checksum()
         self._unread = [(0, self.size)]
 
@@ -453,31 +455,35 @@ class CheckedFile(DataFile):
 _COPIED_KEY = "polyak.copied"
 
 
-def write_block(path: Path, snapshot: Snapshot, team: Team) -> int:
+def write_block(path: Path, snapshot: Snapshot, group: RankGroup) -> int:
     """Write the averaged and the copied tensors of ``snapshot``, each rank its own part; the checksum of the file."""
     tensors = {**snapshot.averaged, **snapshot.copied}
-    return _written(path, snapshot, tensors, {_COPIED_KEY: json.dumps(list(snapshot.copied))}, team)
+    return _written(path, snapshot, tensors, {_COPIED_KEY: json.dumps(list(snapshot.copied))}, group)
 
 
-def write_frozen(path: Path, snapshot: Snapshot, team: Team) -> int:
+def write_frozen(path: Path, snapshot: Snapshot, group: RankGroup) -> int:
     """The same of its frozen parameters."""
-    return _written(path, snapshot, snapshot.frozen, {}, team)
+    return _written(path, snapshot, snapshot.frozen, {}, group)
 
 
-def holds_frozen(path: Path, snapshot: Snapshot, team: Team) -> bool:
+def holds_frozen(path: Path, snapshot: Snapshot, group: RankGroup) -> bool:
     """Whether the file has the frozen parameters as they are now; each rank looks at its own part."""
     same = False
-    with team.all_or_none(f"comparing {path}"), open_checkpoint(path) as stored:
+    with group.all_or_none(f"comparing {path}"), open_checkpoint(path) as stored:
         same = all(
             torch.equal(stored.read_slice(name, start, start + len(values)), values)
             for name, part in snapshot.frozen.items()
-            for start, values in _runs(snapshot, name, part, team)
+            for start, values in _runs(snapshot, name, part, group)
         )
-    return all(team.gather(same))
+    return all(group.gather(same))
 
 
 def _written(
-    path: Path, snapshot: Snapshot, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], team: Team
+    path: Path,
+    snapshot: Snapshot,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    group: RankGroup,
 ) -> int:
     infos = {
         name: TensorInfo(tuple(snapshot.whole(name, part).shape), part.dtype)
@@ -489,15 +495,15 @@ def _written(
     def create(observe: Observer | None) -> Writer:
         return _safetensors.SafetensorsWriter(path, layout, overwrite=True, observe=observe)
 
-    with written_together(team, path, layout, create, checksum.add) as writer:
+    with written_together(group, path, layout, create, checksum.add) as writer:
         for name, part in tensors.items():
-            for start, values in _runs(snapshot, name, part, team):
+            for start, values in _runs(snapshot, name, part, group):
                 writer.write(name, start, values)
-    return Checksum.of_parts(team.gather(checksum)).value
+    return Checksum.of_parts(group.gather(checksum)).value
 
 
-def _runs(snapshot: Snapshot, name: str, part: Tensor, team: Team) -> Iterator[tuple[int, Tensor]]:
-    return runs(on_host(part).view(part.shape), snapshot.whole(name, part), team.is_first)
+def _runs(snapshot: Snapshot, name: str, part: Tensor, group: RankGroup) -> Iterator[tuple[int, Tensor]]:
+    return shard_runs(on_host(part).view(part.shape), snapshot.whole(name, part), group.is_first)
 
 
 def copied_names(checkpoint: Checkpoint) -> frozenset[str]:
@@ -513,7 +519,7 @@ def merge_files(sources: Mapping[Path, Block], target: Path) -> int:
     Raises:
         CheckpointError: a source cannot be read, or is not what was written; there is no target.
     """
-    files = {path: CheckedFile(path, passing=True) for path in sources}
+    files = {path: CheckedFile(path, uncached=True) for path in sources}
     inputs = [Checkpoint(path, "safetensors", _safetensors.read_file(file)) for path, file in files.items()]
     counts = [block.count for block in sources.values()]
     newest = inputs[-1]

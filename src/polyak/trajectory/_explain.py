@@ -216,16 +216,16 @@ def _shortest(scheme: Scheme, blocks: Sequence[Block]) -> Scheme | None:
 
 def _lengthening(scheme: Scheme) -> Callable[[float], Scheme]:
     """From a factor to the scheme that looks back about so many times farther, in round numbers."""
-    laws: dict[str, Callable[[float, float], float]] = {
+    options: dict[str, Callable[[float, float], float]] = {
         "half_life": lambda value, factor: _rounded(value * factor),
         "decay": lambda value, factor: 1 - _rounded((1 - value) / factor),
         "sigma_rel": lambda value, factor: min(_rounded(value * factor), _LARGEST_SIGMA),
         "gamma": lambda value, factor: _rounded(value / factor),
         "eta": lambda value, factor: _rounded(value / factor),
     }
-    name = next(name for name in laws if getattr(scheme, name, None) is not None)
+    name = next(name for name in options if getattr(scheme, name, None) is not None)
     value = getattr(scheme, name)
-    return lambda factor: replace(scheme, **{name: laws[name](value, factor)})
+    return lambda factor: replace(scheme, **{name: options[name](value, factor)})
 
 
 def _rounded(value: float) -> float:

@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 
 from polyak._attach import refuse_by_hand
 from polyak._checks import refuse_other_state
-from polyak._distributed import Team
+from polyak._distributed import RankGroup
 from polyak._mean import Accumulator
 from polyak._model import Binding, local, refuse_unplaced, sharded_like
 from polyak._swap import copy_into, refuse_swapped
 from polyak.errors import OptionError, StateError, StructureError, name_list
 from polyak.profiles import Uniform
 from polyak.profiles._base import whole_within
-from polyak.trajectory._blocks import Block, Manifest, Meter, Snapshot, Summary
+from polyak.trajectory._blocks import Block, Manifest, Metrics, Snapshot, Summary
 from polyak.trajectory._policy import BackgroundWriter, Pace, block_steps_after
 from polyak.trajectory._store import TrajectoryFolder
 
@@ -73,7 +73,7 @@ class OpenBlock:
         """Empty it, for a block after ``start``."""
         self.start = self.last_sample = start
         self._filling.restart()
-        self._metrics, self._lr = Meter(), Meter()
+        self._metrics, self._lr = Metrics(), Metrics()
 
     def rebind(self) -> None:
         """Take up tensors that the model has in the place of those before."""
@@ -137,8 +137,8 @@ class OpenBlock:
         self._lr, self._metrics = (_meter(summaries[kind]) for kind in ("lr", "metrics"))
 
 
-def _meter(entries: Mapping[str, dict[str, Any]]) -> Meter:
-    return Meter({name: Summary(**numbers) for name, numbers in entries.items()})
+def _meter(entries: Mapping[str, dict[str, Any]]) -> Metrics:
+    return Metrics({name: Summary(**numbers) for name, numbers in entries.items()})
 
 
 # Recording a training run as a short list of block means on disk.
@@ -228,17 +228,17 @@ class Recorder:
             raise OptionError(f"dtype must be torch.float32, torch.float64 or None, got {dtype}")
         if step is not None:
             step = whole_within("[0, inf)", "step", step)
-        self._law = {"every": self.every, "dtype": str(dtype), "buffers": buffers}
+        self._options = {"every": self.every, "dtype": str(dtype), "buffers": buffers}
         self._optimizer = optimizer
         self._binding = Binding(model, buffers=buffers)
-        self._team = Team.of(self._binding.ranks) if self._binding.sharded else Team()
+        self._group = RankGroup.of(self._binding.ranks) if self._binding.sharded else RankGroup()
         self._accumulation = {"dtype": dtype, "device": device}
         self._open_block: OpenBlock | None = None
         self._writer = BackgroundWriter()
         self._pace = Pace(_FIRST_SAMPLES * self.every)
         given = _given_steps(block, self.every)
-        fresh = Manifest(self._law, given or self._pace.block_steps(), settled=given is not None)
-        self._folder = TrajectoryFolder(self.directory, fresh, given, self._team)
+        fresh = Manifest(self._options, given or self._pace.block_steps(), settled=given is not None)
+        self._folder = TrajectoryFolder(self.directory, fresh, given, self._group)
         self._is_open = True
         try:
             self._begin(step)
@@ -263,7 +263,7 @@ class Recorder:
         """
         refuse_by_hand(self, instead=", with note(loss=loss) for metrics")
         self._refuse_closed("update()")
-        if self._team.size == 1:  # ranks find a failure together, where they hand the next block over
+        if self._group.size == 1:  # ranks find a failure together, where they hand the next block over
             self._writer.raise_if_failed()
         if self._goes_on_unasked:
             self._warn_of_going_on()
@@ -331,7 +331,7 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._team.size > 1:
+        if error is not None and self._group.size > 1:
             self._release()  # the other ranks may know nothing of the error, and would not come to close together
         else:
             self.close()
@@ -353,7 +353,7 @@ class Recorder:
         block = self._follow_model()
         if block.start not in self._kept_edges:
             self._kept_edges.append(block.start)
-        return {**self._law, "step": self._step, **block.state_dict()}
+        return {**self._options, "step": self._step, **block.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state: the clock is that of the state, and blocks recorded after it are dropped.
@@ -365,8 +365,8 @@ class Recorder:
         self._refuse_closed("load_state_dict()")
         self._writer.wait()
         block = self._follow_model()
-        current = {**self._law, "step": self._step, **block.state_dict()}
-        refuse_other_state(current, state, law=list(self._law))
+        current = {**self._options, "step": self._step, **block.state_dict()}
+        refuse_other_state(current, state, options=list(self._options))
         self._folder.refuse_gap_before(state["start"])
         self._folder.begin_at(state["start"], live_step=state["step"])
         block.load_state_dict(state)
@@ -442,7 +442,7 @@ class Recorder:
         if manifest.settled:
             return
         settled = len(manifest.blocks) >= _PACED_BLOCKS
-        self._folder.settle(self._team.first(self._pace.block_steps), settled)
+        self._folder.settle(self._group.first(self._pace.block_steps), settled)
         if settled:
             steps = self._folder.manifest.block_steps
             _log.info("%s: blocks of %d optimizer steps, which take %s", self.directory, steps, self._pace)
@@ -464,7 +464,7 @@ class Recorder:
 
     def _allocate(self) -> OpenBlock:
         binding = self._binding
-        if binding.sharded and self._team.size == 1 < len(binding.ranks):
+        if binding.sharded and self._group.size == 1 < len(binding.ranks):
             raise StructureError("the model was sharded after its Recorder was made: make a new one")
         refuse_unplaced({e.name: e.tensor for e in binding.tensors.values() if e.persistent})
         shapes = {e.name: tuple(e.tensor.shape) for e in binding.tensors.values() if e.kind == "parameter"}

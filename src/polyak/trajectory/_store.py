@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak import checkpoints
-from polyak._distributed import Team
+from polyak._distributed import RankGroup
 from polyak.checkpoints._io import DataFile, writing
 from polyak.errors import CheckpointError, StateError, name_list
 from polyak.trajectory._blocks import (
@@ -85,30 +85,30 @@ _log = logging.getLogger("polyak")
 
 
 class TrajectoryFolder:
-    """A folder that this process alone writes to, or a team of ranks, until :meth:`close`.
+    """A folder that this process alone writes to, or a group of ranks, until :meth:`close`.
 
-    In a team every method that changes something is a collective call. All ranks write tensors, each its own part;
+    In a group every method that changes something is a collective call. All ranks write tensors, each its own part;
     the first rank alone does the rest, and the others take up the manifest that it comes to.
 
     Args:
         path: a folder, made where it does not exist; one that holds a trajectory is continued.
         fresh: the manifest to begin with where there is none.
         given_block_steps: the block length that the caller insists on, if any.
-        team: the ranks that write together; they must share the folder.
+        group: the ranks that write together; they must share the folder.
 
     Raises:
         StateError: it was recorded with other options, or somebody is recording it now.
         CheckpointError: its manifest is damaged.
     """
 
-    def __init__(self, path: Path, fresh: Manifest, given_block_steps: int | None, team: Team):
-        self.path, self._team = path, team
+    def __init__(self, path: Path, fresh: Manifest, given_block_steps: int | None, group: RankGroup):
+        self.path, self._group = path, group
         self._damaged: set[str] = set()
         self._lock: FolderLock | None = None
         self.manifest = fresh
         self._on_first(lambda: self._open(fresh, given_block_steps))
         try:
-            with team.all_or_none(f"recording into {path}"):
+            with group.all_or_none(f"recording into {path}"):
                 self._refuse_other_folder()
         except BaseException:
             self.close()
@@ -128,7 +128,7 @@ class TrajectoryFolder:
                 self._refuse_orphans()
             self.manifest = Manifest.read(self.path) if Manifest.exists(self.path) else fresh
             if self.manifest.blocks:
-                self._refuse_other_law(fresh.law, given_block_steps)
+                self._refuse_other_options(fresh.options, given_block_steps)
             else:
                 self.manifest = fresh
             self.manifest.save(self.path)
@@ -138,7 +138,7 @@ class TrajectoryFolder:
             raise
 
     def _refuse_other_folder(self) -> None:
-        if not self._team.is_first and not (
+        if not self._group.is_first and not (
             Manifest.exists(self.path) and Manifest.read(self.path) == self.manifest
         ):
             raise CheckpointError(
@@ -153,7 +153,7 @@ class TrajectoryFolder:
             change()
             return self.manifest
 
-        self.manifest = self._team.first(changed)
+        self.manifest = self._group.first(changed)
 
     def refuse_other_model(self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]) -> None:
         """Compare a model, name to shape, with the newest block that can be read and the frozen parameters.
@@ -228,7 +228,7 @@ class TrajectoryFolder:
         """
         if snapshot.frozen and not self.manifest.blocks:
             self._write_frozen(snapshot)
-        checksum = write_block(self._file(block), snapshot, self._team)
+        checksum = write_block(self._file(block), snapshot, self._group)
         self._on_first(lambda: self._add(replace(block, checksum=checksum), max_blocks, kept_edges))
 
     def _add(self, block: Block, max_blocks: int, kept_edges: Collection[int]) -> None:
@@ -246,13 +246,13 @@ class TrajectoryFolder:
         Parameters that the optimizer leaves alone may have been moved by hand, as a momentum encoder is; they are
         kept once, as they are now.
         """
-        if snapshot.frozen and not holds_frozen(self.path / FROZEN_NAME, snapshot, self._team):
+        if snapshot.frozen and not holds_frozen(self.path / FROZEN_NAME, snapshot, self._group):
             self._write_frozen(snapshot)
         # A file must not be replaced while it is listed with its checksum.
         if self.manifest.live_step == step:
             self._on_first(lambda: self._save(self.manifest.without_live()))
         manifest = replace(self.manifest, live_step=step)
-        checksum = write_block(self.path / str(manifest.live_name), snapshot, self._team)
+        checksum = write_block(self.path / str(manifest.live_name), snapshot, self._group)
         self._on_first(lambda: self._keep_live(replace(manifest, live_checksum=checksum)))
 
     def _keep_live(self, manifest: Manifest) -> None:
@@ -262,7 +262,7 @@ class TrajectoryFolder:
     def _write_frozen(self, snapshot: Snapshot) -> None:
         if self.manifest.has_frozen:  # a file must not be replaced while it is listed with its checksum
             self._on_first(lambda: self._save(replace(self.manifest, frozen_checksum=None)))
-        checksum = write_frozen(self.path / FROZEN_NAME, snapshot, self._team)
+        checksum = write_frozen(self.path / FROZEN_NAME, snapshot, self._group)
         # Listed with the block or the live weights that they are written for.
         self.manifest = replace(self.manifest, has_frozen=True, frozen_checksum=checksum)
 
@@ -335,9 +335,9 @@ class TrajectoryFolder:
                 "restore manifest.json, move the blocks away, or record into a new folder"
             )
 
-    def _refuse_other_law(self, law: Mapping[str, Any], given_block_steps: int | None) -> None:
-        recorded: dict[str, Any] = {**self.manifest.law, "block": self.manifest.block_steps}
-        asked = {**law, "block": given_block_steps or self.manifest.block_steps}
+    def _refuse_other_options(self, options: Mapping[str, Any], given_block_steps: int | None) -> None:
+        recorded: dict[str, Any] = {**self.manifest.options, "block": self.manifest.block_steps}
+        asked = {**options, "block": given_block_steps or self.manifest.block_steps}
         other = [
             f"{key}={recorded.get(key)!r}, not {asked[key]!r}"
             for key in asked

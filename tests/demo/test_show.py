@@ -1,3 +1,7 @@
+"""The table, the sentence, the figure and the files of the demo."""
+
+from __future__ import annotations
+
 import json
 from io import StringIO
 
@@ -5,8 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from polyak.demo._show import study_as_data, study_figure, study_table, verdict
+from polyak.demo._show import Outputs, study_as_data, study_figure, study_table, verdict
 from polyak.demo._tasks import CHOSEN, LIVE
+from polyak.errors import CheckpointError, OutputExistsError
 
 LIVE_NLL = [0.50, 0.52, 0.48, 0.51, 0.49]
 SWA, RAW, EMA, DECAY = "SWA + update_bn", "SWA, no update_bn", "EMA + update_bn", "decay, last 40%"
@@ -118,3 +123,55 @@ def test_the_figure_draws_the_decay_only_from_where_it_begins(made_up_study):
     assert ends[LIVE] == (12, 40)
     assert ends[DECAY] == (24, 40)
     assert accuracy.get_lines()[0].get_ydata()[-1] == pytest.approx(90)
+
+
+# demo/test_outputs
+
+NUMBERS = {"made_by": "polyak demo", "one": 1.0}
+
+
+def test_writes_three_files_and_nothing_else(tmp_path):
+    outputs = Outputs(tmp_path / "new" / "folder", "digits")
+    outputs.claim()
+    outputs.write(NUMBERS, b"\x89PNG", "a verdict ±\n")
+    names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert names == ["digits.json", "digits.png", "digits.txt"]
+    assert json.loads((outputs.folder / "digits.json").read_text()) == NUMBERS
+    assert (outputs.folder / "digits.png").read_bytes() == b"\x89PNG"
+    assert (outputs.folder / "digits.txt").read_text(encoding="utf-8") == "a verdict ±\n"
+
+
+def test_a_former_demos_files_are_rewritten_and_others_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for text in ("first\n", "second\n"):
+        outputs = Outputs(tmp_path, "text")
+        outputs.claim()
+        outputs.write(NUMBERS, b"", text)
+    assert (tmp_path / "text.txt").read_text() == "second\n"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["{}", '{"made_by": "me"}', "[]", "not JSON"])
+def test_a_file_of_that_name_that_no_demo_made_is_refused(tmp_path, content):
+    (tmp_path / "digits.json").write_text(content)
+    with pytest.raises(OutputExistsError, match=r"digits\.json.*--output"):
+        Outputs(tmp_path, "digits").claim()
+    assert (tmp_path / "digits.json").read_text() == content
+
+
+def test_a_picture_of_somebody_elses_is_refused(tmp_path):
+    (tmp_path / "digits.png").write_bytes(b"mine")
+    with pytest.raises(OutputExistsError, match=r"digits\.png"):
+        Outputs(tmp_path, "digits").claim()
+
+
+def test_the_other_tasks_files_do_not_matter(tmp_path):
+    (tmp_path / "digits.json").write_text("mine")
+    Outputs(tmp_path, "text").claim()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("digits.json", "mine")]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file"):
+        Outputs(tmp_path / "file" / "below", "digits").claim()
