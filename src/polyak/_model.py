@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from polyak._swap import Place
 from polyak.errors import OptionError, StructureError, name_list
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ __all__ = [
     "Binding",
     "ModelTensors",
     "NamedTensor",
+    "Place",
     "bare_model",
     "differences",
     "is_sharded",
@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 # A model as named tensors: canonical names, ties, wrappers, sharding and changes of structure.
+
+# The module's own dictionary, the key, and the tensor that stands there.
+Place = tuple[dict[str, Any], str, Tensor]
 
 # Child names that only wrappers use; what they hold keeps the name it had before it was wrapped.
 _WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

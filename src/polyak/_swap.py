@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from polyak._model import Place
 from polyak.errors import StructureError, SwapError
 
-__all__ = ["Place", "Swap", "copy_into", "refuse_swapped"]
-
-Place = tuple[dict[str, Any], str, Tensor]
+__all__ = ["Swap", "copy_into", "refuse_swapped"]
 
 # Live tensors that hold swapped-in values now: whatever wrapper it is reached through, one model has one swap.
 _swapped_in = WeakIdKeyDictionary()

@@ -225,7 +225,7 @@ def test_it_is_the_average_of_the_trajectory(run_recording, capsys, options, pro
 def test_a_dry_run_writes_nothing(run_recording, capsys, tmp_path):
     assert (
         main(
-            ["average", "recording", "-o", "out.pt", "--profile", "tail:0.5", "--dry-run_recording", "--json"]
+            ["average", "recording", "-o", "out.pt", "--profile", "tail:0.5", "--dry-run", "--json"]
         )
         == 0
     )

@@ -204,7 +204,7 @@ def test_a_page_with_a_choice_and_the_line_to_it(folder_report, capsys):
         (["-o", "page.html", "--model", "user_code:build"], "belong together"),
         (["-o", "page.html", "--holdout", "user_code:losses"], "are about scores"),
         (["-o", "page.html", "--mode", "max"], "are about scores"),
-        (["-o", "no/page.html"], "no folder_report"),
+        (["-o", "no/page.html"], "no folder no"),
         (["-o", "user_code.html"], "--force"),
     ],
 )

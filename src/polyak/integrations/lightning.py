@@ -9,9 +9,6 @@ from os import PathLike
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from polyak._checks import require
@@ -23,9 +20,13 @@ from polyak.integrations._following import Following, Forward
 from polyak.profiles import Scheme
 from polyak.trajectory import Trajectory
 
-__all__ = ["Averaging", "Recording"]
-
 require("lightning", extra="lightning", purpose="polyak.integrations.lightning")
+
+from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
+from lightning.pytorch.trainer.states import TrainerFn  # noqa: E402
+
+__all__ = ["Averaging", "Recording"]
 
 
 # Lightning's own name for the live weights in a checkpoint whose "state_dict" is the average.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from polyak._checks import require
 from polyak.average import Average
@@ -24,9 +23,11 @@ from polyak.integrations._following import Following, Forward
 from polyak.profiles import Scheme
 from polyak.trajectory import Trajectory
 
-__all__ = ["Averaging", "Recording"]
-
 require("transformers", extra="transformers", purpose="polyak.integrations.transformers")
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+
+__all__ = ["Averaging", "Recording"]
 
 
 class _Watching(TrainerCallback):

@@ -26,18 +26,10 @@ from polyak.profiles import EMA, Scheme, Uniform
 __all__ = [
     "SWALR",
     "AveragedModel",
-    "AvgFn",
-    "AvgLaw",
-    "ModuleMean",
-    "MultiAvgFn",
-    "Pairing",
-    "are_finite",
-    "can_be_lerped",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",
     "get_swa_avg_fn",
     "get_swa_multi_avg_fn",
-    "refuse_sharded",
     "update_bn",
 ]
 
