@@ -36,7 +36,7 @@ def read_and_write(inputs: Sequence[Path], output: Path) -> None:
                 pass
     with output.open("wb", buffering=0) as file:
         for place in range(0, inputs[0].stat().st_size, _CHUNK_BYTES):
-            write_all(file.fileno(), memoryview(buffer), place, passing=True)
+            write_all(file.fileno(), memoryview(buffer), place, uncached=True)
     _sync(output)
 
 

@@ -203,7 +203,7 @@ class Accumulator:
         self._n_averaged, self._n_skipped, self._position = counts
         self._attempts = n_averaged
 
-    # The law: which coefficient comes next. Numbers on the host, 0-dim tensors on an accelerator.
+    # Which coefficient comes next. Numbers on the host, 0-dim tensors on an accelerator.
 
     def _coefficient(self, position: float) -> Any:
         if self.scheme.unit == "samples":
