@@ -17,10 +17,11 @@ import polyak
 SOURCE = Path(polyak.__file__).parent
 LAYERS = [
     {"errors", "_version"},
+    {"_terminal"},
     {"_checks", "_model", "profiles"},
     {"_mean", "_batches", "_swap", "_distributed", "checkpoints", "combine"},
     {"average", "batchnorm", "_attach", "trajectory"},
-    {"_evaluate", "plots"},
+    {"_evaluate", "_plots"},
     {"inspection", "selection", "landscape", "posterior"},
     {"integrations", "optim", "schedules"},
     {"demo", "report"},

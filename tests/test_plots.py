@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from polyak._plots import Line, Mark, Panel, contour_chart, line_chart, line_panels, png_bytes, svg_bytes
 from polyak.errors import MissingExtraError, OptionError
-from polyak.plots import Line, Mark, Panel, contour_chart, line_chart, line_panels, png_bytes, svg_bytes
 
 X = [1, 2, 3]
 LIVE = Line("live", X, [[3.0, 2.0, 1.0], [5.0, 2.0, 1.0]])
@@ -72,7 +72,7 @@ def test_without_matplotlib_the_message_is_the_pip_command(monkeypatch):
 
 def test_drawing_leaves_pyplot_and_the_backend_alone():
     code = (
-        "import sys; from polyak.plots import *;"
+        "import sys; from polyak._plots import *;"
         "assert 'matplotlib' not in sys.modules, 'imported before use';"
         "png_bytes(line_panels('title', 'epoch', [Panel('NLL', [Line('live', [1, 2], [[1., 2.]])])]));"
         "assert 'matplotlib.pyplot' not in sys.modules"

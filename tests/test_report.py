@@ -11,7 +11,7 @@ import torch
 import polyak
 from polyak import landscape
 from polyak.errors import CheckpointError, MissingExtraError, NotStartedError, OptionError, OutputExistsError
-from polyak.report import write_report
+from polyak.report import profile_chart, write_report
 from recorded_runs import RecordedWalk
 
 VOID = {"meta", "img"}
@@ -110,8 +110,6 @@ def test_what_was_chosen_stands_first(walk, trajectory, tmp_path):
 
 
 def test_the_weights_of_steps_are_shown_as_they_are(trajectory):
-    from polyak.report._page import profile_chart
-
     (axes,) = profile_chart([trajectory.explain("tail:0.5")]).get_axes()
     (line,) = axes.get_lines()
     heights = dict(zip(*line.get_data(), strict=True))

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from polyak import _distributed
+from polyak import _distributed, _terminal
 from polyak._distributed import is_distributed, is_main_rank, sum_over_ranks
 from polyak._model import bare_model
 from polyak.errors import BatchError, NonFiniteError, OptionError, StructureError, name_list
@@ -407,21 +407,6 @@ def moved(batch: Any, device: torch.device | str | int) -> Any:
     return batch
 
 
-@contextmanager
-def progress_bar(loader: Iterable[Any], passes: int, shown: bool) -> Iterator[Callable[[], object]]:
-    """A bar on stderr of the main rank, or nothing; yields the function to call after each batch."""
-    if not (shown and is_main_rank()):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("BatchNorm statistics"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=length_hint(loader) * passes or None)
-        yield lambda: bar.advance(task)
-
-
 # `update_bn`: passes over the data, and what they leave behind.
 
 
@@ -516,11 +501,14 @@ def update_bn(
     _require_equal_on_ranks(layers, passes)
 
     call = forward or call_model
-    with borrowed_buffers(layers, network), _eager(), progress_bar(loader, passes, progress) as advance:
+    bar = _terminal.progress_bar(
+        "BatchNorm statistics", shown=progress and is_main_rank(), total=length_hint(loader) * passes or None
+    )
+    with borrowed_buffers(layers, network), _eager(), bar as shown:
 
         def run(batch: Any) -> None:
             call(network, batch if device is None else moved(batch, device))
-            advance()
+            shown.advance()
 
         moments = _measure(layers, loader, run, normalise_by_batch=True)
         for _ in range(passes - 1):

@@ -36,7 +36,21 @@ __all__ = [
 
 
 class PolyakError(Exception):
-    """The root of every error that polyak raises on purpose."""
+    """The root of every error that polyak raises on purpose.
+
+    Args:
+        message: what went wrong, and the cure where it is the same for everybody.
+        cure: the end of the message for who called from Python.
+        command_cure: its end for who typed a command, whose options have other names; None: the same.
+
+    >>> error = PolyakError("a.pt exists already: ", "pass overwrite=True", "give --force")
+    >>> str(error), error.for_command
+    ('a.pt exists already: pass overwrite=True', 'a.pt exists already: give --force')
+    """
+
+    def __init__(self, message: str = "", cure: str = "", command_cure: str | None = None) -> None:
+        super().__init__(message + cure)
+        self.for_command = message + (cure if command_cure is None else command_cure)
 
 
 class OptionError(PolyakError, ValueError):

@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from polyak import _plots, _terminal
+from polyak._distributed import is_main_rank
 from polyak._evaluate import (
     Mode,
     ScoreFunction,
@@ -36,8 +38,6 @@ from polyak._model import ModelTensors
 from polyak.checkpoints._tree import bare_names
 from polyak.errors import OptionError, StructureError
 from polyak.profiles._base import whole_within, within
-from polyak.selection._result import as_text
-from polyak.selection._select import bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,8 +126,8 @@ def scores(
     progress: bool,
 ) -> Iterator[float]:
     """The score of each point, with the model as it was between them and afterwards."""
-    with bar("weights", progress) as advance:
-        for point in advance(tried, total):
+    with _terminal.progress_bar("weights", shown=progress and is_main_rank()) as bar:
+        for point in bar.over(tried, total):
             yield try_weights(model, point, score, recalibrate).value
 
 
@@ -210,10 +210,8 @@ class PathScores:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        from polyak.plots import Mark, line_chart
-
-        marks = [Mark(name, position) for name, position in zip(self.names, (0.0, 1.0), strict=True)]
-        return line_chart(
+        marks = [_plots.Mark(name, position) for name, position in zip(self.names, (0.0, 1.0), strict=True)]
+        return _plots.line_chart(
             "Along the line", "position", "score", {"score": (self.positions, self.scores)}, marks
         )
 
@@ -333,9 +331,7 @@ class PlaneScores:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        from polyak.plots import contour_chart
-
-        return contour_chart("The plane of three weights", self.x, self.y, self.scores, self.places)
+        return _plots.contour_chart("The plane of three weights", self.x, self.y, self.scores, self.places)
 
     def __str__(self) -> str:
         rows = [
@@ -477,24 +473,18 @@ class RayScores:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        from polyak.plots import Line, Panel, line_panels
-
         lines = [
-            Line(name, [0.0, *self.radii], np.insert(self.rise(name), 0, 0.0, axis=1)) for name in self.scores
+            _plots.Line(name, [0.0, *self.radii], np.insert(self.rise(name), 0, 0.0, axis=1))
+            for name in self.scores
         ]
-        panel = Panel("how much worse than at the centre", lines)
-        return line_panels("In random directions", "radius, relative to the weights", [panel])
+        panel = _plots.Panel("how much worse than at the centre", lines)
+        return _plots.line_panels("In random directions", "radius, relative to the weights", [panel])
 
     def __str__(self) -> str:
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
         first, *others = self.scores
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         headings = ["radius", *(f"{name}, rise ± error" for name in self.scores)]
-        for heading in [*headings, *(f"{name} rises less than {first}" for name in others)]:
-            table.add_column(Text(heading), justify="right", no_wrap=True)
+        headings += [f"{name} rises less than {first}" for name in others]
+        table = _terminal.table(*(f"#{heading}" for heading in headings))
         for index, radius in enumerate(self.radii):
             rises = {name: self.rise(name)[:, index] for name in self.scores}
             less = [
@@ -502,7 +492,7 @@ class RayScores:
             ]
             table.add_row(f"{radius:g}", *map(_mean_and_error, rises.values()), *less)
         size = "its own filters" if self.size_of is None else f"the filters of {self.size_of}, for all"
-        return f"Directions have the size of {size}.\n{as_text(table)}"
+        return f"Directions have the size of {size}.\n{_terminal.as_text(table)}"
 
 
 def rays(

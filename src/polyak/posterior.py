@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from polyak import _terminal
+from polyak._distributed import is_main_rank
 from polyak._evaluate import averaged, check_statistics, evaluation, refuse_no_trajectory
 from polyak._mean import mean_dtype
 from polyak.combine import is_statistic
 from polyak.errors import OptionError
 from polyak.profiles import Profile, Weights, as_profile
 from polyak.profiles._base import whole_within, within
-from polyak.selection._select import bar
 from polyak.trajectory import Trajectory
 
 __all__ = ["SWAG"]
@@ -146,8 +147,9 @@ class SWAG:
         """
         check_statistics(model, recalibrate)
         mean: Tensor | None = None
-        with bar("draws", progress) as advance:
-            for n, weights in enumerate(advance(self.samples(samples, seed=seed, scale=scale), samples), 1):
+        draws = self.samples(samples, seed=seed, scale=scale)
+        with _terminal.progress_bar("draws", shown=progress and is_main_rank()) as bar:
+            for n, weights in enumerate(bar.over(draws, samples), 1):
                 with torch.no_grad(), averaged(model, weights, recalibrate), evaluation(model):
                     value = _checked(function(model), mean)
                 # Equal infinities, as of the logarithm of 0, stay what they are.

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyak._checks import require
+from polyak._plots import Line, Panel, line_panels, png_bytes
 from polyak.checkpoints._io import write_file, writing
 from polyak.demo._study import (
     Difference,
@@ -33,7 +34,6 @@ from polyak.demo._study import (
 )
 from polyak.demo._tasks import CHOSEN, LIVE, Task
 from polyak.errors import OutputExistsError
-from polyak.plots import Line, Panel, line_panels, png_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

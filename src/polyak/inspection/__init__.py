@@ -13,48 +13,15 @@
 >>> folder.cleanup()
 """
 
-from polyak.inspection._describe import (
-    FolderRow,
-    FolderSummary,
-    Summary,
-    TrajectorySummary,
-    compare,
-    describe,
-    summarise_folder,
-    summarise_trajectory,
-)
-from polyak.inspection._measure import (
-    CheckpointSummary,
-    Comparison,
-    LayoutDifference,
-    Movement,
-    Neighbour,
-    TensorDifference,
-    TensorSummary,
-    compare_checkpoints,
-    compare_layouts,
-    measure_movement,
-    summarise_checkpoint,
-)
+from polyak.inspection._describe import FolderSummary, Summary, compare, describe
+from polyak.inspection._measure import CheckpointSummary, Movement, measure_movement
 
 __all__ = [
     "CheckpointSummary",
-    "Comparison",
-    "FolderRow",
     "FolderSummary",
-    "LayoutDifference",
     "Movement",
-    "Neighbour",
     "Summary",
-    "TensorDifference",
-    "TensorSummary",
-    "TrajectorySummary",
     "compare",
-    "compare_checkpoints",
-    "compare_layouts",
     "describe",
     "measure_movement",
-    "summarise_checkpoint",
-    "summarise_folder",
-    "summarise_trajectory",
 ]

@@ -13,16 +13,7 @@ from polyak.checkpoints import Checkpoint
 from polyak.checkpoints._formats import checkpoint_paths, is_checkpoint_folder, is_recording, recognise
 from polyak.combine._inputs import steps_in_names
 from polyak.errors import OptionError, PolyakError
-from polyak.inspection._measure import (
-    CheckpointSummary,
-    Comparison,
-    LayoutDifference,
-    Movement,
-    compare_checkpoints,
-    compare_layouts,
-    measure_movement,
-    summarise_checkpoint,
-)
+from polyak.inspection import _measure
 from polyak.trajectory import Block, Trajectory
 
 __all__ = ["FolderRow", "FolderSummary", "TrajectorySummary", "summarise_folder", "summarise_trajectory"]
@@ -52,7 +43,7 @@ class FolderRow:
     tensors: int = 0
     nbytes: int = 0
     dtypes: tuple[str, ...] = ()
-    layout: LayoutDifference | None = None
+    layout: _measure.LayoutDifference | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ class FolderSummary:
     path: str
     reference: str | None
     rows: tuple[FolderRow, ...]
-    movement: Movement | None = None
+    movement: _measure.Movement | None = None
 
     @property
     def readable(self) -> tuple[FolderRow, ...]:
@@ -124,7 +115,9 @@ def summarise_folder(path: Path, key: str | None = None, *, movement: bool = Fal
     reference = next((row.name for row in rows if row.error is None), None)
     rows = _in_step_order(_with_steps(rows))
     opened = [checkpoints.open(path / row.name, key) for row in rows if movement and row.error is None]
-    return FolderSummary(str(path), reference, tuple(rows), measure_movement(opened) if opened else None)
+    return FolderSummary(
+        str(path), reference, tuple(rows), _measure.measure_movement(opened) if opened else None
+    )
 
 
 def _rows(paths: list[Path], key: str | None) -> Iterator[FolderRow]:
@@ -155,7 +148,7 @@ def _in_step_order(rows: list[FolderRow]) -> list[FolderRow]:
 
 
 def _row(checkpoint: Checkpoint, reference: Checkpoint) -> FolderRow:
-    summary = summarise_checkpoint(checkpoint)
+    summary = _measure.summarise_checkpoint(checkpoint)
     return FolderRow(
         name=checkpoint.path.name,
         format=checkpoint.format,
@@ -164,11 +157,11 @@ def _row(checkpoint: Checkpoint, reference: Checkpoint) -> FolderRow:
         tensors=len(summary.stored),
         nbytes=summary.nbytes,
         dtypes=tuple(summary.dtypes),
-        layout=compare_layouts(reference, checkpoint),
+        layout=_measure.compare_layouts(reference, checkpoint),
     )
 
 
-# A recorded trajectory: its blocks, and how the run moved from one to the next.
+# A recorded run: its blocks, and how the run moved from one to the next.
 
 
 @dataclass(frozen=True)
@@ -187,7 +180,7 @@ class TrajectorySummary:
     blocks: tuple[Block, ...]
     damaged: Mapping[int, str]
     nbytes: int
-    movement: Movement | None
+    movement: _measure.Movement | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -202,7 +195,7 @@ class TrajectorySummary:
 
 
 def summarise_trajectory(path: Path) -> TrajectorySummary:
-    """Describe a recorded trajectory; all blocks are read to measure how they lie to each other.
+    """Describe a recorded run; all blocks are read to measure how they lie to each other.
 
     Raises ``CheckpointError`` where its manifest is damaged.
 
@@ -227,17 +220,17 @@ def summarise_trajectory(path: Path) -> TrajectorySummary:
         for name, info in checkpoint.tensors.items()
         if name not in checkpoint.ties
     )
-    movement = measure_movement(opened) if opened else None
+    movement = _measure.measure_movement(opened) if opened else None
     return TrajectorySummary(str(path), trajectory.blocks, trajectory.damaged, nbytes, movement)
 
 
-Summary = CheckpointSummary | FolderSummary | TrajectorySummary | Comparison
+Summary = _measure.CheckpointSummary | FolderSummary | TrajectorySummary | _measure.Comparison
 
 
 def describe(
     path: str | PathLike[str], key: str | None = None, *, movement: bool = False
-) -> CheckpointSummary | FolderSummary | TrajectorySummary:
-    """Say what is at a path: one checkpoint, a folder of them, or a recorded trajectory.
+) -> _measure.CheckpointSummary | FolderSummary | TrajectorySummary:
+    """Say what is at a path: one checkpoint, a folder of them, or a recorded run.
 
     Args:
         path: a file or folder.
@@ -251,7 +244,7 @@ def describe(
     if is_recording(path):
         if key is not None:
             raise OptionError(
-                f"{path} is a recorded trajectory, whose blocks have no nested keys: leave the key out"
+                f"{path} is a recorded run, whose blocks have no nested keys: leave the key out"
             )
         return summarise_trajectory(path)
     if path.is_dir() and not is_checkpoint_folder(path):
@@ -259,7 +252,7 @@ def describe(
     if movement:
         raise OptionError(f"{path} is one checkpoint: movement is measured along a folder of several")
     with checkpoints.open(path, key) as checkpoint:
-        return summarise_checkpoint(checkpoint)
+        return _measure.summarise_checkpoint(checkpoint)
 
 
 def compare(
@@ -267,7 +260,7 @@ def compare(
     other: str | PathLike[str],
     key: str | None = None,
     other_key: str | None = None,
-) -> Comparison:
+) -> _measure.Comparison:
     """Say what differs between two checkpoints, and by how much.
 
     Args:
@@ -277,4 +270,4 @@ def compare(
     Raises as ``describe``, and ``StructureError`` if the two have no tensor in common.
     """
     with checkpoints.open(path, key) as first, checkpoints.open(other, other_key) as second:
-        return compare_checkpoints(first, second)
+        return _measure.compare_checkpoints(first, second)

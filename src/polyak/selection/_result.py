@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from io import StringIO
 from os import PathLike
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from polyak import _plots, _terminal
 from polyak._evaluate import Mode, apply_weights, badness, live_weights, write_weights
 from polyak.batchnorm import tracks_statistics
 from polyak.profiles import Profile
@@ -19,7 +19,6 @@ from polyak.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 __all__ = [
     "HEADINGS",
@@ -29,7 +28,6 @@ __all__ = [
     "HoldoutCheck",
     "Selection",
     "as_rows",
-    "as_text",
     "shortened",
 ]
 
@@ -173,36 +171,8 @@ def _beyond_noise(low: float, high: float, mode: Mode) -> bool:
 # A profile with a weight for each block has a name longer than the page.
 _MOST_NAME = 28
 _MOST_DECIMALS = 8
-_LEAST_COLUMNS, _MOST_COLUMNS = 80, 10_000
-
 
 HEADINGS = ("candidate", "score", "± error", f"minus {LIVE}", "95% interval", "samples")
-
-
-def as_table(candidates: Sequence[Candidate]) -> Table:
-    """A row for each candidate."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right", no_wrap=True)
-    for row in as_rows(candidates):
-        table.add_row(*row)
-    return table
-
-
-def as_text(table: Table, below: str = "") -> str:
-    """A table as plain text, as wide as it needs, with a paragraph of the same width below it."""
-    from rich.console import Console
-
-    console = Console(file=StringIO(), width=_MOST_COLUMNS, color_system=None)
-    console.width = max(_LEAST_COLUMNS, console.measure(table).maximum)
-    with console.capture() as capture:
-        console.print(table)
-        if below:
-            console.print(below, highlight=False, markup=False)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def as_rows(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
@@ -349,14 +319,18 @@ class Selection:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        from polyak.plots import Dot, dot_chart
-
-        dots = [Dot(shortened(c.name), c.difference, c.low, c.high) for c in self.table]
+        dots = [_plots.Dot(shortened(c.name), c.difference, c.low, c.high) for c in self.table]
         better = "lower" if self.mode == "min" else "higher"
-        return dot_chart("Candidates", f"score minus that of the live weights ({better} is better)", dots)
+        return _plots.dot_chart(
+            "Candidates", f"score minus that of the live weights ({better} is better)", dots
+        )
 
     def __str__(self) -> str:
-        return as_text(as_table(self._shown()), self.verdict)
+        first, *others = HEADINGS
+        rows = _terminal.table(first, *(f"#{heading}" for heading in others))
+        for row in as_rows(self._shown()):
+            rows.add_row(*row)
+        return _terminal.as_text(rows, self.verdict)
 
     def __repr__(self) -> str:
         return f"Selection(best={self.best.name!r}, candidates={len(self.table)})"

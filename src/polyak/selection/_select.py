@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from polyak import _terminal
 from polyak._distributed import is_main_rank
 from polyak._evaluate import (
     Mode,
@@ -31,27 +31,7 @@ from polyak.profiles import EMA, Decay, Power, Profile, Tail, Weights, as_profil
 from polyak.selection._result import LIVE, Candidate, HoldoutCheck, Selection, ranked
 from polyak.trajectory import Explanation, Trajectory
 
-__all__ = ["averages", "bar", "coarse_grid", "fine_grid", "fold_in", "select"]
-
-# A bar on stderr while weights are tried, which takes as long as the user's own score does.
-
-
-@contextmanager
-def bar(what: str, shown: bool) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A bar on stderr of the main rank, or nothing; yields what wraps an iterable of known length.
-
-    >>> with bar("candidates", shown=False) as advance:
-    ...     list(advance([1, 2], 2))
-    [1, 2]
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    hidden = not (shown and is_main_rank())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as progress:
-        yield lambda items, total: iter(progress.track(items, total=total))
-
+__all__ = ["averages", "coarse_grid", "fine_grid", "fold_in", "select"]
 
 # Which profiles `select` tries where it is not told: a coarse grid, then a finer one around its best.
 
@@ -262,11 +242,11 @@ def select(
     refuse_no_trajectory(trajectory)
     steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
     tried = _distinct(trajectory, coarse_grid(steps)) if profiles is None else _given(trajectory, profiles)
-    with bar("candidates", progress) as advance:
+    with _terminal.progress_bar("candidates", shown=progress and is_main_rank()) as bar:
 
         def try_all(explained: Sequence[Explanation]) -> Scores:
             scores: Scores = {}
-            for profile, weights in advance(averages(trajectory, explained), len(explained)):
+            for profile, weights in bar.over(averages(trajectory, explained), len(explained)):
                 scores[profile] = try_weights(model, weights, score, recalibrate)
             return scores
 
