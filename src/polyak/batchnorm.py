@@ -533,8 +533,9 @@ def _measure(
     meter.moments.merge_ranks()
     if not any(meter.moments.counts):
         raise BatchError(
-            "no sample reached any BatchNorm layer: the loader gave none, or `forward` does not call the "
-            "model; the running statistics are as they were"
+            "no sample reached any BatchNorm layer, and the running statistics are as they were: the loader gave none",
+            ", or `forward` does not call the model",
+            "",
         )
     return meter.moments
 

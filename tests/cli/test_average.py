@@ -60,7 +60,7 @@ def test_averages(run, capsys, arguments, expected, output):
         "ignored, as no weights: 'lr'",
     ]
     assert lines[-1 - len(tensors) : -1] == tensors
-    assert lines[-1].startswith(f"{output}: ") and lines[-1].endswith("/s)")
+    assert lines[-1].startswith(f"wrote {output}: ") and lines[-1].endswith("/s)")
 
 
 def test_dry_run_reads_headers_only(run, capsys):
@@ -71,7 +71,9 @@ def test_dry_run_reads_headers_only(run, capsys):
     rows = [line.split() for line in out.splitlines() if line.startswith("step")]
     assert rows == [["step9.pt", "9", "0"], ["step10.pt", "10", "0.333333"], ["step11.pt", "11", "0.666667"]]
     assert out.count("weights found under 'model'") == 1 and "ignored, as no weights: 'lr'" in out
-    assert "would read 48 bytes and write 24 bytes in at most" in out and "MB of memory: out.pt" in out
+    assert out.splitlines()[-1].startswith(
+        "would write out.pt: 48 bytes to read and 24 bytes to write in at most "
+    )
 
 
 def test_json(run, capsys):

@@ -149,7 +149,7 @@ def test_the_files_of_a_recording_are_no_checkpoints(folder, capsys):
             model.weight.data.fill_(value)
             run.update()
     assert main(["select", "run/*.safetensors", *USE]) == 2
-    assert "a part of the recorded trajectory run: give run alone" in capsys.readouterr().err
+    assert "a part of a recorded run: give run alone" in capsys.readouterr().err
 
 
 # ``polyak report``: the page it writes, with and without scores, and what it refuses.
@@ -180,7 +180,7 @@ def folder_report(tmp_path, monkeypatch):
 
 def test_a_page_without_scores(folder_report, capsys):
     assert main(["report", "ckpts", "-o", "page.html"]) == 0
-    assert capsys.readouterr().out == "Written: page.html\n"
+    assert capsys.readouterr().out == "wrote page.html\n"
     page = (folder_report / "page.html").read_text()
     assert "Nothing was scored" in page and "<h1>ckpts</h1>" in page
 
@@ -191,7 +191,7 @@ def test_a_page_with_a_choice_and_the_line_to_it(folder_report, capsys):
         == 0
     )
     printed = capsys.readouterr().out
-    assert "uniform scores best" in printed and printed.endswith("Written: page.html\n")
+    assert "uniform scores best" in printed and printed.endswith("wrote page.html\n")
     page = (folder_report / "page.html").read_text()
     # From 9 to the mean of all, 10.75, the best is 10: at 4/7 of the way; 1/2 and 5/8 are looked at.
     assert "<h1>mine</h1>" in page and "From live to uniform" in page and "lies at 0.625 of the way" in page

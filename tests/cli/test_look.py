@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 
 from polyak.cli import main
-from polyak.demo import _show
+from polyak.demo import _show, _study
 from polyak.demo._show import study_as_data
-from polyak.demo._study import run_study
 from polyak.demo._tasks import TASKS
 
 
@@ -33,7 +32,7 @@ def test_demo_shows_and_writes_what_was_measured(tiny, tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     data = json.loads((tmp_path / "digits.json").read_text())
-    assert data == json.loads(json.dumps(study_as_data(run_study(tiny, seeds=2))))
+    assert data == json.loads(json.dumps(study_as_data(_study.run_study(tiny, seeds=2))))
 
     unwrapped = " ".join(shown.split())
     written = " ".join((tmp_path / "digits.txt").read_text(encoding="utf-8").split())
@@ -53,7 +52,7 @@ def test_running_it_twice_gives_the_same_files_byte_for_byte(tiny, tmp_path):
 
 
 def test_foreign_files_stop_it_before_any_training(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_show, "run_study", lambda *args, **kwargs: pytest.fail("it trained"))
+    monkeypatch.setattr(_study, "run_study", lambda *args, **kwargs: pytest.fail("it trained"))
     (tmp_path / "digits.json").write_text("{}")
     assert main(["demo", "--output", str(tmp_path)]) == 2
     assert "digits.json" in capsys.readouterr().err
@@ -61,7 +60,7 @@ def test_foreign_files_stop_it_before_any_training(tiny, tmp_path, capsys, monke
 
 @pytest.mark.parametrize("missing", ["matplotlib", "scipy", "sklearn"])
 def test_a_missing_extra_is_named_before_any_training(tiny, tmp_path, capsys, monkeypatch, missing):
-    monkeypatch.setattr(_show, "run_study", lambda *args, **kwargs: pytest.fail("it trained"))
+    monkeypatch.setattr(_study, "run_study", lambda *args, **kwargs: pytest.fail("it trained"))
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["demo", "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

@@ -11,8 +11,7 @@ import torch
 
 import polyak
 from combine_inputs import random, saved
-from polyak.combine import plan_average
-from polyak.combine._offline import run_on_ranks
+from polyak.combine._offline import Plan, run_on_ranks
 from polyak.errors import PolyakError
 from ranks import run_on_ranks as on_ranks
 
@@ -34,14 +33,14 @@ def make_inputs(folder):
 
 def average(folder, output):
     try:
-        return run_on_ranks(plan_average(folder, output)).to_dict()
+        return run_on_ranks(Plan(folder, output)).to_dict()
     except PolyakError as error:
         return str(error)
 
 
 def hold_the_line(folder, output):
     """Rank 1 dies in the middle of its share."""
-    plan = plan_average(folder, output)
+    plan = Plan(folder, output)
 
     def die(done, total):
         if torch.distributed.get_rank() == 1:

@@ -148,7 +148,7 @@ def test_horizons_that_blocks_cannot_resolve(trajectory, profile) -> None:
 
 
 def test_a_first_sample_that_no_block_holds_alone(trajectory) -> None:
-    with pytest.raises(OptionError, match="use debias=True"):
+    with pytest.raises(OptionError, match="take it debiased"):
         trajectory.average(polyak.EMA(decay=0.999, debias=False))
     trajectory.average(polyak.EMA(decay=0.999))
 

@@ -90,9 +90,7 @@ def write_sharded(path: str | PathLike[str], tensors: Mapping[str, Tensor], over
 
     path = Path(path)
     if any(_distributed.RankGroup.of_all().gather(path.exists())) and not overwrite:
-        raise OutputExistsError(
-            f"{path} exists already: name another output, or pass overwrite=True (--force on the command line)"
-        )
+        raise OutputExistsError(f"{path} exists already: name another output, or pass overwrite=True")
     save(dict(tensors), checkpoint_id=path)
 
 

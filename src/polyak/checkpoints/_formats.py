@@ -75,7 +75,9 @@ def format_for(path: Path, format: str | None) -> str:
         if path.suffix in known.suffixes:
             return name
     raise OptionError(
-        f"{path} has a suffix of no known format: name it .safetensors, .pt or .npz, or say which format it is"
+        f"{path} has a suffix of no known format: name it .safetensors, .pt or .npz",
+        ", or say which format it is",
+        "",
     )
 
 

@@ -376,7 +376,7 @@ class AtomicOutput:
             return
         if not self._overwrite:
             raise OutputExistsError(
-                f"{self.path} exists already: name another output, or pass overwrite=True (--force on the command line)"
+                f"{self.path} exists already: name another output, or ", "pass overwrite=True", "give --force"
             )
         if self.path.is_dir():
             if self.path.is_symlink():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,9 +15,6 @@ from polyak.cli._look import demo, inspect
 from polyak.errors import PolyakError
 
 __all__ = ["app", "main"]
-
-# A wrong command line: where typer keeps this class depends on its version, but its child is always public.
-_UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command(short_help="Train on real data, and say whether averaging helped.")(demo)
@@ -50,11 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return app(arguments, prog_name="polyak", standalone_mode=False) or 0
     except PolyakError as error:
-        message = str(error)
-    except _UsageError as error:
-        command = error.ctx.command_path if error.ctx else "polyak"
-        message = f"{error.format_message()} (see {command} --help)"
+        message = error.for_command
     except (typer.Abort, KeyboardInterrupt):
         return 130
+    except Exception as error:
+        # A wrong command line. typer keeps the class in other places, or in click, from version to version.
+        if not hasattr(error, "format_message"):
+            raise
+        message = _wrong_use(error)
     print(f"polyak: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _wrong_use(error: Any) -> str:
+    """What is wrong with a command line, and where its options are."""
+    context = getattr(error, "ctx", None)
+    # Some versions of typer let pydantic check values, and its name for every complaint says nothing.
+    message = error.format_message().replace("Value error, ", "")
+    return f"{message} (see {context.command_path if context else 'polyak'} --help)"

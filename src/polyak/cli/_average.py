@@ -1,4 +1,4 @@
-"""``polyak average``, of checkpoints and of recordings."""
+"""``polyak average``, of checkpoints and of recorded runs."""
 
 from __future__ import annotations
 
@@ -9,23 +9,59 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyak.cli._inputs import expanded
+from polyak import _terminal
+from polyak.errors import CheckpointError, OptionError, name_list
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from polyak.combine import AverageReport, Plan, Progress
+    from polyak import combine
     from polyak.trajectory import Explanation
 
-# ``polyak average`` on a recorded run: the same question, answered from its blocks.
+# What is to be read: paths as people write them.
 
 
-def average_recording(
+def expanded(inputs: list[str], profile_option: str) -> list[Path]:
+    """Paths, patterns replaced by what they match, in the order people count.
+
+    ``profile_option`` is where the command takes profiles, which are no paths.
+    """
+    from polyak.checkpoints._formats import natural_order
+
+    paths: list[Path] = []
+    for text in inputs:
+        if not Path(text).exists():
+            _refuse_profile(text, profile_option)
+        if Path(text).exists() or not any(sign in text for sign in "*?["):
+            paths.append(Path(text))
+            continue
+        matches = sorted(glob(text, recursive=True), key=natural_order)
+        if not matches:
+            raise CheckpointError(f"nothing matches the pattern {text}")
+        paths += map(Path, matches)
+    return paths
+
+
+def _refuse_profile(text: str, option: str) -> None:
+    from polyak.profiles import parse
+
+    try:
+        parse(text)
+    except OptionError:
+        return
+    raise OptionError(f"{text} is a profile, not a path: write {option} {text}, and several in quotes")
+
+
+# ``polyak average`` of a recorded run: the same question, answered from its blocks.
+
+
+def average_run(
     folder: Path, output: Path, profile: str, *, max_memory: str, dry_run: bool, force: bool, as_json: bool
 ) -> None:
     """Write the average of a recorded run under ``profile``, and say how well its blocks give it.
@@ -47,7 +83,7 @@ def average_recording(
     typer.echo(str(explanation))
     for note in notes[len(explanation.warnings) :]:
         typer.echo(f"warning: {note}")
-    typer.echo(f"{'would write' if dry_run else 'wrote'} {output}")
+    typer.echo(_terminal.wrote(output, dry_run=dry_run))
 
 
 def _as_dict(
@@ -111,19 +147,19 @@ def average(
     polyak average run/ -o average.safetensors --dtype bf16 --max-memory 1GB
     polyak average timm/*.pth.tar -o average.pt --key state_dict_ema
     torchrun --nproc-per-node 4 -m polyak average run/ -o average.safetensors
-    polyak average recording/ -o average.safetensors --profile tail:0.4     what a polyak.Recorder wrote
+    polyak average recorded/ -o average.safetensors --profile tail:0.4     a run that was recorded
 
     A profile takes the inputs in the order of their training steps. The output says what it was made of, and
     appears whole or not at all. BatchNorm statistics of an average must be computed anew: polyak.update_bn.
     """
     from polyak.checkpoints._formats import is_recording
-    from polyak.combine import plan_average
+    from polyak.combine import Plan
 
     paths = expanded(inputs, "--profile")
     if len(paths) == 1 and is_recording(paths[0]):
         _refuse(paths[0], {"--weights": weights, "--key": key, "--dtype": dtype, "--hash": hashes or None})
         if _is_first_process():  # blocks are few: one process is enough
-            average_recording(
+            average_run(
                 paths[0],
                 output,
                 profile or "uniform",
@@ -133,7 +169,7 @@ def average(
                 as_json=as_json,
             )
         return
-    plan = plan_average(
+    plan = Plan(
         paths,
         output,
         weights=None if weights is None else _numbers(weights),
@@ -154,33 +190,30 @@ def average(
         _show(report, None if dry_run else time.monotonic() - started)
 
 
-def _refuse(recording: Path, options: dict[str, object]) -> None:
-    from polyak.errors import OptionError
-
+def _refuse(run: Path, options: dict[str, object]) -> None:
     given = [option for option, value in options.items() if value is not None]
     if given:
         raise OptionError(
-            f"{recording} is a recorded run, which takes no {', '.join(given)}: say --profile, such as tail:0.4"
+            f"{run} is a recorded run, which takes no {', '.join(given)}: say --profile, such as tail:0.4"
         )
 
 
 def _numbers(weights: str) -> list[float]:
-    from polyak.errors import OptionError
-
     try:
         return [float(number) for number in weights.split(",")]
     except ValueError:
         raise OptionError(f"--weights takes numbers between commas, such as 1,2,3; got {weights!r}") from None
 
 
-def _run(plan: Plan) -> AverageReport:
+def _run(plan: combine.Plan) -> combine.AverageReport:
     from polyak.combine._offline import launched_on_ranks, process_group, run_on_ranks
 
-    with _ended_cleanly(), _progress() as progress:
+    bar = _terminal.progress_bar(str(plan.output), shown=_is_first_process(), in_bytes=True)
+    with _ended_cleanly(), bar as shown:
         if not launched_on_ranks():
-            return plan.run(progress)
+            return plan.run(shown.reach)
         with process_group():
-            return run_on_ranks(plan, progress)
+            return run_on_ranks(plan, shown.reach)
 
 
 def _is_first_process() -> bool:
@@ -203,51 +236,23 @@ def _ended_cleanly() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on stderr with bytes per second, where there is a terminal to show it."""
-    from rich import progress
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    columns = (
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    is_hidden = not console.is_terminal or not _is_first_process()
-    with progress.Progress(*columns, console=console, transient=True, disable=is_hidden) as bar:
-        task = bar.add_task("")
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _show(report: AverageReport, seconds: float | None) -> None:
-    from rich.console import Console
-
-    from polyak.inspection._views import printable
-
-    console = Console(highlight=False, markup=False, emoji=False)
+def _show(report: combine.AverageReport, seconds: float | None) -> None:
+    console = _terminal.console()
     console.print(_inputs(report))
     for line in (*report.notes, *_tensors(report), _bytes(report, seconds)):
-        console.print(printable(line), soft_wrap=True)
+        console.print(_terminal.printable(line), soft_wrap=True)
 
 
-def _inputs(report: AverageReport) -> Table:
-    from polyak.inspection._views import printable, table
-
-    rows = table("input", "#step", "#coefficient")
+def _inputs(report: combine.AverageReport) -> Table:
+    rows = _terminal.table("input", "#step", "#coefficient")
     steps = report.steps or [None] * len(report.inputs)
     for name, step, coefficient in zip(report.inputs, steps, report.coefficients, strict=True):
-        rows.add_row(printable(name), "-" if step is None else f"{step:,}", f"{coefficient:.6g}")
+        rows.add_row(_terminal.printable(name), "-" if step is None else f"{step:,}", f"{coefficient:.6g}")
     return rows
 
 
-def _tensors(report: AverageReport) -> Iterator[str]:
-    from polyak.errors import name_list
-    from polyak.inspection._views import counted
-
-    yield f"{counted(len(report.averaged), 'tensor')} averaged"
+def _tensors(report: combine.AverageReport) -> Iterator[str]:
+    yield f"{_terminal.counted(len(report.averaged), 'tensor')} averaged"
     if report.copied:
         yield f"{len(report.copied)} copied from the last input: {name_list([*report.copied])}"
     if report.differing:
@@ -256,11 +261,12 @@ def _tensors(report: AverageReport) -> Iterator[str]:
         yield f"ignored, as no weights: {name_list([*report.ignored])}"
 
 
-def _bytes(report: AverageReport, seconds: float | None) -> str:
-    from rich.filesize import decimal
-
-    read, written, memory = map(decimal, (report.bytes_read, report.bytes_written, report.memory_bytes))
+def _bytes(report: combine.AverageReport, seconds: float | None) -> str:
+    read, written, memory = map(
+        _terminal.size, (report.bytes_read, report.bytes_written, report.memory_bytes)
+    )
+    done = _terminal.wrote(report.output, dry_run=seconds is None)
     if seconds is None:
-        return f"would read {read} and write {written} in at most {memory} of memory: {report.output}"
-    speed = decimal(int((report.bytes_read + report.bytes_written) / max(seconds, 1e-3)))
-    return f"{report.output}: {read} read and {written} written in {seconds:.1f} s ({speed}/s)"
+        return f"{done}: {read} to read and {written} to write in at most {memory} of memory"
+    speed = _terminal.size(int((report.bytes_read + report.bytes_written) / max(seconds, 1e-3)))
+    return f"{done}: {read} read and {written} written in {seconds:.1f} s ({speed}/s)"

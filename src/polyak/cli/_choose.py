@@ -4,21 +4,68 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
+from traceback import print_exception
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyak.cli._inputs import expanded, imported
+from polyak import _terminal
+from polyak.cli._average import expanded
+from polyak.errors import OptionError, PolyakError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    import polyak
     from polyak.landscape import PathScores
-    from polyak.selection import Selection
-    from polyak.trajectory import Trajectory
+
+# What the user names: functions in modules of their own.
+
+
+def imported(option: str, text: str) -> Callable[..., Any]:
+    """The function that ``package.module:function`` names; modules in the working directory are found too.
+
+    Raises ``OptionError`` if there is none. An error inside the module is the user's own, with its traceback. So
+    is one inside the function, whose traceback goes to stderr before an ``OptionError`` says what was called.
+
+    >>> imported("--score", "math:fsum")([0.5, 0.25])
+    0.75
+    """
+    module_name, colon, name = text.partition(":")
+    if not (module_name and colon and name) or module_name.startswith(".") or module_name.endswith(".py"):
+        raise OptionError(
+            f"{option} takes package.module:function, such as my.model:build for build in my/model.py, got {text!r}"
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise OptionError(f"{option} {text}: there is no module {error.name!r} here or installed") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise OptionError(f"{option} {text}: {module_name} has no function {name!r}")
+    return _guarded(f"{option} {text}", function)
+
+
+def _guarded(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except PolyakError:
+            raise
+        except Exception as error:
+            print_exception(error)
+            raise OptionError(f"{what} raised {type(error).__name__}: {error}") from error
+
+    return call
+
 
 # What the commands that score a run have in common: its options, and how they are carried out.
 
@@ -64,10 +111,10 @@ class Answers:
     network: nn.Module
     score: Any
     batches: Any
-    choice: Selection
+    choice: polyak.Selection
 
 
-def answered(trajectory: Trajectory, questions: Questions) -> Answers:
+def answered(trajectory: polyak.Trajectory, questions: Questions) -> Answers:
     """Import what the user names, build the model, and choose."""
     import polyak
     from polyak._evaluate import apply_weights
@@ -91,29 +138,24 @@ def answered(trajectory: Trajectory, questions: Questions) -> Answers:
     return Answers(network, score, batches, choice)
 
 
-def opened(paths: list[Path], key: str | None) -> Trajectory:
-    """A recorded trajectory, or checkpoints as one."""
+def opened(paths: list[Path], key: str | None) -> polyak.Trajectory:
+    """A recorded run, or checkpoints as one."""
     from polyak import Trajectory
     from polyak.combine._inputs import open_inputs
-    from polyak.errors import OptionError
     from polyak.trajectory._blocks import Manifest
 
     if Manifest.exists(paths[0]):
         if len(paths) > 1 or key is not None:
-            raise OptionError(f"{paths[0]} is a recorded trajectory: give it alone, and no --key")
+            raise OptionError(f"{paths[0]} is a recorded run: give it alone, and no --key")
         return Trajectory(paths[0])
-    recording = next((path.parent for path in paths if path.is_file() and Manifest.exists(path.parent)), None)
-    if recording is not None:
-        raise OptionError(
-            f"{paths[0]} is a part of the recorded trajectory {recording}: give {recording} alone"
-        )
+    run = next((path.parent for path in paths if path.is_file() and Manifest.exists(path.parent)), None)
+    if run is not None:
+        raise OptionError(f"{paths[0]} is a part of a recorded run: give {run} alone")
     return Trajectory.from_checkpoints([each.path for each in open_inputs(paths, key)], key=key)
 
 
 def _built(text: str, build: Any) -> Any:
     from torch import nn
-
-    from polyak.errors import OptionError
 
     network = build()
     if not isinstance(network, nn.Module):
@@ -129,7 +171,7 @@ def _built(text: str, build: Any) -> Any:
 def select(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="A recorded trajectory, or checkpoints, folders of them, and patterns."),
+        typer.Argument(help="A recorded run, or checkpoints, folders of them, and patterns."),
     ],
     model: Annotated[str, typer.Option(help="package.module:function that builds the model.")],
     score: Annotated[
@@ -174,7 +216,7 @@ def select(
         written = None if output is None else str(output)
         typer.echo(json.dumps(choice.to_dict() | {"output": written}, indent=2))
     else:
-        typer.echo(str(choice) if output is None else f"{choice}\nWritten: {output}")
+        typer.echo(str(choice) if output is None else f"{choice}\n{_terminal.wrote(output)}")
 
 
 # ``polyak report``: one page about a run.
@@ -186,7 +228,7 @@ _POSITIONS = tuple(step / 8 for step in range(-4, 13))
 def report(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="A recorded trajectory, or checkpoints, folders of them, and patterns."),
+        typer.Argument(help="A recorded run, or checkpoints, folders of them, and patterns."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write, ending in .html.")],
     model: Annotated[
@@ -217,8 +259,7 @@ def report(
     With a model and a score it also chooses, as polyak select does, and looks along the line from the live weights
     to the best average. The page needs no network and holds no scripts.
     """
-    from polyak.errors import OptionError
-    from polyak.report._page import refuse_output, write_report
+    from polyak.report import refuse_output, write_report
 
     if (model is None) != (score is None):
         raise OptionError("--model and --score belong together: give both, or neither")
@@ -235,10 +276,12 @@ def report(
         )
         selection, line = answers.choice, _line(trajectory, answers)
     write_report(trajectory, output, selection=selection, line=line, title=title, overwrite=force)
-    typer.echo(f"Written: {output}" if selection is None else f"{selection.verdict}\nWritten: {output}")
+    if selection is not None:
+        typer.echo(selection.verdict)
+    typer.echo(_terminal.wrote(output))
 
 
-def _line(trajectory: Trajectory, answers: Answers) -> PathScores:
+def _line(trajectory: polyak.Trajectory, answers: Answers) -> PathScores:
     from polyak import landscape
     from polyak.selection._result import shortened
 

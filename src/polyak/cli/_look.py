@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from polyak import _terminal
+from polyak.errors import CheckpointError, OptionError, name_list
+
 if TYPE_CHECKING:
     from polyak import inspection
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(help="A checkpoint (file or folder), a folder of them, or a recorded trajectory."),
+        typer.Argument(help="A checkpoint (file or folder), a folder of them, or a recorded run."),
     ],
     other: Annotated[Path | None, typer.Argument(help="A second checkpoint to compare with.")] = None,
     key: Annotated[
@@ -31,7 +34,7 @@ def inspect(
     show_all: Annotated[bool, typer.Option("--all", help="List everything, however long.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, always complete.")] = False,
 ) -> None:
-    """Say what is in a checkpoint, a folder or a recorded trajectory, or how two checkpoints differ.
+    """Say what is in a checkpoint, a folder or a recorded run, or how two checkpoints differ.
 
     \b
     polyak inspect model.safetensors             what it is, tensors, dtypes, sizes, ties, metadata
@@ -46,7 +49,6 @@ def inspect(
     relative distance of a to b is |a - b| / |a|. Exit code 2 if something cannot be read.
     """
     from polyak import inspection
-    from polyak.errors import CheckpointError, OptionError, name_list
 
     paths = 1 if other is None else 2
     keys = key or [None]
@@ -67,15 +69,12 @@ def inspect(
 
 
 def _show(summary: inspection.Summary, show_all: bool, as_json: bool) -> None:
-    from rich.console import Console
-
     from polyak.inspection._views import view
 
     if as_json:
         typer.echo(json.dumps(summary.to_dict(), indent=2, allow_nan=False))
     else:
-        # Names in files are no markup and no emoji codes.
-        Console(highlight=False, markup=False, emoji=False).print(view(summary, show_all))
+        _terminal.console().print(view(summary, show_all))
 
 
 # ``polyak demo``: train on real data, average, compare, show.
@@ -103,7 +102,7 @@ def demo(
 
     Every candidate is held against the live weights and against the best learning-rate decay, which is
     tuned on other seeds; each difference comes with a paired t-test over seeds. Each run is recorded, and what the
-    verdict is about is the average that select chose from the recording, by validation.
+    verdict is about is the average that select chose from the recorded run, by validation.
 
     \b
     polyak demo                       digits: SWA and EMA, with and without update_bn
@@ -116,15 +115,8 @@ def demo(
     demo's three files are rewritten; anything else in the folder is left alone, and files of these names that
     no demo made are refused. Needs: pip install 'polyak[demo]'
     """
-    from rich.console import Console
-
     from polyak.demo._show import Outputs, show
     from polyak.demo._tasks import TASKS
 
     chosen = TASKS[task.value]
-    show(
-        chosen,
-        chosen.seeds if seeds is None else seeds,
-        Outputs(output, chosen.name),
-        Console(highlight=False),
-    )
+    show(chosen, chosen.seeds if seeds is None else seeds, Outputs(output, chosen.name))

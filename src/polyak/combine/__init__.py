@@ -17,7 +17,6 @@ from polyak.combine._offline import (
     average_checkpoints,
     batchnorm_statistics,
     is_statistic,
-    plan_average,
 )
 from polyak.combine._running import is_averaged
 
@@ -37,7 +36,6 @@ __all__ = [
     "is_statistic",
     "known_steps",
     "open_inputs",
-    "plan_average",
     "refuse_partly_known",
     "spans_of_steps",
 ]

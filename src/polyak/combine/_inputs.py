@@ -218,7 +218,9 @@ def common_layout(
     if problems:
         raise StructureError(
             f"the inputs do not hold the same tensors: compared with {first.path}, {'; '.join(problems)}. "
-            f"Average checkpoints of one model, or choose the right weights with key"
+            "Average checkpoints of one model, or choose the right weights with ",
+            "key",
+            "--key",
         )
     ties = _common_ties(inputs)
     tensors = {
@@ -323,8 +325,9 @@ def _expanded(path: Path) -> list[Path]:
         return [path]
     if is_recording(path):
         raise OptionError(
-            f"{path} is a recorded trajectory, whose blocks stand for unlike numbers of samples: take averages of it "
-            f"alone, by polyak average or polyak.Trajectory({str(path)!r}).write, or let polyak select choose one"
+            f"{path} is a recorded run, whose blocks stand for unlike numbers of samples: take averages of it alone, ",
+            f"by polyak.Trajectory({str(path)!r}).write, or let polyak.select choose one",
+            "by polyak average, or let polyak select choose one",
         )
     files = checkpoint_paths(path)
     if not files:

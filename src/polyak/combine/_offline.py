@@ -6,9 +6,8 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from polyak.checkpoints._io import AtomicOutput, Observer
 from polyak.checkpoints._writer import written_together
 from polyak.combine._engine import Budget, Progress, combine
 from polyak.combine._inputs import (
-    Span,
     coefficients,
     common_layout,
     in_step_order,
@@ -44,7 +42,6 @@ __all__ = [
     "average_checkpoints",
     "launched_on_ranks",
     "parse_dtype",
-    "plan_average",
     "process_group",
     "run_on_ranks",
 ]
@@ -118,57 +115,96 @@ class AverageReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Plan:
-    """An average that has been checked in all its headers and not begun."""
+    """An average of checkpoints, checked in all their headers, and not begun.
 
-    inputs: list[Checkpoint]
-    coefficients: list[float]
-    steps: list[int] | None
-    profile: str | None
-    layout: Layout
-    dtype: torch.dtype | None
-    output: Path
-    overwrite: bool
-    max_memory: int | str
-    hashes: bool
+    What is given, and what is raised where something does not fit, is as for :func:`average_checkpoints`.
+
+    Attributes:
+        checkpoints: the inputs, opened, in the order of ``coefficients``.
+        coefficients: how much each counts; they sum to 1.
+        steps: the training step of each; None if not known for all.
+        layout: of the output.
+    """
+
+    inputs: Paths
+    output: str | PathLike[str]
+    _: KW_ONLY
+    weights: Sequence[float] | None = None
+    profile: Profile | str | None = None
+    dtype: torch.dtype | str | None = None
+    max_memory: int | str = "256MB"
+    key: str | None = None
+    overwrite: bool = False
+    hashes: bool = False
+
+    checkpoints: list[Checkpoint] = field(init=False)
+    coefficients: list[float] = field(init=False)
+    steps: list[int] | None = field(init=False)
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.profile is not None:
+            raise OptionError(
+                "of two ways to say one thing give one: ", "weights or profile", "--weights or --profile"
+            )
+        self.output = Path(self.output)
+        format_for(self.output, None)
+        self.checkpoints = open_inputs(self.inputs, self.key)
+        _refuse_input_as_output(self.checkpoints, self.output)
+        AtomicOutput(self.output, self.overwrite)  # refuses what must not be overwritten, and touches nothing
+        if self.profile is None:
+            chosen = Uniform() if self.weights is None else Weights(self.weights)
+            self.steps = known_steps(self.checkpoints)
+            spans = spans_of_steps(range(1, len(self.checkpoints) + 1))
+        else:
+            chosen = self.profile = as_profile(self.profile)
+            self.checkpoints, self.steps = in_step_order(self.checkpoints)
+            spans = spans_of_steps(self.steps or range(1, len(self.checkpoints) + 1))
+        self.dtype = None if self.dtype is None else parse_dtype(self.dtype)
+        self.coefficients = coefficients(chosen, spans)
+        self.layout = common_layout(self.checkpoints, self.dtype)
+        self._memory_bytes()
 
     def report(self, differing: Sequence[str] = ()) -> AverageReport:
         """What will be, or has been, averaged."""
-        tensors = {name: self.inputs[0].tensors[name] for name in self.layout.tensors}
+        tensors = {name: self.checkpoints[0].tensors[name] for name in self.layout.tensors}
         counted = sum(a != 0 for a in self.coefficients)
         return AverageReport(
             output=str(self.output),
-            inputs=tuple(input_names(self.inputs)),
+            inputs=tuple(input_names(self.checkpoints)),
             coefficients=tuple(self.coefficients),
             steps=None if self.steps is None else tuple(self.steps),
             averaged=tuple(name for name, info in tensors.items() if is_averaged(info.dtype)),
             copied=tuple(name for name, info in tensors.items() if not is_averaged(info.dtype)),
             differing=tuple(differing),
-            ignored=tuple(dict.fromkeys(entry for opened in self.inputs for entry in opened.ignored)),
-            notes=(*_notes(self.inputs), *(_batchnorm_note(tensors) if counted > 1 else ())),
+            ignored=tuple(dict.fromkeys(entry for opened in self.checkpoints for entry in opened.ignored)),
+            notes=(*_notes(self.checkpoints), *(_batchnorm_note(tensors) if counted > 1 else ())),
             bytes_read=counted * sum(info.nbytes for info in tensors.values()),
             bytes_written=sum(info.nbytes for info in self.layout.tensors.values()),
-            memory_bytes=Budget.within(self.max_memory, self.inputs, 1).total_bytes,
+            memory_bytes=self._memory_bytes(),
         )
-
-    def with_provenance(self) -> Layout:
-        """The layout with the metadata of the output."""
-        metadata = provenance(self.inputs, self.coefficients, self.profile, self.steps, hashes=self.hashes)
-        return replace(self.layout, metadata=metadata)
 
     def run(self, progress: Progress | None = None) -> AverageReport:
         """Read, average and write."""
-        with checkpoints.create(self.output, self.with_provenance(), overwrite=self.overwrite) as writer:
+        with self.create() as writer:
             differing = self.fill(writer, progress)
         return self.report(differing)
+
+    def create(self, _observe: Observer | None = None) -> Writer:
+        """The writer of the output, which says what it was made of."""
+        profile = None if self.profile is None else str(self.profile)
+        metadata = provenance(self.checkpoints, self.coefficients, profile, self.steps, hashes=self.hashes)
+        layout = replace(self.layout, metadata=metadata)
+        return checkpoints.create(self.output, layout, overwrite=self.overwrite)
 
     def fill(
         self, writer: Writer, progress: Progress | None = None, share: tuple[int, int] = (0, 1)
     ) -> list[str]:
         """Read, average and hand to ``writer``: ``combine`` with what was planned."""
         return combine(
-            self.inputs,
+            self.checkpoints,
             [self.coefficients],
             [writer],
             max_memory=self.max_memory,
@@ -177,48 +213,8 @@ class Plan:
             share=share,
         )
 
-
-def plan_average(
-    inputs: Paths,
-    output: str | PathLike[str],
-    *,
-    weights: Sequence[float] | None = None,
-    profile: Profile | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    max_memory: int | str = "256MB",
-    key: str | None = None,
-    overwrite: bool = False,
-    hashes: bool = False,
-) -> Plan:
-    """Check everything that can be checked in headers alone; arguments and errors as ``average_checkpoints``."""
-    if weights is not None and profile is not None:
-        raise OptionError("weights and profile are two ways to say one thing: give one of them")
-    output = Path(output)
-    format_for(output, None)
-    opened = open_inputs(inputs, key)
-    _refuse_input_as_output(opened, output)
-    AtomicOutput(output, overwrite)  # refuses what must not be overwritten, and touches nothing
-    if profile is None:
-        steps = known_steps(opened)
-        chosen = Uniform() if weights is None else Weights(weights)
-    else:
-        opened, steps = in_step_order(opened)
-        chosen = as_profile(profile)
-    target = None if dtype is None else parse_dtype(dtype)
-    plan = Plan(
-        inputs=opened,
-        coefficients=coefficients(chosen, _spans(opened, steps if profile is not None else None)),
-        steps=steps,
-        profile=None if profile is None else str(chosen),
-        layout=common_layout(opened, target),
-        dtype=target,
-        output=output,
-        overwrite=overwrite,
-        max_memory=max_memory,
-        hashes=hashes,
-    )
-    Budget.within(max_memory, opened, n_outputs=1)
-    return plan
+    def _memory_bytes(self) -> int:
+        return Budget.within(self.max_memory, self.checkpoints, n_outputs=1).total_bytes
 
 
 def _notes(inputs: Sequence[Checkpoint]) -> list[str]:
@@ -251,10 +247,6 @@ def _batchnorm_note(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
             f"{name_list(statistics)} are BatchNorm statistics: their averages do not fit the averaged weights, so "
             "recompute them with polyak.update_bn"
         )
-
-
-def _spans(inputs: Sequence[Checkpoint], steps: Sequence[int] | None) -> list[Span]:
-    return spans_of_steps(range(1, len(inputs) + 1) if steps is None else steps)
 
 
 def _refuse_input_as_output(inputs: Sequence[Checkpoint], output: Path) -> None:
@@ -298,17 +290,13 @@ def run_on_ranks(plan: Plan, progress: Progress | None = None) -> AverageReport:
     """
     group = RankGroup.of_all()
     try:
-        with written_together(group, plan.output, plan.layout, partial(_created, plan)) as target:
+        with written_together(group, Path(plan.output), plan.layout, plan.create) as target:
             differing = plan.fill(target, progress, share=(dist.get_rank(), dist.get_world_size()))
         return plan.report(sorted(set().union(*group.gather(differing))))
     finally:
         # A launcher ends all ranks when one leaves with an error: the temporary file must be gone by then.
         with suppress(PolyakError):
             group.gather(None)
-
-
-def _created(plan: Plan, _observe: Observer | None) -> Writer:
-    return checkpoints.create(plan.output, plan.with_provenance(), overwrite=plan.overwrite)
 
 
 # ``average_checkpoints``: checkpoints of any tool in, one average out.
@@ -368,7 +356,7 @@ def average_checkpoints(
     ...     torch.load(f"{folder}/tail.pt")["w"], report.coefficients
     (tensor([250., 250.]), (0.0, 0.5, 0.5))
     """
-    plan = plan_average(
+    plan = Plan(
         inputs,
         output,
         weights=weights,

@@ -1,5 +1,5 @@
 """What averaging buys on real data, in a minute or two: the study behind ``polyak demo``.
 
-``tasks`` says what is trained and averaged, ``training`` does one run, ``study`` all of them; ``statistics``,
-``verdict`` and ``report`` turn the numbers into a table, a sentence and files.
+``_tasks`` says what is trained and averaged; ``_study`` does one run, all of them, and the statistics over seeds;
+``_show`` turns the numbers into a table, sentences and files.
 """

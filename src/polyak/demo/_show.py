@@ -9,34 +9,23 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich import box
-from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
+from polyak import _plots, _terminal
 from polyak._checks import require
-from polyak._plots import Line, Panel, line_panels, png_bytes
 from polyak.checkpoints._io import write_file, writing
-from polyak.demo._study import (
-    Difference,
-    Study,
-    check_seeds,
-    mean_and_error,
-    paired_difference,
-    run_count,
-    run_study,
-)
+from polyak.demo import _study
+from polyak.demo._study import Study
 from polyak.demo._tasks import CHOSEN, LIVE, Task
 from polyak.errors import OutputExistsError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import RenderableType
+    from rich.table import Table
 
 __all__ = ["Outputs", "show", "study_as_data", "study_figure", "study_table", "verdict"]
 
@@ -156,7 +145,7 @@ def _against_decay(study: Study) -> str:
 
 def _without_update_bn(study: Study, *labels: str) -> str:
     raw, recomputed = (study.scores(label, "accuracy") for label in labels)
-    difference = paired_difference(raw, recomputed)
+    difference = _study.paired_difference(raw, recomputed)
     opening = _by_outcome(
         difference,
         lower="Without update_bn the average is wrong",
@@ -169,17 +158,17 @@ def _without_update_bn(study: Study, *labels: str) -> str:
     )
 
 
-def _nll_difference(study: Study, baseline: str) -> Difference:
-    return paired_difference(study.scores(CHOSEN, "nll"), study.scores(baseline, "nll"))
+def _nll_difference(study: Study, baseline: str) -> _study.Difference:
+    return _study.paired_difference(study.scores(CHOSEN, "nll"), study.scores(baseline, "nll"))
 
 
-def _by_outcome(difference: Difference, *, lower: str, higher: str, unsure: str) -> str:
+def _by_outcome(difference: _study.Difference, *, lower: str, higher: str, unsure: str) -> str:
     if difference.p_value >= SIGNIFICANT:
         return unsure
     return lower if difference.mean < 0 else higher
 
 
-def _size(difference: Difference, baseline: str) -> str:
+def _size(difference: _study.Difference, baseline: str) -> str:
     side = "below" if difference.mean < 0 else "above"
     return (
         f"{abs(difference.mean):.4f} {side} that of {baseline} (95% interval of the difference "
@@ -205,27 +194,27 @@ def study_figure(study: Study) -> Figure:
     accuracies = [_line(study, label, "test_accuracy", 100) for label in labels]
     without_update_bn = (study.task.update_bn_pair or (None,))[0]
     worth_comparing = [line for line in nlls if line.label != without_update_bn]
-    return line_panels(
+    return _plots.line_panels(
         f"Test scores of {study.task.description}\nmean of {len(study.curves)} seeds ± standard error",
         study.task.time_unit,
         [
-            Panel("NLL (lower is better)", nlls, _limits_of_second_half(worth_comparing)),
-            Panel("accuracy, % (higher is better)", accuracies, _limits_of_second_half(accuracies)),
+            _plots.Panel("NLL (lower is better)", nlls, _limits_of_second_half(worth_comparing)),
+            _plots.Panel("accuracy, % (higher is better)", accuracies, _limits_of_second_half(accuracies)),
         ],
     )
 
 
-def _line(study: Study, label: str, measure: str, scale: float) -> Line:
+def _line(study: Study, label: str, measure: str, scale: float) -> _plots.Line:
     curves = [curves[label] for curves in study.curves.values()]
     steps = np.array(curves[0].steps)
     # Until the decay begins, its run is that of the live weights and would hide it.
     constant_share = 1 - study.decay_fraction if label == study.decay else 0.0
     shown = steps >= max(_FIRST_SHOWN, constant_share) * study.task.steps
     scores = np.array([getattr(curve, measure) for curve in curves])
-    return Line(label, steps[shown] / study.task.unit_steps, scale * scores[:, shown])
+    return _plots.Line(label, steps[shown] / study.task.unit_steps, scale * scores[:, shown])
 
 
-def _limits_of_second_half(lines: list[Line]) -> tuple[float, float]:
+def _limits_of_second_half(lines: list[_plots.Line]) -> tuple[float, float]:
     """Limits that show the second half of training in full: the first would squeeze what is compared."""
     end = max(np.max(np.asarray(line.x)) for line in lines)
     means = np.concatenate(
@@ -243,15 +232,8 @@ _PACKAGES = ("polyak", "torch", "numpy", "scipy", "scikit-learn")
 
 def study_table(study: Study) -> Table:
     """Test NLL and accuracy of each candidate, and its paired differences to both baselines."""
-    table = Table(
-        title=f"Test scores over {len(study.curves)} seeds, mean ± standard error",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("", no_wrap=True)
-    for heading in ("", f"minus {LIVE}", "minus tuned decay"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    title = f"Test scores over {len(study.curves)} seeds, mean ± standard error"
+    table = _terminal.table("", "#", f"#minus {LIVE}", "#minus tuned decay", title=title)
     _add_section(table, study, "NLL", "nll", lambda value: f"{value:.4f}")
     table.add_section()
     _add_section(table, study, "accuracy, %", "accuracy", lambda value: f"{100 * value:.2f}")
@@ -279,20 +261,20 @@ def study_as_data(study: Study) -> dict[str, Any]:
 
 
 def _add_section(table: Table, study: Study, name: str, measure: str, number: Callable[[float], str]) -> None:
-    table.add_row(f"[bold]{name}[/]")
+    table.add_row(_terminal.line(name, "bold"))
     live, decay = study.scores(LIVE, measure), study.scores(study.decay, measure)
     for label in study.labels:
         scores = study.scores(label, measure)
-        mean, stderr = mean_and_error(scores)
+        mean, stderr = _study.mean_and_error(scores)
         table.add_row(
             f" {label}",
             f"{number(mean)} ± {number(stderr)}",
-            "" if label == LIVE else _cell(paired_difference(scores, live), number),
-            "" if label == study.decay else _cell(paired_difference(scores, decay), number),
+            "" if label == LIVE else _cell(_study.paired_difference(scores, live), number),
+            "" if label == study.decay else _cell(_study.paired_difference(scores, decay), number),
         )
 
 
-def _cell(difference: Difference, number: Callable[[float], str]) -> str:
+def _cell(difference: _study.Difference, number: Callable[[float], str]) -> str:
     sign = "-" if difference.mean < 0 else "+"
     return f"{sign}{number(abs(difference.mean))} ({format_p(difference.p_value).replace(' ', '')})"
 
@@ -301,13 +283,13 @@ def _summary(study: Study, label: str) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for measure in ("nll", "accuracy"):
         scores = study.scores(label, measure)
-        mean, stderr = mean_and_error(scores)
+        mean, stderr = _study.mean_and_error(scores)
         summary[f"test_{measure}"] = {
             "by_seed": scores,
             "mean": mean,
             "stderr": stderr,
-            "minus_live": asdict(paired_difference(scores, study.scores(LIVE, measure))),
-            "minus_tuned_decay": asdict(paired_difference(scores, study.scores(study.decay, measure))),
+            "minus_live": asdict(_study.paired_difference(scores, study.scores(LIVE, measure))),
+            "minus_tuned_decay": asdict(_study.paired_difference(scores, study.scores(study.decay, measure))),
         }
     return summary
 
@@ -344,58 +326,42 @@ def _settings(task: Task) -> dict[str, Any]:
 _TEXT_FILE_COLUMNS = 100
 
 
-def show(task: Task, seeds: int, outputs: Outputs, console: Console) -> None:
+def show(task: Task, seeds: int, outputs: Outputs) -> None:
     """Run ``task`` on ``seeds`` seeds with a progress bar, print table and verdict, write ``outputs``.
 
     Raises:
         MissingExtraError, OptionError, OutputExistsError, CheckpointError: before any training.
     """
-    check_seeds(task, seeds)
+    _study.check_seeds(task, seeds)
     for module in ("matplotlib", "scipy", "sklearn"):
         require(module, extra="demo", purpose="the demo")
     outputs.claim()
+    console = _terminal.console()
     console.print(_announcement(task, seeds))
-    study = _run_with_progress(task, seeds, console)
-    findings = Group(
+    study = _run_with_progress(task, seeds)
+    findings: tuple[RenderableType, ...] = (
         study_table(study),
         "\nWhat select found on the first seed, scored on validation, with test as the holdout:\n",
-        Text(study.first_selection),
+        study.first_selection,
         "",
-        *(Text(sentence) for sentence in verdict(study)),
+        *verdict(study),
     )
-    outputs.write(study_as_data(study), png_bytes(study_figure(study)), _as_text(findings))
-    console.print(findings)
-    console.print(Text(f"\nWritten: {', '.join(str(path) for path in outputs.paths)}", style="dim"))
+    text = _terminal.as_text(*findings, width=_TEXT_FILE_COLUMNS) + "\n"
+    outputs.write(study_as_data(study), _plots.png_bytes(study_figure(study)), text)
+    console.print(*findings, sep="\n")
+    console.print(f"\n{_terminal.wrote(*outputs.paths)}", soft_wrap=True)
 
 
-def _announcement(task: Task, seeds: int) -> Text:
-    return Text(
-        f"Training {task.description}: {run_count(task, seeds)} runs of {task.steps} steps.\n"
+def _announcement(task: Task, seeds: int) -> str:
+    return (
+        f"Training {task.description}: {_study.run_count(task, seeds)} runs of {task.steps} steps.\n"
         f"The learning-rate decay is tuned on {len(task.tuning_seeds)} other seeds, for validation NLL; "
         f"the averages' settings were fixed beforehand, but for one that validation chooses after training. The "
         f"scores below are from the test set, which nothing was chosen on.\n"
     )
 
 
-def _run_with_progress(task: Task, seeds: int, console: Console) -> Study:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("starting", total=run_count(task, seeds))
-        return run_study(
-            task,
-            seeds,
-            workers=min(os.cpu_count() or 1, seeds),
-            on_run=lambda doing: progress.update(bar, advance=1, description=doing),
-        )
-
-
-def _as_text(findings: Group) -> str:
-    console = Console(file=StringIO(), width=_TEXT_FILE_COLUMNS, color_system=None)
-    with console.capture() as capture:
-        console.print(findings)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+def _run_with_progress(task: Task, seeds: int) -> Study:
+    with _terminal.progress_bar("starting", shown=True, total=_study.run_count(task, seeds)) as bar:
+        workers = min(os.cpu_count() or 1, seeds)
+        return _study.run_study(task, seeds, workers=workers, on_run=bar.advance)

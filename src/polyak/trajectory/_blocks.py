@@ -281,9 +281,10 @@ class Manifest:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{path} is damaged ({error}). The blocks beside it are whole checkpoints: "
+                f"{path} is damaged ({error}). The blocks beside it are whole checkpoints: ",
                 f"Trajectory.from_checkpoints(sorted(Path({str(folder)!r}).glob('block-*'))) reads them, "
-                "one sample each"
+                "one sample each",
+                "copied to another folder they can be averaged, one sample each",
             ) from error
 
 

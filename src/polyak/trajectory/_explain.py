@@ -137,11 +137,11 @@ def _refuse_unresolved(scheme: Profile, blocks: Sequence[Block], misplaced: floa
         return
     shortest = _shortest(scheme, blocks)
     if shortest is None:
-        cure = "its first sample alone counts that much, which no block holds alone; use debias=True"
+        cure = "its first sample alone counts that much, which no block holds alone; take it debiased"
     else:
         cure = (
             "it looks back less far than they resolve. The shortest possible here is "
-            f"{shortest}; for a shorter one record shorter blocks, or follow it with polyak.Average"
+            f"{shortest}; for a shorter one record shorter blocks, or follow it while training"
         )
     raise OptionError(
         f"the blocks cannot give {scheme}: {misplaced:.0%} of its weight would lie on other samples than it asks "

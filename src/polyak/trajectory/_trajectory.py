@@ -64,7 +64,9 @@ def checkpoint_steps(
     for (step, first), (other, second) in pairwise(found):
         if step == other:
             raise OptionError(
-                f"{first.path} and {second.path} are both of step {step}: give steps, or one of them"
+                f"{first.path} and {second.path} are both of step {step}: ",
+                "give steps, or one of them",
+                "give one of them",
             )
     return found
 
@@ -348,8 +350,8 @@ class Trajectory:
         if n_samples > 1 and (statistics := batchnorm_statistics(layout.tensors)):
             warnings.warn(
                 f"{name_list(statistics)} in {path} are BatchNorm statistics of other weights than the average: "
-                "recompute them with polyak.update_bn, or choose with polyak.select(recalibrate=...), which writes "
-                "an average with its own",
+                "recompute them with polyak.update_bn, or let polyak select choose, which recalibrates and writes an "
+                "average with its own",
                 UserWarning,
                 stacklevel=2,
             )
@@ -443,7 +445,9 @@ class Trajectory:
             others = len(self.blocks) - len(self.damaged)
             raise CheckpointError(
                 f"{self.damaged[broken[0]]}. {profile} needs this block, {self.blocks[broken[0]]}; the other "
-                f"{others} blocks can be used: trajectory.usable leaves the damaged ones out"
+                f"{others} blocks can be used",
+                ": trajectory.usable leaves the damaged ones out",
+                ", by a profile that does not reach it",
             )
         return found
 
