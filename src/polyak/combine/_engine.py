@@ -105,9 +105,8 @@ class Budget:
             else:
                 least = (fixed_bytes + buffers * slice_bytes) // 10**6 + 1
                 raise OptionError(
-                    f"a memory of {max_memory} is too little for {len(inputs)} inputs and {n_outputs} outputs: ",
-                    f"allow max_memory='{least}MB' or more{_cause(inputs)}",
-                    f"allow --max-memory {least}MB or more{_cause(inputs)}",
+                    f"a memory of {max_memory} is too little for {len(inputs)} inputs and {n_outputs} "
+                    f"outputs: allow {least}MB or more{_cause(inputs)}"
                 )
         return cls(workers, slice_bytes, fixed_bytes + workers * buffers * slice_bytes)
 

@@ -17,21 +17,10 @@ import torch.distributed as dist
 
 from polyak import checkpoints
 from polyak._distributed import RankGroup
-from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
+from polyak.checkpoints import _io, _writer
 from polyak.checkpoints._formats import format_for
-from polyak.checkpoints._io import AtomicOutput, Observer
-from polyak.checkpoints._writer import written_together
+from polyak.combine import _inputs
 from polyak.combine._engine import Budget, Progress, combine
-from polyak.combine._inputs import (
-    coefficients,
-    common_layout,
-    in_step_order,
-    input_names,
-    known_steps,
-    open_inputs,
-    provenance,
-    spans_of_steps,
-)
 from polyak.combine._running import is_averaged
 from polyak.errors import OptionError, PolyakError, name_list
 from polyak.profiles import Profile, Uniform, Weights, as_profile
@@ -122,7 +111,7 @@ class Plan:
     What is given, and what is raised where something does not fit, is as for :func:`average_checkpoints`.
 
     Attributes:
-        checkpoints: the inputs, opened, in the order of ``coefficients``.
+        opened: the inputs, in the order of ``coefficients``.
         coefficients: how much each counts; they sum to 1.
         steps: the training step of each; None if not known for all.
         layout: of the output.
@@ -139,10 +128,10 @@ class Plan:
     overwrite: bool = False
     hashes: bool = False
 
-    checkpoints: list[Checkpoint] = field(init=False)
+    opened: list[checkpoints.Checkpoint] = field(init=False)
     coefficients: list[float] = field(init=False)
     steps: list[int] | None = field(init=False)
-    layout: Layout = field(init=False)
+    layout: checkpoints.Layout = field(init=False)
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.profile is not None:
@@ -151,36 +140,37 @@ class Plan:
             )
         self.output = Path(self.output)
         format_for(self.output, None)
-        self.checkpoints = open_inputs(self.inputs, self.key)
-        _refuse_input_as_output(self.checkpoints, self.output)
-        AtomicOutput(self.output, self.overwrite)  # refuses what must not be overwritten, and touches nothing
+        self.opened = _inputs.open_inputs(self.inputs, self.key)
+        _refuse_input_as_output(self.opened, self.output)
+        # Refuses what must not be overwritten, and touches nothing.
+        _io.AtomicOutput(self.output, self.overwrite)
         if self.profile is None:
             chosen = Uniform() if self.weights is None else Weights(self.weights)
-            self.steps = known_steps(self.checkpoints)
-            spans = spans_of_steps(range(1, len(self.checkpoints) + 1))
+            self.steps = _inputs.known_steps(self.opened)
+            spans = _inputs.spans_of_steps(range(1, len(self.opened) + 1))
         else:
             chosen = self.profile = as_profile(self.profile)
-            self.checkpoints, self.steps = in_step_order(self.checkpoints)
-            spans = spans_of_steps(self.steps or range(1, len(self.checkpoints) + 1))
+            self.opened, self.steps = _inputs.in_step_order(self.opened)
+            spans = _inputs.spans_of_steps(self.steps or range(1, len(self.opened) + 1))
         self.dtype = None if self.dtype is None else parse_dtype(self.dtype)
-        self.coefficients = coefficients(chosen, spans)
-        self.layout = common_layout(self.checkpoints, self.dtype)
+        self.coefficients = _inputs.coefficients(chosen, spans)
+        self.layout = _inputs.common_layout(self.opened, self.dtype)
         self._memory_bytes()
 
     def report(self, differing: Sequence[str] = ()) -> AverageReport:
         """What will be, or has been, averaged."""
-        tensors = {name: self.checkpoints[0].tensors[name] for name in self.layout.tensors}
+        tensors = {name: self.opened[0].tensors[name] for name in self.layout.tensors}
         counted = sum(a != 0 for a in self.coefficients)
         return AverageReport(
             output=str(self.output),
-            inputs=tuple(input_names(self.checkpoints)),
+            inputs=tuple(_inputs.input_names(self.opened)),
             coefficients=tuple(self.coefficients),
             steps=None if self.steps is None else tuple(self.steps),
             averaged=tuple(name for name, info in tensors.items() if is_averaged(info.dtype)),
             copied=tuple(name for name, info in tensors.items() if not is_averaged(info.dtype)),
             differing=tuple(differing),
-            ignored=tuple(dict.fromkeys(entry for opened in self.checkpoints for entry in opened.ignored)),
-            notes=(*_notes(self.checkpoints), *(_batchnorm_note(tensors) if counted > 1 else ())),
+            ignored=tuple(dict.fromkeys(entry for one in self.opened for entry in one.ignored)),
+            notes=(*_notes(self.opened), *(_batchnorm_note(tensors) if counted > 1 else ())),
             bytes_read=counted * sum(info.nbytes for info in tensors.values()),
             bytes_written=sum(info.nbytes for info in self.layout.tensors.values()),
             memory_bytes=self._memory_bytes(),
@@ -192,19 +182,19 @@ class Plan:
             differing = self.fill(writer, progress)
         return self.report(differing)
 
-    def create(self, _observe: Observer | None = None) -> Writer:
+    def create(self, _observe: _io.Observer | None = None) -> checkpoints.Writer:
         """The writer of the output, which says what it was made of."""
         profile = None if self.profile is None else str(self.profile)
-        metadata = provenance(self.checkpoints, self.coefficients, profile, self.steps, hashes=self.hashes)
+        metadata = _inputs.provenance(self.opened, self.coefficients, profile, self.steps, hashes=self.hashes)
         layout = replace(self.layout, metadata=metadata)
         return checkpoints.create(self.output, layout, overwrite=self.overwrite)
 
     def fill(
-        self, writer: Writer, progress: Progress | None = None, share: tuple[int, int] = (0, 1)
+        self, writer: checkpoints.Writer, progress: Progress | None = None, share: tuple[int, int] = (0, 1)
     ) -> list[str]:
         """Read, average and hand to ``writer``: ``combine`` with what was planned."""
         return combine(
-            self.checkpoints,
+            self.opened,
             [self.coefficients],
             [writer],
             max_memory=self.max_memory,
@@ -214,12 +204,12 @@ class Plan:
         )
 
     def _memory_bytes(self) -> int:
-        return Budget.within(self.max_memory, self.checkpoints, n_outputs=1).total_bytes
+        return Budget.within(self.max_memory, self.opened, n_outputs=1).total_bytes
 
 
-def _notes(inputs: Sequence[Checkpoint]) -> list[str]:
+def _notes(inputs: Sequence[checkpoints.Checkpoint]) -> list[str]:
     names: dict[str, list[str]] = {}
-    for name, checkpoint in zip(input_names(inputs), inputs, strict=True):
+    for name, checkpoint in zip(_inputs.input_names(inputs), inputs, strict=True):
         if checkpoint.note:
             names.setdefault(checkpoint.note, []).append(name)
     return [
@@ -227,7 +217,7 @@ def _notes(inputs: Sequence[Checkpoint]) -> list[str]:
     ]
 
 
-def batchnorm_statistics(tensors: Mapping[str, TensorInfo]) -> list[str]:
+def batchnorm_statistics(tensors: Mapping[str, checkpoints.TensorInfo]) -> list[str]:
     """Names of running statistics: what a file tells of BatchNorm layers."""
     return [name for name, info in tensors.items() if is_statistic(name) and is_averaged(info.dtype)]
 
@@ -241,7 +231,7 @@ def is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var"))
 
 
-def _batchnorm_note(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+def _batchnorm_note(tensors: Mapping[str, checkpoints.TensorInfo]) -> Iterator[str]:
     if statistics := batchnorm_statistics(tensors):
         yield (
             f"{name_list(statistics)} are BatchNorm statistics: their averages do not fit the averaged weights, so "
@@ -249,7 +239,7 @@ def _batchnorm_note(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
         )
 
 
-def _refuse_input_as_output(inputs: Sequence[Checkpoint], output: Path) -> None:
+def _refuse_input_as_output(inputs: Sequence[checkpoints.Checkpoint], output: Path) -> None:
     place = output.resolve()
     for checkpoint in inputs:
         path = checkpoint.path.resolve()
@@ -290,7 +280,7 @@ def run_on_ranks(plan: Plan, progress: Progress | None = None) -> AverageReport:
     """
     group = RankGroup.of_all()
     try:
-        with written_together(group, Path(plan.output), plan.layout, plan.create) as target:
+        with _writer.written_together(group, Path(plan.output), plan.layout, plan.create) as target:
             differing = plan.fill(target, progress, share=(dist.get_rank(), dist.get_world_size()))
         return plan.report(sorted(set().union(*group.gather(differing))))
     finally:
