@@ -328,7 +328,8 @@ def test_no_samples(loader):
     assert_same_state(model, before)
 
 
-def test_progress_goes_to_stderr(capsys):
+def test_progress_goes_to_stderr(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which makes stderr a terminal to rich
     polyak.update_bn(data().split(100), nn.BatchNorm1d(CHANNELS), passes=2, progress=True)
     out, err = capsys.readouterr()
     assert out == ""

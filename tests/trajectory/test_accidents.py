@@ -344,7 +344,7 @@ def test_misused_arguments_are_named(tmp_path):
         polyak.Trajectory.from_checkpoints(tmp_path)
     with pytest.raises(OptionError, match="a tuple"):
         polyak.select(trajectory, model, score=lambda m: (0.5, 0.9), progress=False)
-    with pytest.raises(OptionError, match="recorded trajectory"):
+    with pytest.raises(OptionError, match="recorded run"):
         polyak.average_checkpoints([tmp_path], tmp_path / "average.pt")
 
 

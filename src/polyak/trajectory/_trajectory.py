@@ -64,9 +64,7 @@ def checkpoint_steps(
     for (step, first), (other, second) in pairwise(found):
         if step == other:
             raise OptionError(
-                f"{first.path} and {second.path} are both of step {step}: ",
-                "give steps, or one of them",
-                "give one of them",
+                f"{first.path} and {second.path} are both of step {step}: give steps, or one of them"
             )
     return found
 
