@@ -22,17 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from polyak._checks import require
 from polyak.average import Average
 from polyak.batchnorm import tracks_statistics, update_bn
-from polyak.demo._tasks import (
-    CHOSEN,
-    LIVE,
-    LIVE_EARLY,
-    AverageSpec,
-    Examples,
-    Split,
-    Task,
-    batches,
-    with_noise,
-)
+from polyak.demo import _tasks
+from polyak.demo._tasks import CHOSEN, LIVE, LIVE_EARLY, Task
 from polyak.errors import OptionError
 from polyak.selection import Selection, select
 from polyak.trajectory import Recorder, Trajectory
@@ -123,7 +114,7 @@ class Curve:
 class Scoring:
     """What weights are scored on, and the inputs that BatchNorm statistics are recomputed from."""
 
-    split: Split
+    split: _tasks.Split
     update_bn_batches: list[Tensor]
 
     def scores(self, model: nn.Module) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -137,7 +128,7 @@ class Candidates:
     def __init__(
         self,
         model: nn.Module,
-        specs: Mapping[str, AverageSpec],
+        specs: Mapping[str, _tasks.AverageSpec],
         scoring: Scoring,
     ) -> None:
         self._model = model
@@ -193,12 +184,12 @@ def choose(trajectory: Trajectory, model: nn.Module, scoring: Scoring, step: int
     return curve, selection
 
 
-def _losses(model: nn.Module, examples: Examples) -> Tensor:
+def _losses(model: nn.Module, examples: _tasks.Examples) -> Tensor:
     return cross_entropy(model(examples.inputs), examples.targets, reduction="none")
 
 
 @torch.no_grad()
-def _score(model: nn.Module, examples: Examples) -> tuple[float, float]:
+def _score(model: nn.Module, examples: _tasks.Examples) -> tuple[float, float]:
     model.eval()
     logits = model(examples.inputs)
     correct = logits.argmax(dim=1) == examples.targets
@@ -258,7 +249,7 @@ def train(
         model = _initial_model(task, seed)
         scoring_generator = torch.Generator().manual_seed(seed)
         update_bn_batches = [
-            with_noise(split.train.inputs, task.input_noise, scoring_generator)
+            _tasks.with_noise(split.train.inputs, task.input_noise, scoring_generator)
             for _ in range(_UPDATE_BN_DRAWS)
         ]
         scoring = Scoring(split, update_bn_batches)
@@ -275,8 +266,10 @@ def train(
         scheduler = LambdaLR(optimizer, factor)
         generator = torch.Generator().manual_seed(seed)
         with recording as recorder:
-            for step, batch in enumerate(batches(split.train, task.batch_size, task.steps, generator), 1):
-                inputs = with_noise(batch.inputs, task.input_noise, generator)
+            for step, batch in enumerate(
+                _tasks.batches(split.train, task.batch_size, task.steps, generator), 1
+            ):
+                inputs = _tasks.with_noise(batch.inputs, task.input_noise, generator)
                 optimizer.zero_grad()
                 cross_entropy(model(inputs), batch.targets).backward()
                 optimizer.step()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from polyak._checks import require
-from polyak.demo import _tasks
 from polyak.profiles import EMA, Power, Scheme, Uniform
 
 __all__ = [
@@ -185,7 +184,7 @@ class Task:
 
     name: str
     description: str
-    load: Callable[[int], _tasks.Split]
+    load: Callable[[int], Split]
     build_model: Callable[[], nn.Module]
     optimizer: type[Optimizer]
     optimizer_options: Mapping[str, Any]
@@ -208,8 +207,8 @@ class Task:
 _DIGITS = Task(
     name="digits",
     description="a small CNN with BatchNorm on 500 handwritten digits, a fifth of the labels wrong",
-    load=_tasks.digits,
-    build_model=_tasks.digits_cnn,
+    load=digits,
+    build_model=digits_cnn,
     optimizer=SGD,
     optimizer_options={"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
     batch_size=25,
@@ -234,8 +233,8 @@ _DIGITS = Task(
 _TEXT = Task(
     name="text",
     description="a byte language model on the help pages that ship with Python",
-    load=_tasks.help_text,
-    build_model=_tasks.byte_language_model,
+    load=help_text,
+    build_model=byte_language_model,
     optimizer=AdamW,
     optimizer_options={"lr": 6e-3, "betas": (0.9, 0.95), "weight_decay": 0.1},
     batch_size=64,

@@ -17,7 +17,7 @@ from polyak import _plots, _terminal
 from polyak._checks import require
 from polyak._evaluate import refuse_no_trajectory
 from polyak._version import __version__
-from polyak.checkpoints._io import AtomicOutput, write_file
+from polyak.checkpoints import _io
 from polyak.errors import CheckpointError, OptionError
 from polyak.inspection import Movement, measure_movement
 from polyak.landscape import PathScores
@@ -167,7 +167,7 @@ def write_report(
     )
     template = environment.from_string(files("polyak.report").joinpath("page.html").read_text("utf-8"))
     page = template.render(_contents(trajectory, selection, line, title or trajectory.name))
-    write_file(output, page.encode("utf-8", "replace"), overwrite=overwrite)
+    _io.write_file(output, page.encode("utf-8", "replace"), overwrite=overwrite)
 
 
 def refuse_output(path: Path, *, overwrite: bool) -> None:
@@ -181,7 +181,7 @@ def refuse_output(path: Path, *, overwrite: bool) -> None:
     """
     if path.suffix.lower() not in _SUFFIXES or path.is_dir():
         raise OptionError(f"a report is a page, a file whose name must end in .html: {path} is not")
-    AtomicOutput(path, overwrite)
+    _io.AtomicOutput(path, overwrite)
     for module in ("jinja2", "matplotlib"):
         require(module, extra="report", purpose="writing a report")
 
