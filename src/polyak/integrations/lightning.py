@@ -229,7 +229,7 @@ class Recording(Callback):
 
     >>> from polyak.integrations.lightning import Recording
     >>> recording = Recording("run/trajectory", every=10)    # Trainer(callbacks=[recording])
-    >>> # polyak.select(_following.trajectory, model, score=...)
+    >>> # polyak.select(recording.trajectory, model, score=...)
     """
 
     def __init__(self, directory: str | PathLike[str], **options: Any):

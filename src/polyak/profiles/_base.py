@@ -179,7 +179,7 @@ class Profile(ABC):
         left_out = False  # what follows cannot be told by its place
         for field in _options(type(self)):
             value = getattr(self, field.name)
-            if value == field.default:
+            if value == _default(field):
                 left_out = True
                 continue
             keyword = f"{field.name}=" if field.kw_only or left_out else ""
@@ -373,13 +373,15 @@ def as_scheme(given: object) -> Scheme:
             f"an average follows a scheme ({names}), got {given!r}; other profiles need the whole run, so take them "
             "from a trajectory after training"
         )
-    s, t, u = 3.0, 17.0, 60.0
-    direct, by_parts = scheme.cumulative(s, u), scheme.cumulative(s, t) * scheme.cumulative(t, u)
-    if not math.isclose(direct, by_parts, rel_tol=1e-6, abs_tol=1e-12):
-        raise OptionError(
-            f"no running mean has the weights of {scheme!r}: F({s:g}, {u:g}) is {direct:.6g}, and F({s:g}, {t:g}) "
-            f"F({t:g}, {u:g}) is {by_parts:.6g}; derive its class from Profile, and take it from a trajectory"
-        )
+    for t in (5, 20, 45):
+        s = np.arange(t)
+        if not np.allclose(
+            scheme.cumulative(s, 60), scheme.cumulative(s, t) * scheme.cumulative(t, 60), 1e-6, 1e-12
+        ):
+            raise OptionError(
+                f"no running mean has the weights of {scheme!r}, as F(s, 60) is not F(s, {t}) F({t}, 60): derive its "
+                "class from Profile instead of Scheme, and take it from a trajectory after training"
+            )
     return scheme
 
 
@@ -426,6 +428,10 @@ def _options(cls: type[Profile]) -> list[Field[Any]]:
     return sorted((field for field in fields(cls) if field.init), key=lambda field: field.kw_only is True)
 
 
+def _default(field: Field[Any]) -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
 def _refuse_unnamed(cls: type[Profile], values: Sequence[object], unnamed: int) -> None:
     """Say (``TypeError``) which options a value without a name could be; without any, Python's own words do."""
     meant = []
@@ -454,8 +460,7 @@ def _read_options(cls: type[Profile], rest: str | None) -> dict[str, object]:
         if keyword in options:
             raise ValueError(f"{keyword} is given twice, the second time by {piece!r}")
         options[keyword] = _reader(types[keyword])(value)
-    needed = [f.name for f in _options(cls) if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in needed if name not in options]:
+    if missing := [f.name for f in _options(cls) if _default(f) is MISSING and f.name not in options]:
         raise ValueError(f"it lacks {' and '.join(missing)}")
     return options
 
