@@ -235,6 +235,22 @@ def test_each_kind_of_field_is_read_as_it_is_annotated():
         parse("mixed:1/table=3")
 
 
+def test_annotations_that_cannot_be_read_are_said():
+    @dataclass(frozen=True)
+    class Odd(Profile):
+        factor: OnlyForTypeCheckers = 1.0  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
+        unit = "steps"
+
+        def share(self, t, total):
+            return t / total
+
+    assert str(Odd()) == "odd"
+    with pytest.raises(
+        OptionError, match=r"annotations of .*Odd cannot be read \(name 'OnlyForTypeCheckers'"
+    ):
+        parse("odd:2")
+
+
 def test_what_follows_a_default_is_written_with_its_keyword():
     @dataclass(frozen=True)
     class Two(Profile):
@@ -319,6 +335,13 @@ def test_a_scheme_that_no_running_mean_can_follow_is_refused(own):
         OptionError, match=r"no running mean has the weights of Pretender\(\).*derive .* Profile"
     ):
         as_scheme("pretender")
+
+    @dataclass(frozen=True)
+    class Blockwise(own.Fading):
+        unit = "blocks"
+
+    with pytest.raises(OptionError, match=r"Blockwise\(\) must count steps or samples"):
+        as_scheme(Blockwise())
 
 
 @pytest.mark.parametrize("share", [lambda t, total: 1 - t / total, lambda t, total: t * np.nan])

@@ -373,6 +373,8 @@ def as_scheme(given: object) -> Scheme:
             f"an average follows a scheme ({names}), got {given!r}; other profiles need the whole run, so take them "
             "from a trajectory after training"
         )
+    if scheme.unit == "blocks":
+        raise OptionError(f"a running mean knows no blocks: {scheme!r} must count steps or samples")
     for t in (5, 20, 45):
         s = np.arange(t)
         if not np.allclose(
@@ -447,7 +449,10 @@ def _refuse_unnamed(cls: type[Profile], values: Sequence[object], unnamed: int) 
 def _read_options(cls: type[Profile], rest: str | None) -> dict[str, object]:
     known = [field.name for field in _options(cls)]
     unnamed = iter(field.name for field in _options(cls) if not field.kw_only)
-    types = typing.get_type_hints(cls)
+    try:
+        types = typing.get_type_hints(cls)
+    except NameError as error:
+        raise ValueError(f"the annotations of {cls.__qualname__} cannot be read ({error})") from None
     options: dict[str, object] = {}
     for piece in [] if rest is None else _pieces(cls, rest):
         keyword, equals, value = piece.partition("=")

@@ -105,7 +105,7 @@ def fit(
     ...     run.update()
     >>> run.close()
     >>> fitted = polyak.fit(run.trajectory, model, [torch.tensor([[3.0]])],
-    ...                     lambda model, target: (model.weight - target).square().sum(), start=polyak.Uniform())
+    ...                     lambda model, target: (model.weight - target).square().sum(), start="uniform")
     >>> weights = run.trajectory.average(fitted.profile)
     >>> fitted.extra_steps, round(weights["weight"].item(), 2)
     (200, 3.0)

@@ -81,23 +81,27 @@ def fine_grid(best: Profile, steps: int) -> list[Profile]:
     >>> [str(profile) for profile in fine_grid(Tail(0.2), 1000)]
     ['tail:0.159', 'tail:0.126', 'tail:0.241', 'tail:0.29']
     """
-    grid = list(type(best).candidates(steps))
-    at = grid.index(best) if best in grid else len(grid)
-    beside = [grid[near] for near in (at - 1, at + 1) if best in grid and 0 <= near < len(grid)]
+    finer = []
+    for option, value in _values_around(best, list(type(best).candidates(steps))):
+        with suppress(OptionError):  # out of its range
+            finer.append(replace(best, **{option: value}))
+    return finer
+
+
+def _values_around(best: Profile, grid: Sequence[Profile]) -> list[tuple[str, float]]:
+    if best not in grid:
+        return []
+    at = grid.index(best)
+    beside = [*grid[max(at - 1, 0) : at], *grid[at + 1 : at + 2]]
     named = [(name, near) for near in beside if (name := _only_difference(best, near))]
     if not named:
         return []
-    option, value = named[0][0], getattr(best, named[0][0])
+    option = named[0][0]
+    value = getattr(best, option)
     ends = [getattr(near, option) for name, near in named if name == option]
     ends = ends if len(ends) == 2 else [*ends, value**2 / ends[0]]
     around = [value * (end / value) ** part for end in ends for part in _BETWEEN]
-    finer = []
-    for near in around:
-        with suppress(OptionError):  # out of its range
-            finer.append(
-                replace(best, **{option: round(near) if type(value) is int else rounded(near, _DIGITS)})
-            )
-    return finer
+    return [(option, round(near) if isinstance(value, int) else rounded(near, _DIGITS)) for near in around]
 
 
 def _only_difference(one: Profile, other: Profile) -> str | None:
