@@ -1,28 +1,8 @@
 """Profiles that several test files look at."""
 
-import numpy as np
 from hypothesis import strategies as st
 
 from polyak import EMA, Decay, Polynomial, Power, Tail, Uniform, Weights, Window
-
-PROFILES = [
-    Uniform(),
-    EMA(half_life=300),
-    EMA(decay=0.99),
-    EMA(decay=0.99, debias=False),
-    Power(gamma=6.94),
-    Power(sigma_rel=0.1),
-    Polynomial(eta=8),
-    Tail(0.4),
-    Tail(steps=250),
-    Window(100, 700),
-    Decay("linear", 0.4),
-    Decay("sqrt", 0.4),
-    Decay("1-sqrt", 1.0),
-    Decay("cosine", 0.7),
-    Decay(lambda x: 1 - 0.8 * x, 0.5),
-    Weights(np.linspace(1, 3, 1000)),
-]
 
 fractions = st.floats(1e-9, 1)
 positive = st.floats(1e-3, 1e12)

@@ -620,6 +620,8 @@ def test_profiles_that_need_the_whole_run_are_refused():
     with pytest.raises(OptionError, match="from a trajectory after training"):
         polyak.Average(mlp(), polyak.Tail(0.4))
     with pytest.raises(OptionError, match="follows a scheme"):
+        polyak.Average(mlp(), "tail:0.4")
+    with pytest.raises(OptionError, match="EMA takes either half_life or decay"):
         polyak.Average(mlp(), "ema")
 
 

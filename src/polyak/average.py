@@ -19,8 +19,8 @@ from polyak._mean import Accumulator, CheckFinite
 from polyak._model import Binding, ModelTensors, local, shape_of, sharded_like
 from polyak._swap import Swap, copy_into, refuse_swapped
 from polyak._version import __version__
-from polyak.errors import NotStartedError, OptionError, StructureError, SwapError, name_list
-from polyak.profiles import Scheme
+from polyak.errors import NotStartedError, OptionError, StateError, StructureError, SwapError, name_list
+from polyak.profiles import Scheme, as_scheme
 
 __all__ = ["Average"]
 
@@ -35,8 +35,7 @@ class Average:
     Args:
         model: any module: plain, compiled, in DistributedDataParallel, or sharded by ``fully_shard``. It is
             never copied.
-        scheme: :class:`polyak.Uniform` (SWA), :class:`polyak.EMA`, :class:`polyak.Power` or
-            :class:`polyak.Polynomial`.
+        scheme: any :class:`polyak.Scheme`, or its text: ``polyak.Uniform()`` (SWA), ``"ema:half_life=2000"``, …
         start: optimizer steps before averaging begins.
         every: optimizer steps between samples: they are taken after steps start + every, start + 2·every, …
         dtype: of the average; None: that of each parameter, but at least fp32.
@@ -70,7 +69,7 @@ class Average:
     def __init__(
         self,
         model: nn.Module,
-        scheme: Scheme,
+        scheme: Scheme | str,
         *,
         start: int = 0,
         every: int = 1,
@@ -82,12 +81,7 @@ class Average:
         check_finite: CheckFinite = True,
         compensated: bool = False,
     ):
-        if not isinstance(scheme, Scheme):
-            raise OptionError(
-                f"an average follows a scheme (Uniform, EMA, Power, Polynomial), got {scheme!r}; other profiles "
-                "need the whole run, so take them from a trajectory after training"
-            )
-        self.scheme = scheme
+        self._scheme = as_scheme(scheme)
         self.start = _whole_number("start", start, least=0)
         self.every = _whole_number("every", every, least=1)
         self._buffers = buffers
@@ -104,6 +98,41 @@ class Average:
         self._origin: int | None = None
 
     # Following the model.
+
+    @property
+    def scheme(self) -> Scheme:
+        """Which coefficients c_n the average follows. Another scheme, or its text, may be assigned at any time.
+
+        It counts from the next sample on, as if it had been followed from the start: the next coefficient is its
+        c_n for the n samples, and the optimizer steps, that there were so far. So each later sample gets the weight
+        that the new scheme gives it; what is averaged already keeps its proportions, and weighs together what the
+        new scheme gives to all steps up to now. With the change after sample k, at t_k of T, and F, G the old and
+        the new scheme::
+
+            a_i = G(t_k, T) (F(t_i, t_k) - F(t_{i-1}, t_k))     for i <= k
+            a_i = G(t_i, T) - G(t_{i-1}, T)                     for i > k
+
+        Raises:
+            OptionError: on assigning what is no scheme; the average goes on as before.
+
+        >>> import torch, polyak
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> average = polyak.Average(model, polyak.Uniform())
+        >>> for step, value in enumerate((1.0, 3.0, 10.0)):
+        ...     if step == 2:
+        ...         average.scheme = "ema:decay=0.5,debias=false"       # the next sample takes half
+        ...     _ = model.weight.data.fill_(value)
+        ...     average.update()
+        >>> average.named_tensors()["weight"]
+        tensor([[6.]])
+        """
+        return self._scheme
+
+    @scheme.setter
+    def scheme(self, scheme: Scheme | str) -> None:
+        self._scheme = as_scheme(scheme)
+        if self._accumulator:
+            self._accumulator.scheme = self._scheme
 
     @torch._disable_dynamo
     def update(self) -> None:
@@ -295,13 +324,19 @@ class Average:
         """Take up a saved state.
 
         Raises:
-            StateError: it was saved with another scheme, schedule or shape; nothing was loaded.
+            StateError: it was saved with another scheme, schedule or shape; nothing was loaded. To go on with
+                another scheme, set :attr:`scheme` to that of the state, load it, and set the new one.
             SwapError: the averaged weights are in the model.
         """
         self._refuse_while_swapped("load_state_dict() would be undone by the swap")
         accumulator = self._follow_model()
         current = self.state_dict()
-        refuse_other_state(current, state, options=list(self._options()))
+        refuse_other_state(current, state, options=[name for name in self._options() if name != "scheme"])
+        if (saved := state["scheme"]) != current["scheme"]:
+            raise StateError(
+                f"the state was saved with scheme={saved!r}, but this has scheme={current['scheme']!r}; nothing was "
+                f"loaded. Set average.scheme = {saved!r} before loading, and the scheme to go on with after it"
+            )
         for kind in ("average", "residual") if self._compensated else ("average",):
             copy_into(local(current[kind].values()), local(state[kind][name] for name in current[kind]))
         accumulator.restart(state["n_averaged"], state["n_skipped"], state["position"])

@@ -92,6 +92,34 @@ def test_it_follows_stands_in_and_becomes_the_model(tmp_path):
     torch.testing.assert_close(weights(model), mean(model.stepped[4:]))
 
 
+def test_a_scheme_may_be_given_as_text_or_be_ones_own(tmp_path, own_scheme):
+    for given in (own_scheme(3.0), "early:3"):
+        model, _ = fit(tmp_path, averaging := Averaging(given), epochs=1)
+        assert averaging.state_key == "polyak.Averaging[early:3]"
+        shares = torch.from_numpy(own_scheme(3.0).weights(range(5)))
+        expected = torch.einsum("n,nij->ij", shares, torch.stack(model.stepped).double())
+        torch.testing.assert_close(weights(model), expected.float())
+    with pytest.raises(OptionError, match="follows a scheme"):
+        Averaging("tail:0.4")
+
+
+def test_a_scheme_changed_on_the_way_is_taken_up_on_resuming(tmp_path):
+    class Change(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                next(
+                    c for c in trainer.callbacks if isinstance(c, Averaging)
+                ).average.scheme = "ema:half_life=2"
+
+    whole, _ = fit(tmp_path, Averaging("ema:half_life=9"), Change(), epochs=4)
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    fit(tmp_path, Averaging("ema:half_life=9"), Change(), saving, epochs=2)
+    resumed = Averaging("ema:half_life=9")
+    model, _ = fit(tmp_path, resumed, saving, epochs=4, ckpt_path=tmp_path / "at.ckpt")
+    assert resumed.average.scheme == polyak.EMA(half_life=2)
+    assert torch.equal(weights(model), weights(whole))
+
+
 def test_training_goes_on_from_the_live_weights(tmp_path):
     averaged, _ = fit(tmp_path, Averaging(polyak.EMA(decay=0.9)))
     plain, _ = fit(tmp_path)

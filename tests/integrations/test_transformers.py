@@ -83,6 +83,40 @@ def test_it_follows_stands_in_and_becomes_the_model(tmp_path):
     assert torch.equal(trainer.model.evaluated[-1], weights(trainer.model))
 
 
+def test_a_scheme_may_be_given_as_text_or_be_ones_own(tmp_path, own_scheme):
+    for given in (own_scheme(3.0), "early:3"):
+        trainer, steps = trainer_for(tmp_path, eval_strategy="no")
+        averaging = Averaging(trainer, given)
+        assert averaging.file_name == "polyak-early-3.pt"
+        trainer.train()
+        shares = torch.from_numpy(own_scheme(3.0).weights(range(13)))
+        expected = torch.einsum("n,nij->ij", shares, torch.stack(steps.weights).double())
+        torch.testing.assert_close(weights(trainer.model), expected.float())
+    with pytest.raises(OptionError, match="follows a scheme"):
+        Averaging(trainer, "tail:0.4")
+    with pytest.raises(OptionError, match="the Trainer has an average of early:3 already"):
+        Averaging(trainer, "early:3", apply=False)
+
+
+def test_a_scheme_changed_on_the_way_is_taken_up_on_resuming(tmp_path):
+    class Change(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                self.averaging.average.scheme = "ema:half_life=2"
+
+    def trained(folder, **resume):
+        trainer, _ = trainer_for(tmp_path / folder, save_strategy="steps", save_steps=6)
+        trainer.add_callback(change := Change())
+        change.averaging = Averaging(trainer, "ema:half_life=9")
+        trainer.train(**resume)
+        return trainer, change.averaging
+
+    whole, _ = trained("whole")
+    resumed, averaging = trained("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert averaging.average.scheme == polyak.EMA(half_life=2)
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
 def test_training_goes_on_from_the_live_weights(tmp_path):
     averaged, steps = trainer_for(tmp_path)
     Averaging(averaged, polyak.EMA(decay=0.9))

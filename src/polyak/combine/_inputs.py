@@ -98,10 +98,7 @@ def coefficients(profile: Profile, spans: Sequence[Span]) -> list[float]:
         stops = np.cumsum(lengths)
         starts = stops - lengths
     total = stops[-1]
-    weights = profile.cumulative(stops, total) - profile.cumulative(starts, total)
-    if not profile.signed:
-        # A flat stretch of F may fall by a rounding error, which must not put the average outside the hull.
-        weights = np.maximum(weights, 0.0)
+    weights = profile.without_rounding(profile.cumulative(stops, total) - profile.cumulative(starts, total))
     if weights.sum() == 0:
         raise OptionError(
             f"{profile} has no weight on any of the steps there are, {spans[0].start} to {spans[-1].stop}"

@@ -20,7 +20,7 @@ from polyak._swap import copy_into
 from polyak.average import Average
 from polyak.batchnorm import call_model, statistics, tracks_statistics, update_bn
 from polyak.errors import NotStartedError, OptionError, StructureError
-from polyak.profiles import Scheme
+from polyak.profiles import Scheme, as_scheme
 from polyak.trajectory import Recorder, Trajectory
 
 __all__ = ["Following", "Forward"]
@@ -45,7 +45,7 @@ class Following:
         TypeError: an unknown option.
     """
 
-    def __init__(self, scheme: Scheme, recalibrate: Iterable[Any] | None, options: Mapping[str, Any]):
+    def __init__(self, scheme: Scheme | str, recalibrate: Iterable[Any] | None, options: Mapping[str, Any]):
         # What can be refused is refused here, not hours later when the framework begins.
         inspect.signature(Average).bind(None, scheme, **options)
         refuse_one_pass(recalibrate)
@@ -54,7 +54,7 @@ class Following:
                 "recalibrate has persistent_workers, which a pass over it takes from whoever else iterates it, as an "
                 "epoch of training: give a loader of its own, without them"
             )
-        self.scheme = scheme
+        self.scheme = as_scheme(scheme)
         self._recalibrate = recalibrate
         self._forward: Forward = call_model
         self._options = dict(options)
@@ -108,6 +108,13 @@ class Following:
                 stacklevel=2,
             )
         self._handle = attach(optimizer, self._average, self)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state of this average, and its scheme, which ``average.scheme = …`` may have changed."""
+        current = str(self.average.scheme)
+        if state.get("scheme", current) != current:
+            self.average.scheme = state["scheme"]
+        self.average.load_state_dict(dict(state))
 
     def update(self) -> None:
         """Note which layers train and which are frozen: by the time of an evaluation the model does not show it."""

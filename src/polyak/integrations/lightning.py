@@ -45,7 +45,7 @@ class Averaging(Callback):
     Any number of these may run side by side; all but one then only follow (``apply=False``).
 
     Args:
-        scheme: :class:`polyak.Uniform` (SWA), :class:`polyak.EMA`, :class:`polyak.Power`, :class:`polyak.Polynomial`.
+        scheme: any :class:`polyak.Scheme`, or its text, such as ``"ema:half_life=2000"``.
         recalibrate: for models with BatchNorm: batches for :func:`polyak.update_bn`, a pass over which precedes each
             evaluation that follows new samples. They go through the module's transfer hooks and precision.
         forward: how :func:`polyak.update_bn` runs such a batch, if not by ``model(batch[0])`` or ``model(**batch)``.
@@ -66,7 +66,7 @@ class Averaging(Callback):
 
     def __init__(
         self,
-        scheme: Scheme,
+        scheme: Scheme | str,
         *,
         recalibrate: Iterable[Any] | None = None,
         forward: Forward | None = None,
@@ -192,7 +192,7 @@ class Averaging(Callback):
         state, self._state = self._state, None
         self._resumed = bool(state)
         if state:
-            self.average.load_state_dict(state)
+            self._following.load(state)
 
     def _forward(self, trainer: Trainer) -> Forward:
         """Runs a batch as a training step would get it."""
@@ -229,7 +229,7 @@ class Recording(Callback):
 
     >>> from polyak.integrations.lightning import Recording
     >>> recording = Recording("run/trajectory", every=10)    # Trainer(callbacks=[recording])
-    >>> # polyak.select(_following.trajectory, model, score=...)
+    >>> # polyak.select(recording.trajectory, model, score=...)
     """
 
     def __init__(self, directory: str | PathLike[str], **options: Any):

@@ -92,7 +92,7 @@ class Averaging(_Watching):
 
     Args:
         trainer: a Trainer, or one of another library's that derives from it.
-        scheme: :class:`polyak.Uniform` (SWA), :class:`polyak.EMA`, :class:`polyak.Power`, :class:`polyak.Polynomial`.
+        scheme: any :class:`polyak.Scheme`, or its text, such as ``"ema:half_life=2000"``.
         recalibrate: for models with BatchNorm: batches for :func:`polyak.update_bn`, a pass over which precedes each
             evaluation that follows new samples.
         forward: how :func:`polyak.update_bn` runs such a batch, if not by ``model(**batch)`` or ``model(batch[0])``.
@@ -119,7 +119,7 @@ class Averaging(_Watching):
     def __init__(
         self,
         trainer: Trainer,
-        scheme: Scheme,
+        scheme: Scheme | str,
         *,
         recalibrate: Iterable[Any] | None = None,
         forward: Forward | None = None,
@@ -128,14 +128,14 @@ class Averaging(_Watching):
     ):
         self._following = Following(scheme, recalibrate, options)
         self._apply = apply
-        self.file_name = f"polyak-{re.sub(r'[^A-Za-z0-9_.]+', '-', str(scheme))}.pt"
+        self.file_name = f"polyak-{re.sub(r'[^A-Za-z0-9_.]+', '-', str(self._following.scheme))}.pt"
         others = [
             callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Averaging)
         ]
         if apply and any(other._apply for other in others):
             raise OptionError("two averages would stand in for one model: give all but one apply=False")
         if any(other.file_name == self.file_name for other in others):
-            raise OptionError(f"the Trainer has an average of {scheme} already")
+            raise OptionError(f"the Trainer has an average of {self._following.scheme} already")
         super().__init__(trainer)
 
         def run(model: nn.Module, batch: Any) -> None:
@@ -206,7 +206,7 @@ class Averaging(_Watching):
     def _load(self, checkpoint: str | PathLike[str]) -> bool:
         saved = self._saved(checkpoint)
         if saved is not None:
-            self.average.load_state_dict(saved)
+            self._following.load(saved)
         return saved is not None
 
     def _stand_in(self, trainer: Trainer) -> None:
@@ -241,10 +241,10 @@ class Recording(_Watching):
     >>> from polyak.integrations.transformers import Recording
     >>> # recording = Recording(trainer, "run/trajectory", every=10)
     >>> # trainer.train()
-    >>> # polyak.select(_following.trajectory, trainer.model, score=...)
+    >>> # polyak.select(recording.trajectory, trainer.model, score=...)
     """
 
-    file_name = "polyak-_following.pt"
+    file_name = "polyak-recording.pt"
 
     def __init__(self, trainer: Trainer, directory: str | PathLike[str], **options: Any):
         self._recording = _following.RecordedRun(directory, options)

@@ -1,7 +1,8 @@
 """Profiles: how much each step of a training run counts in the average.
 
-A profile is one function, :meth:`~Profile.cumulative`: the share of the weight that lies on ``(0, t]`` of a
-run of length ``total``. A :class:`Scheme` is a profile that can be followed while training runs.
+A profile is one function, :meth:`~Profile.share`: the share of the weight that lies on ``(0, t]`` of a run of
+length ``total``. A :class:`Scheme` is a profile that can be followed while training runs. Each is one class, known to
+all of polyak because it is defined: yours are, too.
 
 =============  =======================================  ==========================================
 class          written                                  known as
@@ -19,10 +20,8 @@ class          written                                  known as
 The first four are schemes. :func:`parse` reads the written form and ``str`` gives it back.
 """
 
-from polyak.profiles._base import Profile, Scheme
-from polyak.profiles._parsing import as_profile, parse
-from polyak.profiles._schemes import EMA, Polynomial, Power, Uniform
-from polyak.profiles._windows import Decay, Tail, Weights, Window
+from polyak.profiles._base import Profile, Scheme, as_profile, as_scheme, parse, registered
+from polyak.profiles._builtin import EMA, Decay, Polynomial, Power, Tail, Uniform, Weights, Window
 
 __all__ = [
     "EMA",
@@ -36,5 +35,7 @@ __all__ = [
     "Weights",
     "Window",
     "as_profile",
+    "as_scheme",
     "parse",
+    "registered",
 ]

@@ -65,7 +65,7 @@ def fit(
     batches: Iterable[Any],
     loss: LossFunction,
     *,
-    start: Profile | None = None,
+    start: Profile | str | None = None,
     signed: bool = False,
     steps: int = 200,
 ) -> Fit:
@@ -82,7 +82,7 @@ def fit(
         model: called in the mode it is in, on copies of its buffers; it is left as it is.
         batches: one for each step, from the beginning again when they run out.
         loss: ``loss(model, batch)`` returns a scalar tensor.
-        start: the profile to start from; None: ``Decay("sqrt", 0.4)``.
+        start: the profile to start from, or its text; None: ``Decay("sqrt", 0.4)``.
         signed: allow negative weights; the average may then leave the hull of the blocks.
         steps: forward and backward passes.
 
@@ -105,7 +105,7 @@ def fit(
     ...     run.update()
     >>> run.close()
     >>> fitted = polyak.fit(run.trajectory, model, [torch.tensor([[3.0]])],
-    ...                     lambda model, target: (model.weight - target).square().sum(), start=polyak.Uniform())
+    ...                     lambda model, target: (model.weight - target).square().sum(), start="uniform")
     >>> weights = run.trajectory.average(fitted.profile)
     >>> fitted.extra_steps, round(weights["weight"].item(), 2)
     (200, 3.0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from polyak._evaluate import (
 )
 from polyak._mean import mean_dtype
 from polyak.errors import OptionError
-from polyak.profiles import EMA, Decay, Power, Profile, Tail, Weights, as_profile
+from polyak.profiles import Profile, Tail, Weights, as_profile, registered
+from polyak.profiles._base import rounded
 from polyak.selection._result import LIVE, Candidate, HoldoutCheck, Selection, ranked
 from polyak.trajectory import Explanation, Trajectory
 
@@ -37,63 +39,58 @@ __all__ = ["averages", "coarse_grid", "fine_grid", "fold_in", "select"]
 
 # Where between two neighbouring values of the coarse grid the finer ones lie, in logarithms.
 _BETWEEN = (1 / 3, 2 / 3)
+# More digits than scores can tell apart are of no use, and fewer are read with ease.
 _DIGITS = 3
 
 
-@dataclass(frozen=True)
-class _Family:
-    """Profiles with one parameter; ``build`` takes it and the length of the run in optimizer steps."""
-
-    build: Callable[[float, int], Profile]
-    values: tuple[float, ...]
-    largest: float = float("inf")
-
-
-_FAMILIES: Mapping[str, _Family] = {
-    "tail": _Family(lambda f, steps: Tail(f), (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0), largest=1.0),
-    "sqrt decay": _Family(lambda f, steps: Decay("sqrt", f), (0.1, 0.2, 0.4, 0.6, 0.8), largest=1.0),
-    "linear decay": _Family(lambda f, steps: Decay("linear", f), (0.1, 0.2, 0.4, 0.6, 0.8), largest=1.0),
-    "EMA": _Family(lambda h, steps: EMA(half_life=_rounded_number(h * steps)), (0.01, 0.025, 0.05, 0.1, 0.2)),
-    "power": _Family(lambda gamma, steps: Power(gamma=gamma), (1, 2, 4, 8, 16, 32)),
-}
-
-
 def coarse_grid(steps: int) -> list[Profile]:
-    """Tails, decays, EMAs and powers of every length for a run of ``steps`` optimizer steps.
+    """The candidates of every profile that names some, for a run of ``steps`` optimizer steps.
 
-    >>> [str(profile) for profile in coarse_grid(1000)[:3]]
+    >>> grid = coarse_grid(1000)
+    >>> [str(profile) for profile in grid if isinstance(profile, Tail)][:3]
     ['tail:0.02', 'tail:0.05', 'tail:0.1']
     """
-    return [family.build(value, steps) for family in _FAMILIES.values() for value in family.values]
+    return [profile for cls in registered().values() for profile in cls.candidates(steps)]
 
 
 def fine_grid(best: Profile, steps: int) -> list[Profile]:
     """Four profiles around ``best``, one of :func:`coarse_grid`: two on either side, to its neighbours.
 
-    At an end of its family's grid the next value outwards is as far away as the one inwards.
+    Neighbours are those before and after it that differ from it in one number. Where one is missing, at an end, the
+    next value outwards is as far away as the one inwards; values that the profile refuses are left out.
 
     >>> [str(profile) for profile in fine_grid(Tail(0.2), 1000)]
     ['tail:0.159', 'tail:0.126', 'tail:0.241', 'tail:0.29']
     """
-    for family in _FAMILIES.values():
-        for value in family.values:
-            if family.build(value, steps) == best:
-                return [family.build(near, steps) for near in _values_around(value, family)]
-    return []
+    finer = []
+    for option, value in _values_around(best, list(type(best).candidates(steps))):
+        with suppress(OptionError):  # out of its range
+            finer.append(replace(best, **{option: value}))
+    return finer
 
 
-def _values_around(value: float, family: _Family) -> list[float]:
-    index = family.values.index(value)
-    below = family.values[index - 1] if index else value**2 / family.values[1]
-    last = index + 1 == len(family.values)
-    above = value**2 / family.values[index - 1] if last else family.values[index + 1]
-    around = [value * (end / value) ** part for end in (below, above) for part in _BETWEEN]
-    return [_rounded_number(near) for near in around if near <= family.largest]
+def _values_around(best: Profile, grid: Sequence[Profile]) -> list[tuple[str, float]]:
+    if best not in grid:
+        return []
+    at = grid.index(best)
+    beside = [*grid[max(at - 1, 0) : at], *grid[at + 1 : at + 2]]
+    named = [(name, near) for near in beside if (name := _only_difference(best, near))]
+    if not named:
+        return []
+    option = named[0][0]
+    value = getattr(best, option)
+    ends = [getattr(near, option) for name, near in named if name == option]
+    ends = ends if len(ends) == 2 else [*ends, value**2 / ends[0]]
+    around = [value * (end / value) ** part for end in ends for part in _BETWEEN]
+    return [(option, round(near) if isinstance(value, int) else rounded(near, _DIGITS)) for near in around]
 
 
-def _rounded_number(value: float) -> float:
-    """Three digits are more than scores can tell apart, and are read with ease."""
-    return float(f"{value:.{_DIGITS}g}")
+def _only_difference(one: Profile, other: Profile) -> str | None:
+    """The one option, a positive number, in which two profiles differ; None where there is no such option."""
+    values = {field.name: (getattr(one, field.name), getattr(other, field.name)) for field in fields(one)}
+    unlike = [name for name, (first, second) in values.items() if first != second]
+    numbers = all(isinstance(value, int | float) and value > 0 for name in unlike for value in values[name])
+    return unlike[0] if len(unlike) == 1 and numbers else None
 
 
 # Many averages of one trajectory, one after the other, with few of them in memory at a time.
@@ -207,8 +204,9 @@ def select(
         score: ``score(model)`` returns a number, or a tensor of shape [N] with one loss per example, always
             of the same examples in the same order.
         mode: "min" if lower scores are better, "max" if higher ones are.
-        profiles: what to try, as profiles or as text; None: tails, decays, EMAs and powers on a coarse grid,
-            without those that the blocks cannot resolve, then a finer grid around the best average.
+        profiles: what to try, as profiles or as text; None: the ``candidates`` of every profile there is (tails,
+            decays, EMAs and powers on a coarse grid, and those of your own), without those that the blocks cannot
+            resolve, then a finer grid around the best average.
         recalibrate: batches that can be gone through many times, for :func:`polyak.update_bn` before each
             average is scored. The live weights keep the statistics they have.
         holdout: like ``score``, on data that nothing is chosen on.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from polyak.combine import Span, coefficients
 from polyak.errors import OptionError
-from polyak.profiles import Decay, Profile, Scheme
+from polyak.profiles import Profile, Scheme
 from polyak.trajectory._blocks import Block
 
 __all__ = ["Explanation", "block_coefficients", "explain"]
@@ -23,7 +23,6 @@ _POSITIONS = 1024
 _ROUNDING = 1e-9
 # The part of a scheme's weight that may lie on the wrong samples of their blocks.
 _MOST_MISPLACED = 0.1
-_LARGEST_SIGMA = 0.2887
 _MOST_DOUBLINGS = 40
 _EXPONENT_TOLERANCE = 1e-3
 
@@ -135,18 +134,22 @@ def _refuse_unresolved(scheme: Profile, blocks: Sequence[Block], misplaced: floa
     """Profiles that are no schemes say themselves what part of a run they cover, and are warned about."""
     if misplaced <= _MOST_MISPLACED or not isinstance(scheme, Scheme):
         return
-    shortest = _shortest(scheme, blocks)
-    if shortest is None:
-        cure = "its first sample alone counts that much, which no block holds alone; take it debiased"
-    else:
-        cure = (
-            "it looks back less far than they resolve. The shortest possible here is "
-            f"{shortest}; for a shorter one record shorter blocks, or follow it while training"
-        )
     raise OptionError(
         f"the blocks cannot give {scheme}: {misplaced:.0%} of its weight would lie on other samples than it asks "
-        f"for, as {cure}"
+        f"for, as {_reason_and_cure(scheme, blocks)}"
     )
+
+
+def _reason_and_cure(scheme: Scheme, blocks: Sequence[Block]) -> str:
+    too_short = "it looks back less far than they resolve"
+    if shortest := _shortest(scheme, blocks):
+        return (
+            f"{too_short}. The shortest possible here is {shortest}; for a shorter one record shorter blocks, or "
+            "follow it while training"
+        )
+    if _first_sample(scheme, blocks) > _MOST_MISPLACED:
+        return "its first sample alone counts that much, which no block holds alone; where it can, take it debiased"
+    return f"{too_short}; record shorter blocks, or follow it while training"
 
 
 def _within_blocks(profile: Profile, blocks: Sequence[Block], parts: NDArray[np.int64]) -> Floats:
@@ -197,12 +200,18 @@ def _misplaced(profile: Profile, blocks: Sequence[Block]) -> float:
     return float(np.abs(inside - np.repeat(given / parts, parts)).sum() / 2 / given.sum())
 
 
+def _first_sample(profile: Profile, blocks: Sequence[Block]) -> float:
+    """The weight that the profile gives to the first sample alone."""
+    inside = _within_blocks(profile, blocks, np.array([min(block.count, _POSITIONS) for block in blocks]))
+    return float(inside[0] / inside.sum())
+
+
 def _shortest(scheme: Scheme, blocks: Sequence[Block]) -> Scheme | None:
     """The scheme of this kind that looks back least far of those that the blocks resolve, if there is one."""
-    lengthened = _lengthening(scheme)
 
     def resolves(exponent: float) -> bool:
-        return _misplaced(lengthened(2**exponent), blocks) <= _MOST_MISPLACED
+        longer = scheme.longer(2**exponent)
+        return longer is not None and _misplaced(longer, blocks) <= _MOST_MISPLACED
 
     high = next((float(exponent) for exponent in range(1, _MOST_DOUBLINGS) if resolves(exponent)), None)
     if high is None:
@@ -211,29 +220,11 @@ def _shortest(scheme: Scheme, blocks: Sequence[Block]) -> Scheme | None:
     while high - low > _EXPONENT_TOLERANCE:
         middle = (low + high) / 2
         low, high = (low, middle) if resolves(middle) else (middle, high)
-    return lengthened(2**high)
-
-
-def _lengthening(scheme: Scheme) -> Callable[[float], Scheme]:
-    """From a factor to the scheme that looks back about so many times farther, in round numbers."""
-    options: dict[str, Callable[[float, float], float]] = {
-        "half_life": lambda value, factor: _rounded(value * factor),
-        "decay": lambda value, factor: 1 - _rounded((1 - value) / factor),
-        "sigma_rel": lambda value, factor: min(_rounded(value * factor), _LARGEST_SIGMA),
-        "gamma": lambda value, factor: _rounded(value / factor),
-        "eta": lambda value, factor: _rounded(value / factor),
-    }
-    name = next(name for name in options if getattr(scheme, name, None) is not None)
-    value = getattr(scheme, name)
-    return lambda factor: replace(scheme, **{name: options[name](value, factor)})
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+    return scheme.longer(2**high)
 
 
 def _warnings(profile: Profile, blocks: Sequence[Block], found: Floats) -> tuple[str, ...]:
-    if not isinstance(profile, Decay):
+    if not profile.replaces_decay:
         return ()
     rates = [block.lr for block, a in zip(blocks, found, strict=True) if a and block.lr]
     least, greatest = min((r.min for r in rates), default=0), max((r.max for r in rates), default=0)
