@@ -19,9 +19,9 @@ import torch.distributed as dist
 from polyak import checkpoints
 from polyak._distributed import RankGroup
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
+from polyak.checkpoints._base import written_together
 from polyak.checkpoints._formats import format_for
 from polyak.checkpoints._io import AtomicOutput, Observer
-from polyak.checkpoints._writer import written_together
 from polyak.combine._engine import Budget, Progress, combine
 from polyak.combine._inputs import (
     Span,
