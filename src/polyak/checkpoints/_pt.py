@@ -215,8 +215,15 @@ _QUANTISED = ("QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage
 _MOST_ELEMENTS = (1 << 63) - 1
 
 
+class _Fixed:
+    """What a pickle may ask for, and not change."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes what is not its own")
+
+
 @dataclass(frozen=True)
-class _Storage:
+class _Storage(_Fixed):
     """A storage: the name of its member, and the dtype it was saved with; None if that is a quantised one."""
 
     key: str
@@ -224,7 +231,7 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class SavedTensor:
+class SavedTensor(_Fixed):
     """A tensor as the pickle describes it; the place in its storage is None where it is of an unusual kind."""
 
     shape: tuple[int, ...]
@@ -236,6 +243,16 @@ class SavedTensor:
 
 class _TensorType(Record):
     """Stands for ``torch.Tensor`` and ``torch.nn.Parameter``."""
+
+
+@dataclass(frozen=True)
+class _Stand(_Fixed):
+    """Stands for one of torch's functions: a plain function has attributes that a pickle could set."""
+
+    build: Callable[..., SavedTensor]
+
+    def __call__(self, *arguments: Any) -> SavedTensor:
+        return self.build(*arguments)
 
 
 def _tensor(
@@ -293,13 +310,13 @@ _KNOWN: dict[str, Any] = {
     "torch.Size": tuple,
     "torch.Tensor": _TensorType,
     "torch.nn.parameter.Parameter": _TensorType,
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _rebuild_on_device,
-    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+    "torch._utils._rebuild_tensor": _Stand(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v2": _Stand(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v3": _Stand(_rebuild_tensor_v3),
+    "torch._utils._rebuild_parameter": _Stand(_rebuild_parameter),
+    "torch._utils._rebuild_parameter_with_state": _Stand(_rebuild_parameter),
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _Stand(_rebuild_on_device),
+    "torch._tensor._rebuild_from_type_v2": _Stand(_rebuild_from_type),
     "torch.storage.UntypedStorage": torch.uint8,
     **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
     **{f"torch.cuda.{name}": dtype for name, dtype in _STORAGES.items()},
@@ -312,7 +329,7 @@ _KNOWN: dict[str, Any] = {
             "torch._utils._rebuild_meta_tensor_no_storage",
             "torch._utils._rebuild_device_tensor_from_numpy",
         ),
-        _unusual,
+        _Stand(_unusual),
     ),
     **dict.fromkeys(
         (
