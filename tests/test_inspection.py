@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import polyak
 from polyak import checkpoints
-from polyak.checkpoints._formats import FORMATS
+from polyak.checkpoints._base import FORMATS
 from polyak.errors import CheckpointError, OptionError, StructureError
 from polyak.inspection import CheckpointSummary, FolderSummary, _measure, compare, describe
 from polyak.inspection._views import view

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyak import checkpoints
+from polyak.checkpoints._base import FORMATS
 from polyak.errors import PolyakError
 
 TENSORS = {"a.w": torch.arange(6.0).view(2, 3), "b": torch.arange(5).bfloat16(), "n": torch.tensor(3)}
@@ -32,16 +33,15 @@ def write_compressed(path):
         np.savez_compressed(stream, a=np.arange(60).reshape(6, 10))
 
 
-WRITERS = {
-    "safetensors": lambda path: checkpoints.write(
-        path, TENSORS, format="safetensors", metadata={"note": "x"}
-    ),
-    "pt": lambda path: torch.save(NESTED, path),
+def writer(format):
+    return lambda path: checkpoints.write(path, TENSORS, format=format, metadata={"note": "x"})
+
+
+WRITERS = {format: writer(format) for format in FORMATS} | {
+    "nested pt": lambda path: torch.save(NESTED, path),
     "legacy pt": lambda path: torch.save(NESTED, path, _use_new_zipfile_serialization=False),
-    "npz": lambda path: checkpoints.write(path, TENSORS, format="npz"),
     "compressed npz": write_compressed,
-    "huggingface": write_shards,
-    "dcp": lambda path: checkpoints.write(path, TENSORS, format="dcp"),
+    "huggingface shards": write_shards,
 }
 PLACES = st.floats(0, 1, exclude_max=True)
 DAMAGE = st.one_of(

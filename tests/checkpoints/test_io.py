@@ -15,6 +15,7 @@ import torch
 
 from polyak import checkpoints
 from polyak.checkpoints import Layout, TensorInfo, _io
+from polyak.checkpoints._base import FORMATS
 from polyak.checkpoints._io import DataFile
 from polyak.errors import CheckpointError, OutputExistsError
 
@@ -31,11 +32,12 @@ def run(code, *arguments):
 FULL_DISK = """
     import resource, signal, sys, torch
     from polyak import checkpoints
+    from polyak.checkpoints._base import FORMATS
     from polyak.errors import CheckpointError
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-    for format in ("safetensors", "pt", "npz", "huggingface", "huggingface-bin", "dcp"):
+    for format in FORMATS:
         try:
             checkpoints.write(sys.argv[1], {"w": torch.ones(50_000)}, format=format)
         except CheckpointError as error:
@@ -49,7 +51,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, limit_bytes):
     # through, and stops the formats' own writers.
     output, _ = run(FULL_DISK, tmp_path / "x", limit_bytes).communicate(timeout=60)
     lines = output.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == len(FORMATS)
     assert all(f"cannot write {tmp_path / 'x'}" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
 
@@ -141,6 +143,59 @@ def test_kill_9_leaves_a_whole_output_or_none(tmp_path, format, delay_s):
         with checkpoints.open(path) as opened:
             values = {value for name in "abc" for value in opened.read(name).unique().tolist()}
         assert len(values) == 1
+
+
+def test_a_checkpoint_owns_its_open_files(tmp_path):
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        checkpoints.write(tmp_path / f"{name}.safetensors", {"w": torch.tensor([value])})
+    first, same, other = (checkpoints.open(tmp_path / f"{name}.safetensors") for name in "aab")
+    (tmp_path / "a.safetensors").unlink()
+    other.close()
+    same.close()
+    assert first.read("w").item() == 1 and other.read("w").item() == 2
+    first.close()
+    with pytest.raises(CheckpointError, match=r"cannot read .*a\.safetensors: No such file"):
+        first.read("w")
+
+
+def test_files_that_nobody_holds_are_closed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    checkpoints.write(path, {"w": torch.ones(1)})
+    opened = checkpoints.open(path)
+    before = len(_io._open_files)
+    del opened
+    assert len(_io._open_files) == before - 1
+
+
+PLAIN_SYSTEM = """
+    import os, sys
+
+    # What Windows lacks.
+    for name in ("pread", "preadv", "pwrite", "pwritev", "posix_fadvise", "sync_file_range", "sched_getaffinity"):
+        if hasattr(os, name):
+            delattr(os, name)
+    sys.modules["fcntl"] = sys.modules["resource"] = None
+
+    import torch
+    import polyak
+    from polyak import checkpoints
+    from polyak.checkpoints._base import FORMATS
+
+    values = torch.arange(float(sys.argv[2]))
+    for format in FORMATS:
+        path = f"{sys.argv[1]}/{format}"
+        checkpoints.write(path, {"w": values}, format=format)
+        with checkpoints.open(path) as opened:
+            assert torch.equal(opened.read_slice("w", 3, 70), values[3:70]), format
+            assert torch.equal(opened.read("w"), values), format
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("numel", [100, _io.LEAST_UNCACHED_BYTES // 4])
+def test_a_system_that_reads_and_writes_at_one_position(tmp_path, numel):
+    output, _ = run(PLAIN_SYSTEM, tmp_path, numel).communicate(timeout=120)
+    assert output == "done\n"
 
 
 # Large files that pass through the page cache, on systems that can do that, cannot, or fail.

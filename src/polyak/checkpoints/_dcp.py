@@ -7,10 +7,6 @@ allowed in it.
 
 from __future__ import annotations
 
-import io
-import pathlib
-import pickle
-import pickletools
 import warnings
 from collections.abc import Mapping
 from functools import cached_property
@@ -23,61 +19,81 @@ import torch
 from torch import Tensor
 
 from polyak import _distributed
-from polyak.checkpoints._base import Contents, Location, StoredTensor, TensorInfo
-from polyak.checkpoints._io import DataFile, contiguous_stride
-from polyak.checkpoints._pt import load_archive
+from polyak.checkpoints import _base, _pt
+from polyak.checkpoints._base import (
+    SIDECAR,
+    Contents,
+    Layout,
+    Location,
+    StoredTensor,
+    TensorInfo,
+    contiguous_stride,
+)
+from polyak.checkpoints._io import DataFile
 from polyak.checkpoints._tree import STEP_KEYS
-from polyak.checkpoints._writer import SIDECAR, SpooledWriter, read_sidecar, sidecar_text
 from polyak.errors import CheckpointError, OutputExistsError, name_list
 
 __all__ = ["write_sharded"]
 
-METADATA = ".metadata"
+_METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint"
-_ALLOWED = {
-    (f"{_MODULE}.metadata", name)
-    for name in (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    (f"{_MODULE}.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
+# What metadata are made of, by the names that they have in the pickle.
+_NAMES = {
+    *(
+        f"{_MODULE}.metadata.{name}"
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    f"{_MODULE}.filesystem._StorageInfo",
+    "torch.serialization._get_layout",
 }
 # Positions are worked out this many elements at a time where chunks cut across rows.
 _BLOCK_ELEMENTS = 1 << 16
 
 
-def read(path: Path) -> Contents:
-    """The tensors of a DCP folder under the nested names that were saved; no chunk is read.
+class DcpFormat(_base.Format):
+    """The tensors of a DCP folder under the nested names that were saved; no chunk is read before it is asked for."""
 
-    Raises ``CheckpointError`` for damaged or dangerous metadata, missing files (all named) and missing chunks.
-    """
-    metadata = _load_metadata(DataFile(path / METADATA))
-    try:
-        entries = dict(metadata.state_dict_metadata)
-        storage = {(index.fqn, _sizes(index.offset)): info for index, info in metadata.storage_data.items()}
-        files = _files(path, {info.relative_path for info in storage.values()})
-        leaves = {name: _leaf(path, name, entry, storage, files) for name, entry in entries.items()}
-        places = metadata.planner_data or {}
-        tree = _nested({name: places.get(name, (name,)) for name in entries}, leaves)
-    except CheckpointError:
-        raise
-    except Exception as error:  # damaged metadata has attributes of any kind
-        raise CheckpointError(f"{path / METADATA} is damaged ({error!r:.200}); use another copy") from error
-    if not (path / SIDECAR).is_file():
-        return Contents(tree)
-    sidecar = read_sidecar(path, (path / SIDECAR).read_bytes())
-    tree |= {tied: tree[name] for tied, name in sidecar["ties"].items() if name in tree}
-    return Contents(tree, sidecar["metadata"])
+    name = "dcp"
+    looks = "a folder of torch.distributed.checkpoint"
+    own_files = ("*.distcp", _METADATA, SIDECAR)
+
+    def recognises(self, path: Path, start: bytes) -> bool:
+        return (path / _METADATA).is_file()
+
+    def read(self, path: Path) -> Contents:
+        """Raises ``CheckpointError`` for damaged or dangerous metadata, missing files (all named), missing chunks."""
+        metadata = _load_metadata(DataFile(path / _METADATA))
+        try:
+            entries = dict(metadata.state_dict_metadata)
+            storage = {_place(index): info for index, info in metadata.storage_data.items()}
+            files = _files(path, {info.relative_path for info in storage.values()})
+            leaves = {name: _leaf(path, name, entry, storage, files) for name, entry in entries.items()}
+            places = metadata.planner_data or {}
+            tree = _nested({name: places.get(name, (name,)) for name in entries}, leaves)
+        except CheckpointError:
+            raise
+        except Exception as error:  # damaged metadata has attributes of any kind
+            raise CheckpointError(
+                f"{path / _METADATA} is damaged ({error!r:.200}); use another copy"
+            ) from error
+        opened = tuple(files.values())
+        if not (path / SIDECAR).is_file():
+            return Contents(tree, files=opened)
+        sidecar = _base.read_sidecar(path, (path / SIDECAR).read_bytes())
+        tree |= {tied: tree[name] for tied, name in sidecar["ties"].items() if name in tree}
+        return Contents(tree, sidecar["metadata"], files=opened)
+
+    def writer(self, path: Path, layout: Layout, overwrite: bool) -> DcpWriter:
+        return DcpWriter(path, layout, overwrite)
 
 
 def write_sharded(path: str | PathLike[str], tensors: Mapping[str, Tensor], overwrite: bool = False) -> None:
@@ -94,24 +110,19 @@ def write_sharded(path: str | PathLike[str], tensors: Mapping[str, Tensor], over
     save(dict(tensors), checkpoint_id=path)
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "pathlib" and name.endswith("Path"):
-            return pathlib.PurePosixPath
-        found = super().find_class(module, name) if module == "torch" or (module, name) in _ALLOWED else None
-        if (module, name) in _ALLOWED or isinstance(found, torch.dtype):
-            return found
-        raise pickle.UnpicklingError(f"it needs {module}.{name}, and no code from a checkpoint is run")
+def _known(name: str) -> Any:
+    """The stand-in of a name in the metadata."""
+    if name == "torch.Size":
+        return tuple
+    if name == "collections.OrderedDict":
+        return dict
+    is_path = name.startswith("pathlib.") and name.endswith("Path")
+    return _pt.Record if is_path or name in _NAMES else None
 
 
 def _load_metadata(file: DataFile) -> Any:
-    data = file.read(0, file.size)
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            # A damaged index would have the unpickler clear gigabytes of memory for its memo.
-            if opcode.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > len(data):
-                raise pickle.UnpicklingError("impossible memo index")
-        return _Unpickler(io.BytesIO(data)).load()
+        return _pt.unpickle(file.read(0, file.size), _known)
     except Exception as error:  # pickle lets whatever the damaged bytes provoke escape
         raise CheckpointError(
             f"{file.path} is damaged or unsafe ({error!s:.200}); use another copy"
@@ -130,6 +141,10 @@ def _files(path: Path, names: set[str]) -> dict[str, DataFile]:
     return {name: DataFile(path / name) for name in names}
 
 
+def _place(index: Any) -> tuple[str, tuple[int, ...] | None]:
+    return index.fqn, _sizes(getattr(index, "offset", None))
+
+
 def _sizes(sizes: Any) -> tuple[int, ...] | None:
     return None if sizes is None else tuple(int(size) for size in sizes)
 
@@ -137,7 +152,8 @@ def _sizes(sizes: Any) -> tuple[int, ...] | None:
 def _leaf(path: Path, name: str, entry: Any, storage: dict, files: dict[str, DataFile]) -> Any:
     if not hasattr(entry, "chunks"):
         return _plain_value(name, storage.get((name, None)), files)
-    info = TensorInfo(tuple(int(size) for size in entry.size), entry.properties.dtype)
+    # The properties are a tuple, of which the dtype is the first.
+    info = TensorInfo(tuple(int(size) for size in entry.size), entry.properties.state[0])
     chunks = []
     for chunk in entry.chunks:
         offsets, sizes = _sizes(chunk.offsets) or (), _sizes(chunk.sizes) or ()
@@ -154,7 +170,7 @@ def _plain_value(name: str, place: Any, files: dict[str, DataFile]) -> Any:
     """A value that is no tensor: only step counters are worth the reading."""
     if place is None or name.rsplit(".", 1)[-1] not in STEP_KEYS:
         return None
-    return load_archive(files[place.relative_path], place.offset, place.length)[0]
+    return _pt.load_archive(files[place.relative_path], place.offset, place.length)[0]
 
 
 def _nested(places: dict[str, tuple], leaves: dict[str, Any]) -> dict[str, Any]:
@@ -171,15 +187,15 @@ class _Chunk:
     """A box of a tensor, saved by one rank; its archive is opened when first read."""
 
     def __init__(self, file: DataFile, place: Any, info: TensorInfo, offsets: tuple[int, ...]) -> None:
-        if place.transform_descriptors:
+        if getattr(place, "transform_descriptors", None):
             raise CheckpointError(f"{file.path} was compressed by a DCP extension: save it again without")
         self.info, self.offsets = info, offsets
         self._file, self._start, self._nbytes = file, int(place.offset), int(place.length)
 
     @cached_property
     def stored(self) -> StoredTensor:
-        tensor, leaf = load_archive(self._file, self._start, self._nbytes)
-        stored = leaf(tensor) if isinstance(tensor, Tensor) else None
+        tensor, leaf = _pt.load_archive(self._file, self._start, self._nbytes)
+        stored = leaf(tensor) if isinstance(tensor, _pt.SavedTensor) else None
         if stored is None or stored.info != self.info:
             raise CheckpointError(f"{self._file.path} is corrupt: a chunk is not what the metadata says")
         return stored
@@ -244,7 +260,7 @@ class ChunkedTensor(StoredTensor):
             raise self._does_not_tile()
 
 
-class DcpWriter(SpooledWriter):
+class DcpWriter(_base.SpooledWriter):
     """DCP's own writer, every name of tied tensors (DCP knows no ties), and the sidecar."""
 
     def _save(self, tensors: dict[str, Tensor], target: Path) -> None:
@@ -260,4 +276,4 @@ class DcpWriter(SpooledWriter):
             except CheckpointException as error:
                 reason, _ = next(iter(error.failures.values()))
                 raise OSError(str(reason)) from error
-        (target / SIDECAR).write_text(sidecar_text(self.layout))
+        (target / SIDECAR).write_text(_base.sidecar_text(self.layout))

@@ -1,11 +1,10 @@
-"""The formats there are, which of them a path is of, and a checkpoint opened in one."""
+"""Which format a path is of, a checkpoint opened in it or begun in one, and the checkpoints in a folder."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,12 +12,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from polyak.checkpoints import _dcp, _huggingface, _npz, _pt, _safetensors
-from polyak.checkpoints._base import Contents, Location, StoredTensor, TensorInfo
+from polyak.checkpoints import _pt
+from polyak.checkpoints._base import FORMATS, Contents, Layout, Location, StoredTensor, TensorInfo, Writer
 from polyak.checkpoints._io import DataFile
 from polyak.checkpoints._tree import STEP_KEYS, find_weights
-from polyak.checkpoints._writer import Layout, Writer
-from polyak.checkpoints._zip import ZIP_MAGIC, read_directory
 from polyak.errors import CheckpointError, OptionError, StructureError, name_list
 
 __all__ = [
@@ -26,37 +23,20 @@ __all__ = [
     "RECORDING_NAME",
     "Checkpoint",
     "checkpoint_paths",
+    "create",
     "format_for",
     "is_checkpoint_folder",
     "is_recording",
     "natural_order",
+    "open",
     "recognise",
+    "write",
 ]
 
 # Which format a path is in, or is to be written in.
 
-_LEGACY_TORCH = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-
-
-@dataclass(frozen=True)
-class Format:
-    """A reader, a writer, and the suffixes that ask for it."""
-
-    read: Callable[[Path], Contents]
-    writer: Callable[[Path, Layout, bool], Writer]
-    suffixes: tuple[str, ...] = ()
-
-
-FORMATS: dict[str, Format] = {
-    "safetensors": Format(_safetensors.read, _safetensors.SafetensorsWriter, (".safetensors",)),
-    "pt": Format(_pt.read, _pt.PickledWriter, (".pt", ".pth", ".bin", ".ckpt", ".tar")),
-    "npz": Format(_npz.read, _npz.NpzWriter, (".npz",)),
-    "huggingface": Format(_huggingface.read, _huggingface.HuggingFaceWriter, ("",)),
-    "huggingface-bin": Format(
-        _huggingface.read, partial(_huggingface.HuggingFaceWriter, kind=_huggingface.BIN)
-    ),
-    "dcp": Format(_dcp.read, _dcp.DcpWriter),
-}
+# No format needs more to know its own.
+_START_BYTES = 512
 
 
 def format_for(path: Path, format: str | None) -> str:
@@ -69,13 +49,14 @@ def format_for(path: Path, format: str | None) -> str:
     """
     if format is not None:
         if format not in FORMATS:
-            raise OptionError(f"unknown format {format!r}: choose from {name_list(list(FORMATS), most=10)}")
+            raise OptionError(f"unknown format {format!r}: choose from {name_list(sorted(FORMATS), most=10)}")
         return format
     for name, known in FORMATS.items():
         if path.suffix in known.suffixes:
             return name
+    usual = [known.suffixes[0] for known in FORMATS.values() if known.suffixes and known.suffixes[0]]
     raise OptionError(
-        f"{path} has a suffix of no known format: name it .safetensors, .pt or .npz",
+        f"{path} has a suffix of no known format: name it {' or '.join(sorted(usual))}",
         ", or say which format it is",
         "",
     )
@@ -83,54 +64,38 @@ def format_for(path: Path, format: str | None) -> str:
 
 def recognise(path: Path) -> str:
     """The format of what is there, from its contents. Raises ``CheckpointError`` if it is none."""
-    if path.is_dir():
-        return _recognise_folder(path)
-    file = DataFile(path)
-    start = file.read(0, min(9, file.size))
-    if start[:4] == ZIP_MAGIC:
-        return _recognise_zip(file)
-    if path.suffix == ".safetensors" or start[8:9] == b"{":
-        return "safetensors"
-    if start[:2] in _LEGACY_TORCH:
-        return "pt"
-    raise CheckpointError(
-        f"{path} is no checkpoint that is known: it begins with {start.hex(' ')}; "
-        f"expected safetensors, a torch file, npz, or a folder of one"
-    )
+    start = b""
+    if not path.is_dir():
+        file = DataFile(path)
+        start = file.read(0, min(_START_BYTES, file.size))
+    # Most files are what their suffix says; but the contents decide.
+    for format in sorted(
+        FORMATS.values(), key=lambda format: not start or path.suffix not in format.suffixes
+    ):
+        if format.recognises(path, start):
+            return format.name
+    looks = ", ".join(format.looks for format in FORMATS.values())
+    raise CheckpointError(f"{path} is {_seen(path, start)}: expected {looks}")
 
 
-def _recognise_zip(file: DataFile) -> str:
-    names = list(read_directory(file))
-    if any(name.endswith("/data.pkl") for name in names):
-        return "pt"
-    if any(name.endswith(".npy") for name in names):
-        return "npz"
-    raise CheckpointError(f"{file.path} is a zip file with no weights in it: it holds {name_list(names)}")
-
-
-def _recognise_folder(path: Path) -> str:
-    if (path / _dcp.METADATA).is_file():
-        return "dcp"
-    found = _huggingface.find_weights_file(path)
-    if found is not None:
-        return "huggingface" if found[1].suffix == _huggingface.SAFETENSORS.suffix else "huggingface-bin"
+def _seen(path: Path, start: bytes) -> str:
+    """What there is instead of a checkpoint."""
+    if start[:4] == _pt.ZIP_MAGIC:
+        names = list(_pt.read_directory(DataFile(path)))
+        return f"a zip file with no weights in it (it holds {name_list(names)})"
+    if start:
+        return f"no checkpoint that is known (it begins with {start[:9].hex(' ')})"
     try:
         names = sorted(item.name for item in path.iterdir())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    there = f"it holds {name_list(names)}" if names else "it is empty"
-    raise CheckpointError(
-        f"{path} is a folder with no checkpoint ({there}): expected model.safetensors, pytorch_model.bin, "
-        f"an index of either, or a torch.distributed.checkpoint"
-    )
+    return f"a folder with no checkpoint (it {f'holds {name_list(names)}' if names else 'is empty'})"
 
 
 # Finding the checkpoints in a folder of them.
 
 # The list of the blocks of a recorded trajectory.
 RECORDING_NAME = "manifest.json"
-
-_SUFFIXES = {suffix for format in FORMATS.values() for suffix in format.suffixes if suffix}
 
 
 def is_checkpoint_folder(path: Path) -> bool:
@@ -159,7 +124,9 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
 
 def _is_candidate(path: Path) -> bool:
-    return is_checkpoint_folder(path) if path.is_dir() else path.suffix in _SUFFIXES
+    if path.is_dir():
+        return is_checkpoint_folder(path)
+    return bool(path.suffix) and any(path.suffix in format.suffixes for format in FORMATS.values())
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
@@ -179,7 +146,7 @@ class Checkpoint:
 
     Attributes:
         path: what was opened.
-        format: ``"safetensors"``, ``"pt"``, ``"npz"``, ``"huggingface"``, ``"huggingface-bin"`` or ``"dcp"``.
+        format: the name of its format, such as ``"safetensors"``.
         key: the nested key under which the weights lay, dotted; None if they were at the top.
         found_keys: all the well-known keys with weights, the preferred one first.
         note: what was chosen, as a sentence; empty where there was nothing to choose.
@@ -207,6 +174,7 @@ class Checkpoint:
         self.is_lazy = contents.is_lazy
         self.tensors: dict[str, TensorInfo] = {name: stored.info for name, stored in weights.tensors.items()}
         self._stored = weights.tensors
+        self._files = contents.files
         self.ties = _ties(weights.tensors)
 
     def read(self, name: str) -> Tensor:
@@ -242,8 +210,9 @@ class Checkpoint:
         return self._find(name).location
 
     def close(self) -> None:
-        """Let go of open files. Reading afterwards opens them again."""
-        DataFile.release()
+        """Let go of its open files. Reading afterwards opens them again."""
+        for file in self._files:
+            file.close()
 
     def _find(self, name: str) -> StoredTensor:
         if name not in self._stored:
@@ -280,3 +249,96 @@ def _text_step(metadata: dict[str, str]) -> tuple[int, str] | tuple[None, None]:
         if text.isdecimal() and len(text) < 19:
             return int(text), key
     return None, None
+
+
+# The verbs.
+
+
+def open(path: str | PathLike[str], key: str | None = None) -> Checkpoint:
+    """Open a checkpoint without reading its tensors.
+
+    Args:
+        path: a file or folder; its contents, not its name, say what it is.
+        key: the nested key to take the weights from, such as ``"state_dict_ema"``; by default the best known.
+
+    Raises ``CheckpointError`` for anything that is no whole, safe checkpoint, ``OptionError`` for a key that is
+    not there (the message lists those that are).
+    """
+    path = Path(path)
+    format = FORMATS[recognise(path)]
+    return Checkpoint(path, format.name, format.read(path), key)
+
+
+def create(
+    path: str | PathLike[str], layout: Layout, *, format: str | None = None, overwrite: bool = False
+) -> Writer:
+    """Begin a checkpoint whose values come later, slice by slice; use it as a context manager.
+
+    Args:
+        path: the output; its folder must exist.
+        layout: names, shapes, dtypes, ties and metadata.
+        format: the name of one; by default the one that its suffix asks for.
+        overwrite: replace an output that is there.
+
+    Raises ``OutputExistsError``, ``StructureError`` for dtypes that the format cannot hold, ``CheckpointError``
+    if nothing can be written there.
+
+    >>> import tempfile, torch
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = Path(folder.name) / "out.pt"
+    >>> with create(path, Layout({"w": TensorInfo((4,), torch.float32)})) as writer:
+    ...     writer.write("w", 2, torch.tensor([2.0, 3.0]))
+    ...     writer.write("w", 0, torch.tensor([0.0, 1.0]))
+    >>> torch.load(path)["w"]
+    tensor([0., 1., 2., 3.])
+    >>> folder.cleanup()
+    """
+    path = Path(path)
+    return FORMATS[format_for(path, format)].writer(path, layout, overwrite)
+
+
+def write(
+    path: str | PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    format: str | None = None,
+    ties: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a flat dict of tensors.
+
+    Args:
+        path: the output, as for ``create``.
+        tensors: name to dense tensor, on any device.
+        ties: further name to name in ``tensors``; names that share the same memory are found without it.
+        format: as for ``create``.
+        metadata: text entries.
+        overwrite: as for ``create``.
+
+    Raises as ``create``; ``StructureError`` also for sparse and meta tensors.
+    """
+    unwritable = [
+        name for name, tensor in tensors.items() if tensor.is_meta or tensor.layout != torch.strided
+    ]
+    if unwritable:
+        raise StructureError(
+            f"{path}: {name_list(unwritable)} are sparse or on the meta device: make them dense"
+        )
+    shared = _shared(tensors)
+    infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items() if name not in shared}
+    layout = Layout(infos, {**shared, **(ties or {})}, metadata or {})
+    with create(path, layout, format=format, overwrite=overwrite) as writer:
+        writer.fill(tensors)
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that lie where an earlier one does, with its name."""
+    first_names: dict[tuple, str] = {}
+    shared = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        first = first_names.setdefault(place, name) if tensor.numel() else name
+        if first != name:
+            shared[name] = first
+    return shared

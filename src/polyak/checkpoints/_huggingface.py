@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from polyak.checkpoints import _pt, _safetensors
-from polyak.checkpoints._base import Contents, Location, StoredTensor
+from polyak.checkpoints._base import Contents, Format, Layout, Location, Writer
 from polyak.checkpoints._io import AtomicOutput, writing
-from polyak.checkpoints._writer import Layout, Writer
+from polyak.checkpoints._pt import TorchFormat
+from polyak.checkpoints._safetensors import SafetensorsFormat
 from polyak.errors import CheckpointError, StructureError, name_list
 
 # Above this many bytes a folder gets several files; the usual choice of the hub's tools.
@@ -23,49 +23,58 @@ _INDEX = ".index.json"
 _TRAINER_STATE = "trainer_state.json"
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """How the shards of a folder are called, read and written."""
-
-    stem: str
-    suffix: str
-    read: Callable[[Path], Contents]
-    writer: Callable[[Path, Layout], Writer]
+# transformers, diffusers and PEFT; the first is the one that is written.
+_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 
 
-SAFETENSORS = _Kind("model", ".safetensors", _safetensors.read, _safetensors.SafetensorsWriter)
-BIN = _Kind("pytorch_model", ".bin", _pt.read, _pt.PickledWriter)
-# transformers, diffusers and PEFT; an index before a single file, safetensors before pickles.
-_KINDS = tuple(
-    replace(kind, stem=stem)
-    for kind, stems in (
-        (SAFETENSORS, ("model", "diffusion_pytorch_model", "adapter_model")),
-        (BIN, ("pytorch_model", "diffusion_pytorch_model", "adapter_model")),
-    )
-    for stem in stems
-)
+class _Folder(Format):
+    """A folder with a weights file of one of these names, or with its shards and their index, which comes first."""
+
+    file_format: ClassVar[Format]
+    stems: ClassVar[tuple[str, ...]]
+    suffix: ClassVar[str]
+
+    def recognises(self, path: Path, start: bytes) -> bool:
+        return self._weights_file(path) is not None
+
+    def _weights_file(self, path: Path) -> Path | None:
+        files = [path / f"{stem}{self.suffix}{ending}" for stem in self.stems for ending in (_INDEX, "")]
+        return next((file for file in files if file.is_file()), None)
+
+    def read(self, path: Path) -> Contents:
+        """Raises ``CheckpointError`` also for a damaged index, and for missing shards or names, all at once."""
+        file = self._weights_file(path)
+        assert file is not None, "the format was recognised by this file"
+        read = self.file_format.read
+        contents = _sharded(file, self.file_format) if file.name.endswith(_INDEX) else read(file)
+        step = _trainer_step(path)
+        return (
+            contents
+            if step is None
+            else replace(contents, metadata={"global_step": step} | contents.metadata)
+        )
+
+    def writer(self, path: Path, layout: Layout, overwrite: bool) -> HuggingFaceWriter:
+        return HuggingFaceWriter(path, layout, overwrite, self)
 
 
-def find_weights_file(path: Path) -> tuple[Path, _Kind] | None:
-    """The index or the single weights file of a folder, or None."""
-    for kind in _KINDS:
-        for name in (kind.stem + kind.suffix + _INDEX, kind.stem + kind.suffix):
-            if (path / name).is_file():
-                return path / name, kind
-    return None
+class HuggingFaceFormat(_Folder):
+    """With safetensors files."""
+
+    name = "huggingface"
+    looks = "a folder with model.safetensors or its index"
+    suffixes = ("",)
+    own_files = ("*.safetensors", f"*{_INDEX}")
+    file_format, stems, suffix = SafetensorsFormat(), _STEMS, ".safetensors"
 
 
-def read(path: Path) -> Contents:
-    """The tensors of all shards.
+class HuggingFaceBinFormat(_Folder):
+    """With torch files."""
 
-    Raises ``CheckpointError`` for a damaged index, and for missing shards or names, all at once.
-    """
-    found = find_weights_file(path)
-    assert found is not None, "the format was recognised by this file"
-    file, kind = found
-    contents = _sharded(file, kind) if file.name.endswith(_INDEX) else kind.read(file)
-    step = _trainer_step(path)
-    return contents if step is None else replace(contents, metadata={"global_step": step} | contents.metadata)
+    name = "huggingface-bin"
+    looks = "a folder with pytorch_model.bin or its index"
+    own_files = ("*.bin", f"*{_INDEX}")
+    file_format, stems, suffix = TorchFormat(), ("pytorch_model", *_STEMS[1:]), ".bin"
 
 
 def _trainer_step(path: Path) -> str | None:
@@ -76,26 +85,27 @@ def _trainer_step(path: Path) -> str | None:
         return None
 
 
-def _sharded(index: Path, kind: _Kind) -> Contents:
+def _sharded(index: Path, format: Format) -> Contents:
     shard_of = _weight_map(index)
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise CheckpointError(f"{index.parent} lacks {name_list(missing, most=20)}: fetch the shards again")
-    contents = [kind.read(index.parent / shard) for shard in shards]
+    contents = [format.read(index.parent / shard) for shard in shards]
     tree: dict[str, Any] = {}
     for shard, part in zip(shards, contents, strict=True):
         # Tied names are in a shard without being in the index.
         tree |= {
             name: part.stored(leaf)
             for name, leaf in part.tree.items()
-            if isinstance(leaf, StoredTensor | Tensor) and shard_of.get(name, shard) == shard
+            if isinstance(leaf, part.leaf_types) and shard_of.get(name, shard) == shard
         }
     absent = [name for name in shard_of if name not in tree]
     if absent:
         raise CheckpointError(f"{index} promises tensors that its shards do not hold: {name_list(absent)}")
     metadata = {name: text for part in contents for name, text in part.metadata.items()}
-    return Contents(tree, metadata, all(part.is_lazy for part in contents))
+    is_lazy = all(part.is_lazy for part in contents)
+    return Contents(tree, metadata, is_lazy, files=[file for part in contents for file in part.files])
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -115,12 +125,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 class HuggingFaceWriter(Writer):
     """A new folder with one weights file, or with shards and an index where there are too many bytes for one."""
 
-    def __init__(
-        self, path: Path, layout: Layout, overwrite: bool = False, kind: _Kind = SAFETENSORS
-    ) -> None:
+    def __init__(self, path: Path, layout: Layout, overwrite: bool, format: _Folder) -> None:
         super().__init__(layout)
         self._output = AtomicOutput(path, overwrite)
-        self._kind = kind
+        self._format = format
         parts = _split(layout)
         self._writers: dict[str, Writer] = {}
         self._file_of: dict[str, str] = {}
@@ -129,8 +137,8 @@ class HuggingFaceWriter(Writer):
             with self._under_its_name():
                 for number, part in enumerate(parts, 1):
                     shard = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
-                    file = kind.stem + shard + kind.suffix
-                    self._writers[file] = kind.writer(folder / file, part)
+                    file = format.stems[0] + shard + format.suffix
+                    self._writers[file] = format.file_format.writer(folder / file, part, False)
                     self._file_of |= dict.fromkeys([*part.tensors, *part.ties], file)
         except BaseException:
             self.abort()
@@ -147,7 +155,7 @@ class HuggingFaceWriter(Writer):
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
         with self._under_its_name():
-            self._writers[self._file_of[name]].write(name, start, values)
+            self._writers[self._file_of[name]]._write(name, start, values)
 
     def location(self, name: str) -> Location | None:
         return self._writers[self._file_of[name]].location(name)
@@ -159,7 +167,7 @@ class HuggingFaceWriter(Writer):
         if len(self._writers) > 1:
             total_bytes = sum(info.nbytes for info in self.layout.tensors.values())
             index = {"metadata": {"total_size": total_bytes}, "weight_map": self._file_of}
-            name = self._kind.stem + self._kind.suffix + _INDEX
+            name = self._format.stems[0] + self._format.suffix + _INDEX
             with writing(self._output.path):
                 (self._output.temporary / name).write_text(json.dumps(index, indent=2))
         self._output.commit()

@@ -10,31 +10,29 @@ import secrets
 import shutil
 import stat
 import sys
+import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-from torch import Tensor
-
-from polyak.checkpoints._base import Location, StoredTensor, TensorInfo, byte_view
 from polyak.errors import CheckpointError, OutputExistsError, name_list
 
 __all__ = [
+    "OWN_FILES",
+    "O_BINARY",
     "AtomicOutput",
     "DataFile",
     "Observer",
-    "StridedRegion",
-    "contiguous_stride",
     "write_all",
     "write_file",
     "writing",
 ]
 
-# Large files pass through the page cache without staying in it, where the system knows how.
+# Reading and writing at offsets. Large files pass through the page cache without staying in it, where the system
+# knows how.
 
 # Smaller files are left in the page cache: what is chosen among, such as the blocks of a small model, is read soon.
 LEAST_UNCACHED_BYTES = 1 << 25
@@ -46,6 +44,10 @@ _RWF_DONTCACHE = 0x80
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 # A Python that was built for an older system knows no flags.
 _ERRORS = (OSError, NotImplementedError)
+# Windows would take descriptors for text, and can only read and write at a file's one position.
+O_BINARY = getattr(os, "O_BINARY", 0)
+_HAS_OFFSETS = hasattr(os, "preadv") and hasattr(os, "pwrite")
+_position_lock = threading.Lock()
 
 
 def write_all(number: int, data: memoryview, offset: int, *, uncached: bool = False) -> None:
@@ -53,23 +55,36 @@ def write_all(number: int, data: memoryview, offset: int, *, uncached: bool = Fa
 
     If ``uncached``, the system begins at once to put it on the disk, and then drops it from the page cache.
     """
-    uncached = uncached and len(data) >= _LEAST_PIECE_BYTES
+    uncached = uncached and len(data) >= _LEAST_PIECE_BYTES and _HAS_OFFSETS
     done = 0
     while done < len(data):
         if uncached:
             done += _write_uncached(number, data[done : done + _CHUNK_BYTES], offset + done)
-        else:
+        elif _HAS_OFFSETS:
             done += os.pwrite(number, data[done:], offset + done)
+        else:
+            done += _seek_and(os.write, number, data[done:], offset + done)
 
 
 def read_into(number: int, buffer: memoryview, offset: int, *, uncached: bool = False) -> int:
     """``os.preadv``; if ``uncached``, what has to come from the disk does not stay in the page cache."""
+    if not _HAS_OFFSETS:
+        data = _seek_and(os.read, number, len(buffer), offset)
+        buffer[: len(data)] = data
+        return len(data)
     if uncached and sys.platform == "linux":
         try:
             return os.preadv(number, [buffer], offset, _RWF_DONTCACHE)
         except _ERRORS as error:
             _raise_unless_unsupported(error)
     return os.preadv(number, [buffer], offset)
+
+
+def _seek_and(call: Callable, number: int, argument: memoryview | int, offset: int):
+    """One thread at a time: a descriptor has one position."""
+    with _position_lock:
+        os.lseek(number, offset, os.SEEK_SET)
+        return call(number, argument)
 
 
 def _raise_unless_unsupported(error: Exception) -> None:
@@ -90,7 +105,7 @@ def _write_uncached(number: int, data: memoryview, offset: int) -> int:
     return written
 
 
-# Tensors that lie as plain bytes in a file, read at their offsets with ``pread``.
+# Files that are read, each through a descriptor of its own.
 
 # Sixty-four sharded inputs have more files than a process may hold open; those read last stay open.
 _MAX_OPEN_FILES = 128
@@ -100,22 +115,17 @@ class _Descriptor:
     """An open file; closed when the last thread that reads from it lets go."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = os.open(path, os.O_RDONLY | O_BINARY)
         weakref.finalize(self, os.close, self.number)
+
+
+# By the id of the file they belong to, the one read last at the end.
+_open_files: OrderedDict[int, _Descriptor] = OrderedDict()
+_open_files_lock = threading.Lock()
 
 
 def _fingerprint(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=_MAX_OPEN_FILES)
-def _descriptor(path: Path, fingerprint: tuple[int, ...]) -> _Descriptor:
-    descriptor = _Descriptor(path)
-    if _fingerprint(os.fstat(descriptor.number)) != fingerprint:
-        raise CheckpointError(
-            f"{path} changed while it was being read: open it again when its writer is done"
-        )
-    return descriptor
 
 
 class DataFile:
@@ -134,18 +144,34 @@ class DataFile:
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"cannot read {path}: it is not a regular file")
             self._fingerprint = _fingerprint(status)
-            _descriptor(path, self._fingerprint)
+            self._descriptor()
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
         self.size = status.st_size
         if self.size == 0:
             raise CheckpointError(f"{path} is empty: its writer was cut off; use another copy")
 
+    def _descriptor(self) -> _Descriptor:
+        with _open_files_lock:
+            descriptor = _open_files.pop(id(self), None) or self._opened()
+            _open_files[id(self)] = descriptor
+            if len(_open_files) > _MAX_OPEN_FILES:
+                _open_files.popitem(last=False)
+        return descriptor
+
+    def _opened(self) -> _Descriptor:
+        descriptor = _Descriptor(self.path)
+        if _fingerprint(os.fstat(descriptor.number)) != self._fingerprint:
+            raise CheckpointError(
+                f"{self.path} changed while it was being read: open it again when its writer is done"
+            )
+        return descriptor
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes at ``offset``."""
         done = 0
         try:
-            descriptor = _descriptor(self.path, self._fingerprint)
+            descriptor = self._descriptor()
             while done < len(buffer):
                 count = read_into(descriptor.number, buffer[done:], offset + done, uncached=self._uncached)
                 if count == 0:
@@ -171,15 +197,16 @@ class DataFile:
     def mapped(self) -> mmap.mmap:
         """The whole file as read-only memory; it is unmapped when the last user lets go."""
         try:
-            descriptor = _descriptor(self.path, self._fingerprint)
-            return mmap.mmap(descriptor.number, self.size, access=mmap.ACCESS_READ)
+            return mmap.mmap(self._descriptor().number, self.size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
 
-    @staticmethod
-    def release() -> None:
-        """Let go of the files held open; they are opened again where they are still needed."""
-        _descriptor.cache_clear()
+    def close(self) -> None:
+        """Let go of its descriptor; reading afterwards opens it again."""
+        # Not under the lock: the garbage collector may come here while this thread holds it.
+        _open_files.pop(id(self), None)
+
+    __del__ = close
 
 
 class FilePart(io.RawIOBase):
@@ -214,94 +241,11 @@ class FilePart(io.RawIOBase):
         return count
 
 
-def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides, in elements.
-
-    >>> contiguous_stride((2, 3, 4))
-    (12, 4, 1)
-    """
-    stride = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        stride[axis] = stride[axis + 1] * shape[axis + 1]
-    return tuple(stride)
-
-
-class StridedRegion(StoredTensor):
-    """A dense tensor with any strides at an offset of a file.
-
-    Args:
-        file: the file.
-        offset: where element (0, …, 0) lies, in bytes.
-        info: shape and dtype.
-        stride: in elements; row-major if left out.
-        limit: the byte at which the tensor's part of the file ends.
-
-    Raises ``CheckpointError`` if the tensor would reach beyond ``limit``.
-    """
-
-    def __init__(
-        self,
-        file: DataFile,
-        offset: int,
-        info: TensorInfo,
-        stride: tuple[int, ...] | None = None,
-        *,
-        limit: int,
-    ) -> None:
-        self.info = info
-        self._file, self._offset = file, offset
-        row_major = contiguous_stride(info.shape)
-        self._stride = row_major if stride is None else stride
-        self._contiguous = all(
-            ours == wanted
-            for ours, wanted, size in zip(self._stride, row_major, info.shape, strict=True)
-            if size > 1
-        )
-        self._check(limit)
-
-    def _check(self, limit: int) -> None:
-        if any(size < 0 for size in self.info.shape) or any(step < 0 for step in self._stride):
-            raise CheckpointError(f"{self._file.path} is corrupt: a tensor of shape {list(self.info.shape)}")
-        if self.info.numel == 0:
-            return
-        last = sum((size - 1) * step for size, step in zip(self.info.shape, self._stride, strict=True))
-        end = self._offset + (last + 1) * self.info.dtype.itemsize
-        # A tensor expanded by zero strides could claim any size; real ones are no larger than their file.
-        if self._offset < 0 or end > min(limit, self._file.size) or self.info.nbytes > self._file.size:
-            raise CheckpointError(
-                f"{self._file.path} is truncated or corrupt: a tensor of shape {list(self.info.shape)} "
-                f"reaches beyond its data"
-            )
-
-    @property
-    def location(self) -> Location | None:
-        return Location(self._file.path, self._offset) if self._contiguous else None
-
-    def read_into(self, start: int, out: Tensor) -> None:
-        if self._contiguous:
-            self._file.read_into(self._offset + start * out.element_size(), byte_view(out))
-        elif out.numel():
-            self._gather(start, byte_view(out))
-
-    def _gather(self, start: int, buffer: memoryview) -> None:
-        width = self.info.dtype.itemsize
-        # Elements are moved as opaque bytes: NumPy's flat iterator walks any strides without a copy of the rest.
-        view = np.ndarray(
-            self.info.shape,
-            dtype=f"V{width}",
-            buffer=self._file.mapped(),
-            offset=self._offset,
-            strides=tuple(step * width for step in self._stride),
-        )
-        count = len(buffer) // width
-        buffer[:] = memoryview(view.flat[start : start + count].tobytes())
-
-
 # Outputs that appear whole or not at all.
 
-# What the writers put into folders. A folder with anything else in it is somebody's, and is not replaced.
-_OURS = ("*.safetensors", "*.bin", "*.index.json", "*.distcp", ".metadata", "polyak.json")
-
+# Patterns of what the writers put into folders; each format adds its own. A folder with anything else in it is
+# somebody's, and is not replaced.
+OWN_FILES: set[str] = set()
 
 # Called with the offset and the bytes of what was written.
 Observer = Callable[[int, memoryview], object]
@@ -331,7 +275,7 @@ class OutputFile:
             # A full disk shows here, before hours of work, rather than at the last tensor.
             if shutil.disk_usage(path.parent).free < nbytes:
                 raise OSError(errno.ENOSPC, f"{nbytes:,} bytes are needed and the disk has less")
-            self._number: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            self._number: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_BINARY, 0o666)
             try:
                 os.truncate(self._number, nbytes)
             except BaseException:
@@ -453,7 +397,7 @@ def write_file(path: Path, content: bytes, *, overwrite: bool) -> None:
 
 
 def _is_ours(item: Path) -> bool:
-    return item.is_file() and any(fnmatch(item.name, pattern) for pattern in _OURS)
+    return item.is_file() and any(fnmatch(item.name, pattern) for pattern in OWN_FILES)
 
 
 def _sync_tree(path: Path) -> None:
@@ -464,7 +408,10 @@ def _sync_tree(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folder, and its renames are in its journal
+    # Windows syncs only what is open for writing.
+    number = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(number)
     finally:

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polyak.checkpoints._base import Contents, StoredTensor, TensorInfo, byte_view
-from polyak.checkpoints._io import DataFile, StridedRegion, contiguous_stride
-from polyak.checkpoints._writer import SIDECAR, SpooledWriter, read_sidecar, sidecar_text
-from polyak.checkpoints._zip import Member, open_zip, read_directory
+from polyak.checkpoints import _base
+from polyak.checkpoints._base import SIDECAR, Contents, Format, Layout, StoredTensor, TensorInfo, byte_view
+from polyak.checkpoints._io import DataFile
+from polyak.checkpoints._pt import ZIP_MAGIC, Member, open_zip, read_directory
 from polyak.errors import CheckpointError
 
 _MAGIC = b"\x93NUMPY"
@@ -58,30 +58,42 @@ _WRITTEN = {dtype: code for code, dtype in _CODES.items()} | _OPAQUE
 _NOT_NUMBERS = re.compile(r"[|<>=]?[OSUMmV]\d*(\[.*\])?")
 
 
-def read(path: Path) -> Contents:
-    """The arrays of an npz file. Arrays of text and objects are left out, and never unpickled.
+class NpzFormat(Format):
+    """Arrays under their names. Arrays of text and objects are left out, and never unpickled."""
 
-    Raises ``CheckpointError`` for damaged files, zip bombs, and numbers that torch cannot hold.
-    """
-    file = DataFile(path)
-    members = read_directory(file)
-    archive = open_zip(file)
-    sidecar = _sidecar(path, archive, members)
-    tree: dict[str, StoredTensor | str] = {}
-    for member in members.values():
-        if member.name.endswith(_SUFFIX):
-            name = member.name.removesuffix(_SUFFIX)
-            tree[name] = _array(file, archive, member, sidecar["dtypes"].get(name))
-    tree |= {tied: tree[name] for tied, name in sidecar["ties"].items() if name in tree}
-    return Contents(tree, sidecar["metadata"])
+    name = "npz"
+    looks = "an npz file"
+    suffixes = (".npz",)
+
+    def recognises(self, path: Path, start: bytes) -> bool:
+        return start[:4] == ZIP_MAGIC and any(
+            name.endswith(_SUFFIX) for name in read_directory(DataFile(path))
+        )
+
+    def read(self, path: Path) -> Contents:
+        """Raises ``CheckpointError`` for damaged files, zip bombs, and numbers that torch cannot hold."""
+        file = DataFile(path)
+        members = read_directory(file)
+        archive = open_zip(file)
+        sidecar = _sidecar(path, archive, members)
+        tree: dict[str, StoredTensor | str] = {}
+        for member in members.values():
+            if member.name.endswith(_SUFFIX):
+                name = member.name.removesuffix(_SUFFIX)
+                tree[name] = _array(file, archive, member, sidecar["dtypes"].get(name))
+        tree |= {tied: tree[name] for tied, name in sidecar["ties"].items() if name in tree}
+        return Contents(tree, sidecar["metadata"], files=(file,))
+
+    def writer(self, path: Path, layout: Layout, overwrite: bool) -> NpzWriter:
+        return NpzWriter(path, layout, overwrite)
 
 
 def _sidecar(path: Path, archive: zipfile.ZipFile, members: dict[str, Member]) -> dict[str, dict[str, str]]:
     if SIDECAR not in members:
-        return read_sidecar(path, b"{}")
+        return _base.read_sidecar(path, b"{}")
     if members[SIDECAR].nbytes > _MAX_SIDECAR_BYTES:
         raise CheckpointError(f"{path}: its {SIDECAR} is too large to be one")
-    return read_sidecar(path, _MemberStream(path, archive, SIDECAR).read(0, members[SIDECAR].nbytes))
+    return _base.read_sidecar(path, _MemberStream(path, archive, SIDECAR).read(0, members[SIDECAR].nbytes))
 
 
 def _array(
@@ -99,8 +111,8 @@ def _array(
             f"shape {list(shape)} needs {info.nbytes:,} bytes and {member.nbytes - data_start:,} are there"
         )
     if member.is_stored:
-        stride = contiguous_stride(shape[::-1])[::-1] if is_fortran else None
-        return StridedRegion(file, member.offset + data_start, info, stride, limit=member.end)
+        stride = _base.contiguous_stride(shape[::-1])[::-1] if is_fortran else None
+        return _base.StridedRegion(file, member.offset + data_start, info, stride, limit=member.end)
     if is_fortran and len(shape) > 1:
         raise stream.error("it is compressed in column order; save it with numpy.ascontiguousarray")
     return _InflatedTensor(stream, data_start, info)
@@ -193,7 +205,7 @@ class _InflatedTensor(StoredTensor):
         self._stream.read_into(self._data_start + start * out.element_size(), byte_view(out))
 
 
-class NpzWriter(SpooledWriter):
+class NpzWriter(_base.SpooledWriter):
     """Stored members, every name of tied tensors (NumPy knows no ties), and the sidecar."""
 
     def _save(self, tensors: dict[str, Tensor], target: Path) -> None:
@@ -211,7 +223,9 @@ class NpzWriter(SpooledWriter):
                     data = byte_view(tensor.reshape(-1))
                     for start in range(0, len(data), _PIECE_BYTES):
                         member.write(data[start : start + _PIECE_BYTES])
-            archive.writestr(zipfile.ZipInfo(SIDECAR, _FIXED_TIME), sidecar_text(self.layout, dtypes=dtypes))
+            archive.writestr(
+                zipfile.ZipInfo(SIDECAR, _FIXED_TIME), _base.sidecar_text(self.layout, dtypes=dtypes)
+            )
 
 
 def _npy_header(tensor: Tensor) -> bytes:

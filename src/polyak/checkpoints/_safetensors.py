@@ -14,9 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.checkpoints._base import Contents, Location, StoredTensor, TensorInfo, byte_view
-from polyak.checkpoints._io import AtomicOutput, DataFile, Observer, StridedRegion
-from polyak.checkpoints._writer import Layout, Writer
+from polyak.checkpoints._base import (
+    Contents,
+    Format,
+    Layout,
+    Location,
+    StoredTensor,
+    StridedRegion,
+    TensorInfo,
+    Writer,
+    byte_view,
+)
+from polyak.checkpoints._io import AtomicOutput, DataFile, Observer
 from polyak.errors import CheckpointError, StructureError, name_list
 
 # https://huggingface.co/docs/safetensors: 8 bytes of little-endian header length, at most 100 MB of header.
@@ -47,17 +56,29 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def read(path: Path) -> Contents:
-    """The tensors of a safetensors file, none of them read.
+class SafetensorsFormat(Format):
+    """Tensors under their names, and text."""
+
+    name = "safetensors"
+    looks = "a safetensors file"
+    suffixes = (".safetensors",)
+
+    def recognises(self, path: Path, start: bytes) -> bool:
+        return bool(start) and (path.suffix == ".safetensors" or start[8:9] == b"{")
+
+    def read(self, path: Path) -> Contents:
+        return read_file(DataFile(path))
+
+    def writer(self, path: Path, layout: Layout, overwrite: bool) -> SafetensorsWriter:
+        return SafetensorsWriter(path, layout, overwrite)
+
+
+def read_file(file: DataFile) -> Contents:
+    """The tensors of a safetensors file that is open, none of them read.
 
     Raises ``CheckpointError`` if the header is not what the format allows: every byte must belong to just one
     tensor.
     """
-    return read_file(DataFile(path))
-
-
-def read_file(file: DataFile) -> Contents:
-    """The same of a file that is open."""
     path = file.path
     header, data_start = _header(file)
     metadata = header.pop(_METADATA, {})
@@ -71,7 +92,7 @@ def read_file(file: DataFile) -> Contents:
     }
     ties = {tied: name for tied, name in metadata.items() if name in tree and tied not in {_FRAMEWORK, *tree}}
     tree.update({tied: tree[name] for tied, name in ties.items()})
-    return Contents(tree, {name: text for name, text in metadata.items() if name not in ties})
+    return Contents(tree, {name: text for name, text in metadata.items() if name not in ties}, files=(file,))
 
 
 def _header(file: DataFile) -> tuple[dict[str, Any], int]:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from polyak.checkpoints._base import Contents, StoredTensor
 from polyak.errors import CheckpointError, OptionError, name_list
 
@@ -87,7 +85,7 @@ def find_weights(contents: Contents, key: str | None, path: Path) -> FoundWeight
     Raises ``OptionError`` for a key that is not there, ``CheckpointError`` if there are no tensors at all.
     """
     entries = dict(_walk(contents.tree, path))
-    tensor_paths = [parts for parts, leaf in entries.items() if isinstance(leaf, StoredTensor | Tensor)]
+    tensor_paths = [parts for parts, leaf in entries.items() if isinstance(leaf, contents.leaf_types)]
     found = _known_places(tensor_paths)
     place = _chosen_place(key, tensor_paths, found, path)
     named, prefix = _without_wrappers(_named(tensor_paths, place, path))

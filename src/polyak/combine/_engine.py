@@ -375,6 +375,7 @@ def combine(
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
     workers: int | None = None,
+    names: Iterable[str] | None = None,
 ) -> list[str]:
     """Write Σ_k a_k · input_k to each writer, in one pass over the inputs.
 
@@ -391,6 +392,7 @@ def combine(
         progress: called with bytes done and bytes in all.
         share: ``(rank, ranks)``: do only the rank-th of so many parts; other processes do the others.
         workers: the most threads; None: as many as pay.
+        names: the tensors to write, of those that the writers take; None: all.
 
     Returns:
         The names of copied tensors, of those in this share, that differ between the inputs.
@@ -418,7 +420,9 @@ def combine(
         raise OptionError(f"{len(coefficients)} rows of coefficients for {len(writers)} writers")
     budget = Budget.within(max_memory, inputs, len(writers), workers)
     job = _Job(inputs, coefficients, writers, accumulate)
-    slices = share_of(list(cut(writers[0].layout.tensors, job.width, budget.slice_bytes)), *share)
+    layout = writers[0].layout.tensors
+    chosen = layout if names is None else {name: layout[name] for name in names}
+    slices = share_of(list(cut(chosen, job.width, budget.slice_bytes)), *share)
     bundles = list(bundled(slices, job.kind, job.width, budget.slice_bytes))
     tally = _Tally(sum(map(job.traffic, bundles)), progress)
     nbytes = [bundle.count * job.width(bundle.name) for bundle in bundles]
@@ -426,7 +430,7 @@ def combine(
     workers = min(budget.workers, len(bundles)) if worth_threads else 1
     # A small model is averaged many times in a row, and fresh memory costs more than its arithmetic.
     run_on_threads(lambda: _Worker(job, max(nbytes, default=0), tally), bundles, workers)
-    return [name for name in writers[0].layout.tensors if name in job.differing]
+    return [name for name in layout if name in job.differing]
 
 
 class _Job:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from polyak import checkpoints
 from polyak._distributed import RankGroup
-from polyak.checkpoints import _io, _writer
+from polyak.checkpoints import _base, _io
 from polyak.checkpoints._formats import format_for
 from polyak.combine import _inputs
 from polyak.combine._engine import Budget, Progress, combine
@@ -280,7 +280,7 @@ def run_on_ranks(plan: Plan, progress: Progress | None = None) -> AverageReport:
     """
     group = RankGroup.of_all()
     try:
-        with _writer.written_together(group, Path(plan.output), plan.layout, plan.create) as target:
+        with _base.written_together(group, Path(plan.output), plan.layout, plan.create) as target:
             differing = plan.fill(target, progress, share=(dist.get_rank(), dist.get_world_size()))
         return plan.report(sorted(set().union(*group.gather(differing))))
     finally:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from polyak._distributed import RankGroup
 from polyak._model import Binding, ModelTensors, NamedTensor, is_sharded, local, shard_runs
-from polyak.checkpoints import Checkpoint, Layout, Location, TensorInfo, Writer, _safetensors
+from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer, _safetensors
 from polyak.checkpoints import open as open_checkpoint
+from polyak.checkpoints._base import on_host, written_together
 from polyak.checkpoints._formats import RECORDING_NAME
 from polyak.checkpoints._io import DataFile, Observer, write_file
-from polyak.checkpoints._writer import on_host, written_together
 from polyak.combine import combine
 from polyak.errors import CheckpointError, OptionError
 
@@ -32,7 +32,6 @@ __all__ = [
     "Checksum",
     "Manifest",
     "Metrics",
-    "Part",
     "Snapshot",
     "Summary",
     "copied_names",
@@ -528,37 +527,16 @@ def merge_files(sources: Mapping[Path, Block], target: Path) -> int:
     first_names = {name: info for name, info in newest.tensors.items() if name not in newest.ties}
     layout = Layout(first_names, newest.ties, {_COPIED_KEY: json.dumps(sorted(copied))})
     checksum = Checksum()
+    averaged = [name for name in first_names if name not in copied]
     with _safetensors.SafetensorsWriter(target, layout, overwrite=True, observe=checksum.add) as writer:
-        averaged = Part(writer, [name for name in first_names if name not in copied])
         # One thread: the training that goes on beside this has use for the other cores.
-        combine(inputs, [[count / sum(counts) for count in counts]], [averaged], workers=1)
+        shares = [count / sum(counts) for count in counts]
+        combine(inputs, [shares], [writer], workers=1, names=averaged)
         for name in copied:
             writer.write(name, 0, newest.read(name).view(-1))
         for path, block in sources.items():
             _refuse_other_checksum(files[path], block.checksum, f"block {block}")
     return checksum.value
-
-
-class Part(Writer):
-    """Some tensors of a checkpoint that is being written; who began it commits it."""
-
-    def __init__(self, whole: Writer, names: Iterable[str]) -> None:
-        chosen = {name: whole.layout.tensors[name] for name in names}
-        ties = {tied: name for tied, name in whole.layout.ties.items() if name in chosen}
-        super().__init__(Layout(chosen, ties))
-        self._whole = whole
-
-    def _write(self, name: str, start: int, values: Tensor) -> None:
-        self._whole.write(name, start, values)
-
-    def location(self, name: str) -> Location | None:
-        return self._whole.location(name)
-
-    def commit(self) -> None:
-        """Left to the whole."""
-
-    def abort(self) -> None:
-        """Left to the whole."""
 
 
 def refuse_damaged(path: Path, checksum: int | None, what: str) -> None:

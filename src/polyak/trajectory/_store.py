@@ -17,7 +17,7 @@ from typing import Any
 
 from polyak import checkpoints
 from polyak._distributed import RankGroup
-from polyak.checkpoints._io import DataFile, writing
+from polyak.checkpoints._io import writing
 from polyak.errors import CheckpointError, StateError, name_list
 from polyak.trajectory._blocks import (
     FROZEN_NAME,
@@ -324,8 +324,6 @@ class TrajectoryFolder:
         unlisted = [n for n in os.listdir(self.path) if _TRANSIENT.fullmatch(n) and n not in listed]
         for name in unlisted:
             (self.path / name).unlink(missing_ok=True)
-        if unlisted:
-            DataFile.release()  # a file that is open keeps its place on the disk
 
     def _refuse_orphans(self) -> None:
         orphans = [name for name in sorted(os.listdir(self.path)) if name.startswith("block-")]

@@ -27,7 +27,7 @@ from polyak.combine import (
 )
 from polyak.errors import CheckpointError, NotStartedError, OptionError, name_list
 from polyak.profiles import Profile, Weights, as_profile
-from polyak.trajectory._blocks import FROZEN_NAME, Block, Manifest, Part, copied_names, refuse_damaged
+from polyak.trajectory._blocks import FROZEN_NAME, Block, Manifest, copied_names, refuse_damaged
 from polyak.trajectory._explain import Explanation, block_coefficients, explain
 
 __all__ = ["Trajectory"]
@@ -127,19 +127,20 @@ class Assembly:
 
     def fill(self, rows: Sequence[Row], writers: Sequence[Writer], max_memory: int | str) -> None:
         """Write the model of each row to its writer, which was begun with its layout."""
-        averaged = [self._copy_rest(row, writer) for row, writer in zip(rows, writers, strict=True)]
+        # What is averaged is the same in all blocks of a run, so in all rows.
+        averaged, *_ = [self._copy_rest(row, writer) for row, writer in zip(rows, writers, strict=True)]
         blocks = self._counted(rows)
         coefficients = [[row[index] for index in blocks] for row in rows]
-        combine(list(blocks.values()), coefficients, averaged, max_memory=max_memory)
+        combine(list(blocks.values()), coefficients, writers, max_memory=max_memory, names=averaged)
 
-    def _copy_rest(self, row: Row, writer: Writer) -> Part:
-        """Copy what is not averaged; what remains to be written. Buffers are those of the newest block."""
+    def _copy_rest(self, row: Row, writer: Writer) -> list[str]:
+        """Copy what is not averaged; the names that remain to be written. Buffers are those of the newest block."""
         newest, stored = list(self._counted([row]).values())[-1], writer.layout.tensors
         copied = copied_names(newest).intersection(stored)
         _copy(newest, copied, writer)
         if self._frozen is not None:
             _copy(self._frozen, stored.keys() & self._frozen.tensors.keys(), writer)
-        return Part(writer, [name for name in stored if name in newest.tensors and name not in copied])
+        return [name for name in stored if name in newest.tensors and name not in copied]
 
     def _counted(self, rows: Sequence[Row]) -> dict[int, Checkpoint]:
         """The blocks with a coefficient in any of ``rows``, by position."""
