@@ -17,7 +17,7 @@ import polyak
 SOURCE = Path(polyak.__file__).parent
 LAYERS = [
     {"errors", "_version"},
-    {"_checks", "_model", "profiles"},
+    {"_checks", "_model", "_torch", "profiles"},
     {"_mean", "_batches", "_swap", "_distributed", "checkpoints", "combine"},
     {"average", "batchnorm", "_attach", "trajectory"},
     {"_evaluate", "plots"},

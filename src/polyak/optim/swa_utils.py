@@ -17,8 +17,8 @@ from torch.optim.swa_utils import SWALR
 
 from polyak._batches import in_place_of
 from polyak._mean import Accumulator, mean_dtype
-from polyak._model import ModelTensors, NamedTensor, differences, is_sharded, shape_of
-from polyak._swap import copy_into, refuse_swapped
+from polyak._model import ModelTensors, NamedTensor, differences, is_sharded, refuse_swapped, shape_of
+from polyak._swap import copy_into
 from polyak.batchnorm import update_bn
 from polyak.errors import OptionError, StructureError, name_list
 from polyak.profiles import EMA, Scheme, Uniform
