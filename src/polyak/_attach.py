@@ -167,8 +167,8 @@ class _Steps:
         """Update ``followers`` from now on, after each step of the last of ``optimizers``, which the others hold."""
         inner = optimizers[-1]
         if self._hook is None:
-            vars(inner)[_STEPS] = self
             self._hook = inner.register_step_post_hook(self)
+            vars(inner)[_STEPS] = self
         for optimizer in optimizers:
             if not any(step.__self__ is optimizer for step in self._wrapped):
                 self._wrapped.append(_Step(optimizer, self, is_own=optimizer is inner))

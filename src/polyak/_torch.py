@@ -7,14 +7,16 @@ Where a release of torch lacks one of these, a slower public way takes its place
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from polyak.errors import PolyakError
 
-__all__ = ["optimizer_hooks", "uncompiled"]
+__all__ = ["optimizer_hooks", "refuse_unseen_conversions", "uncompiled"]
 
 
 def _refuse_without(holder: object, *names: str) -> None:
@@ -25,6 +27,31 @@ def _refuse_without(holder: object, *names: str) -> None:
                 f"torch {torch.__version__} has no {kind.__qualname__}.{name}, without which polyak cannot tell what "
                 "a model holds; use a newer polyak, or an older torch"
             )
+
+
+# Modules
+
+
+@cache
+def refuse_unseen_conversions() -> None:
+    """Refuse (:class:`PolyakError`) a torch whose ``Module.float()`` and the like do not go through ``_apply``.
+
+    A module that has to know of them overrides it, as torch's own recurrent layers do.
+    """
+    seen: list[nn.Module] = []
+
+    class Converted(nn.Module):
+        def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+            seen.append(self)
+            return self
+
+    child = Converted()
+    nn.Sequential(child).float()
+    if seen != [child]:
+        raise PolyakError(
+            f"torch {torch.__version__} converts modules without Module._apply, so AveragedModel would round its means "
+            "unseen; use polyak.Average, a newer polyak, or an older torch"
+        )
 
 
 # Compilation
