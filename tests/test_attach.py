@@ -10,10 +10,10 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 import polyak
-from polyak._attach import refuse_by_hand
 from polyak.errors import OptionError, StateError
 
 
@@ -197,12 +197,14 @@ def test_copies_of_an_optimizer_are_followed_by_nothing():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     average = polyak.Average(model, polyak.Uniform())
     polyak.attach(optimizer, average)
+    counter = Counter()
+    polyak.attach(optimizer, counter)
     for number, copied in enumerate((copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)))):
         copied.step()
-        assert average.n_averaged == number
-        polyak.attach(copied, average)  # no copy counts as one that the average follows already
+        assert (average.n_averaged, counter.steps) == (0, number)
+        polyak.attach(copied, counter)  # no copy counts as one that it follows already
         copied.step()
-        assert average.n_averaged == number + 1
+        assert (average.n_averaged, counter.steps) == (0, number + 1)
 
 
 def test_a_recorder_with_its_optimizer_is_let_go(tmp_path):
@@ -219,13 +221,12 @@ def test_a_recorder_with_its_optimizer_is_let_go(tmp_path):
 def test_what_is_attached_is_not_updated_by_hand_too(tmp_path):
     """Each step would count twice."""
     model = nn.Linear(3, 1)
-    optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     average = polyak.Average(model, polyak.Uniform())
     run = polyak.Recorder(model, tmp_path, block=1)
-    with polyak.attach(optimizer, average, run), polyak.attach(other, average):
+    with polyak.attach(optimizer, average, run):
         backward(model)
         optimizer.step()
-        other.step()
         for follower in (average, run):
             with pytest.raises(OptionError, match="would count the step twice"):
                 follower.update()
@@ -235,11 +236,11 @@ def test_what_is_attached_is_not_updated_by_hand_too(tmp_path):
         run.note(loss=4.0)
         backward(model)
         optimizer.step()
-    assert average.n_averaged == 3
+    assert average.n_averaged == 2
     average.update()
     run.update()
     run.close()
-    assert average.n_averaged == 4
+    assert average.n_averaged == 3
     assert [block.metrics["loss"].mean for block in run.trajectory.blocks if block.metrics] == [3.0]
     with pytest.raises(StateError, match="after close"):
         run.note(loss=1.0)
@@ -277,31 +278,421 @@ def test_an_optimizer_that_is_gone_calls_nothing():
 
 
 def test_trainings_in_several_threads_do_not_meet():
-    """One hook is at work while another begins and ends."""
+    """One optimizer is at work while another's step begins and ends."""
     inside, go_on = threading.Event(), threading.Event()
 
-    class Slow(Counter):
+    class Slow(polyak.Average):
         def update(self):
             inside.set()
             assert go_on.wait(30)
-            refuse_by_hand(self)
             super().update()
 
-    class Around(Counter):
+    class Around(polyak.Average):
         def update(self):
+            with pytest.raises(OptionError, match="would count the step twice"):
+                slow.update()
             go_on.set()
             thread.join(30)
-            refuse_by_hand(self)
             super().update()
 
-    def optimizer_for(follower):
-        optimizer = torch.optim.SGD(nn.Linear(3, 1).parameters(), lr=0.1)
-        polyak.attach(optimizer, follower)
-        return optimizer
+    def trained(kind):
+        model = nn.Linear(3, 1)
+        average = kind(model, polyak.Uniform())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        polyak.attach(optimizer, average)
+        return average, optimizer
 
-    slow, around = Slow(), Around()
-    thread = threading.Thread(target=optimizer_for(slow).step)
+    (slow, slow_optimizer), (around, around_optimizer) = trained(Slow), trained(Around)
+    thread = threading.Thread(target=slow_optimizer.step)
     thread.start()
     assert inside.wait(30)
-    optimizer_for(around).step()
-    assert slow.steps == around.steps == 1
+    inside.clear()
+    slow_update, slow.update = slow.update, polyak.Average.update.__get__(slow)  # by hand, from this thread
+    around_optimizer.step()
+    slow.update = slow_update
+    assert slow.n_averaged == around.n_averaged == 1
+
+
+def test_one_optimizer_stepped_by_several_threads_counts_every_step():
+    model = nn.Linear(3, 1)
+    optimizer, counter = Doubling(model.parameters(), lr=0.1), Counter()
+    polyak.attach(optimizer, counter)
+    lock = threading.Lock()
+
+    class Locked(Counter):
+        def update(self):
+            with lock:
+                super().update()
+
+    locked = Locked()
+    polyak.attach(optimizer, locked)
+    threads = [threading.Thread(target=lambda: [optimizer.step() for _ in range(50)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert locked.steps == 200
+
+
+# What it refuses, before anything is counted.
+
+
+def test_an_average_on_two_optimizers_is_refused():
+    """Both would count, as where matrices and the rest of a model have an optimizer each."""
+    model = nn.Linear(3, 1)
+    matrices, rest = torch.optim.SGD([model.weight], lr=0.1), torch.optim.AdamW([model.bias], lr=0.1)
+    average, other = polyak.Average(model, polyak.Uniform()), Counter()
+    handle = polyak.attach(matrices, average)
+    with pytest.raises(OptionError, match="attached to another optimizer, and would count the steps of both"):
+        polyak.attach(rest, other, average)
+    backward(model)
+    matrices.step()
+    rest.step()
+    assert (average.n_averaged, other.steps) == (1, 0)
+    handle.remove()
+    polyak.attach(rest, other, average)
+    matrices.step()
+    rest.step()
+    assert (average.n_averaged, other.steps) == (2, 1)
+
+
+def test_an_optimizer_that_is_gone_leaves_its_average_to_the_next():
+    model = nn.Linear(3, 1)
+    average = polyak.Average(model, polyak.Uniform())
+    old = polyak.attach(torch.optim.SGD(model.parameters(), lr=0.1), average)
+    gc.collect()
+    optimizer = torch.optim.AdamW(model.parameters())
+    polyak.attach(optimizer, average)
+    old.remove()
+    optimizer.step()
+    assert average.n_averaged == 1
+    with pytest.raises(OptionError, match="would count the step twice"):
+        average.update()
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path):
+    generator, discriminator = nn.Linear(3, 3), nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(discriminator.parameters(), lr=0.1)
+    run = polyak.Recorder(generator, tmp_path, block=1)
+    for follower in (polyak.Average(generator, polyak.Uniform()), run):
+        with pytest.raises(
+            OptionError, match=f"no parameter of the model that this {type(follower).__name__}"
+        ):
+            polyak.attach(optimizer, Counter(), follower)
+        follower.update()
+    run.close()
+    assert not vars(optimizer).get("step"), "nothing was attached"
+
+
+def test_an_optimizer_of_a_part_of_the_model_is_taken():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    for params in (model[1].parameters(), [model[0].bias]):
+        average = polyak.Average(torch.compile(nn.DataParallel(model), backend="eager"), polyak.Uniform())
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        polyak.attach(optimizer, average)
+        optimizer.step()
+        assert average.n_averaged == 1
+
+
+def test_parameters_that_were_replaced_are_those_that_count():
+    model = nn.Linear(3, 1)
+    average, old = polyak.Average(model, polyak.Uniform()), torch.optim.SGD(model.parameters(), lr=0.1)
+    model.weight, model.bias = (nn.Parameter(p.detach().clone()) for p in (model.weight, model.bias))
+    with pytest.raises(OptionError, match="made after the model was last changed"):
+        polyak.attach(old, average)
+    new = torch.optim.SGD(model.parameters(), lr=0.1)
+    polyak.attach(new, average)
+    new.step()
+    assert average.n_averaged == 1
+
+
+# Around the optimizer's own step.
+
+
+def schedulers(optimizer):
+    yield torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
+    yield torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+@pytest.mark.parametrize("order", ["scheduler first", "attach first"])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, Doubling], ids=["plain", "doubling"])
+def test_schedulers_made_before_or_after(order, optimizer_class):
+    """Schedulers wrap step too, and warn where they do not find their mark on it; warnings are errors here."""
+    model, counter = nn.Linear(3, 1), Counter()
+    optimizer = optimizer_class(model.parameters(), lr=0.1, momentum=0.9)
+    if order == "attach first":
+        handle = polyak.attach(optimizer, counter)
+    made = list(schedulers(optimizer))
+    if order == "scheduler first":
+        handle = polyak.attach(optimizer, counter)
+    for _ in range(3):
+        backward(model)
+        optimizer.step()
+        for scheduler in made:
+            scheduler.step()
+    assert counter.steps == 3
+    handle.remove()
+    optimizer.step()
+    made[0].step()
+    assert counter.steps == 3
+    with polyak.attach(optimizer, counter):
+        optimizer.step()
+        made[0].step()
+    assert counter.steps == 4
+
+
+def test_the_optimizer_is_as_it_was_once_nothing_follows():
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = dict(vars(optimizer))
+    first, second, third = (polyak.attach(optimizer, Counter()) for _ in range(3))
+    for handle in (second, first, third):
+        assert "step" in vars(optimizer)
+        handle.remove()
+    assert vars(optimizer) == before
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    scheduled = optimizer.step
+    for _ in range(3):
+        with polyak.attach(optimizer, Counter()):
+            assert optimizer.step is not scheduled
+        assert optimizer.step is scheduled
+
+
+def test_a_scheduler_around_what_was_removed_goes_on():
+    """Its wrapper keeps ours, whose removal it cannot see."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    counters = [Counter() for _ in range(3)]
+    handles = [polyak.attach(optimizer, counter) for counter in counters[:2]]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step()
+    handles[0].remove()
+    optimizer.step()
+    handles[1].remove()
+    optimizer.step()
+    handles.append(polyak.attach(optimizer, counters[2]))
+    optimizer.step()
+    handles[2].remove()
+    optimizer.step()
+    scheduler.step()
+    assert [counter.steps for counter in counters] == [1, 2, 1]
+
+
+def test_an_attached_optimizer_is_let_go_without_the_garbage_collector():
+    """Its state may be gigabytes, so no cycle may hold it."""
+    model = nn.Linear(3, 1)
+    average = polyak.Average(model, polyak.Uniform())
+    gc.disable()
+    try:
+        optimizer = torch.optim.Adam(model.parameters())
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        handle = polyak.attach(optimizer, average)
+        backward(model)
+        optimizer.step()
+        gone = weakref.ref(optimizer)
+        del optimizer
+        assert gone() is None
+        handle.remove()
+    finally:
+        gc.enable()
+
+
+class Verbatim(torch.optim.SGD):
+    """Copies every attribute, as wrappers of optimizers do."""
+
+    def __getstate__(self):
+        return vars(self).copy()
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, Doubling, Verbatim])
+def test_copies_and_saved_states_know_nothing_of_it(optimizer_class):
+    model = nn.Linear(3, 1)
+    optimizer = optimizer_class(model.parameters(), lr=0.1)
+    backward(model)
+    optimizer.step()
+    plain = optimizer.state_dict().keys()
+    average = polyak.Average(model, polyak.Uniform())
+    polyak.attach(optimizer, average)
+    assert optimizer.state_dict().keys() == plain
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # goes through __setstate__
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        before = model.weight.detach().clone(), copied.param_groups[0]["params"][0].detach().clone()
+        copied.param_groups[0]["params"][0].grad = torch.ones(1, 3)
+        copied.step()
+        assert torch.equal(model.weight, before[0]), "the copy stepped the original"
+        assert not torch.equal(copied.param_groups[0]["params"][0], before[1])
+        counter = Counter()
+        with polyak.attach(copied, counter):
+            copied.step()
+        assert counter.steps == 1
+    assert average.n_averaged == 0
+    optimizer.step()
+    assert average.n_averaged == 1
+
+
+def test_copies_of_an_attached_average_are_attached_to_nothing():
+    model = nn.Linear(3, 1)
+    optimizer, average = torch.optim.SGD(model.parameters(), lr=0.1), polyak.Average(model, polyak.Uniform())
+    polyak.attach(optimizer, average)
+    for copied in (copy.deepcopy(average), pickle.loads(pickle.dumps(average))):
+        copied.update()
+        assert (copied.n_averaged, average.n_averaged) == (1, 0)
+
+
+def accelerated(optimizer_class, attach_to):
+    """An optimizer under accelerate's gradient scaling, which puts other functions in the place of ``step``."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(cpu=True)
+    model, counter = nn.Linear(3, 1), Counter()
+    optimizer = optimizer_class(model.parameters(), lr=0.1)
+    if attach_to == "before":
+        polyak.attach(optimizer, counter)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    prepared = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
+    if attach_to != "before":
+        polyak.attach({"prepared": prepared, "inner": optimizer}[attach_to], counter)
+
+    def run(*scales):
+        for scale in scales:
+            scaler.scale(model(torch.ones(2, 3)).sum() * scale).backward()
+            prepared.step()
+            prepared.zero_grad()
+
+    return run, counter, prepared
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, Doubling], ids=["plain", "doubling"])
+@pytest.mark.parametrize("attach_to", ["before", "prepared"])
+def test_accelerates_wrapper_with_scaled_gradients(optimizer_class, attach_to):
+    run, counter, prepared = accelerated(optimizer_class, attach_to)
+    run(1.0, 1.0, float("inf"), 1.0)
+    assert counter.steps == 3
+    torch.optim.lr_scheduler.StepLR(prepared, 1)
+    run(1.0)
+    assert counter.steps == 4
+    copied = copy.deepcopy(prepared)
+    copied.step_was_skipped  # noqa: B018
+    assert counter.steps == 4
+
+
+def test_accelerates_wrapper_around_what_is_attached_to():
+    run, counter, _ = accelerated(torch.optim.SGD, "inner")
+    run(1.0, float("inf"), 1.0)
+    assert counter.steps == 2
+    run, counter, _ = accelerated(Doubling, "inner")
+    with pytest.raises(OptionError, match=r"step\(\) of Doubling was called as it was before attach"):
+        run(1.0)
+    assert counter.steps == 0
+
+
+def test_a_wrapper_that_steps_several_times_counts_each():
+    class Twice(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            super().__init__(optimizer.param_groups, {})
+
+        def step(self, closure=None):
+            self.optimizer.step(closure)
+            return self.optimizer.step(closure)
+
+    model, counter = nn.Linear(3, 1), Counter()
+    optimizer = Twice(Doubling(model.parameters(), lr=0.1))
+    with polyak.attach(optimizer, counter):
+        optimizer.step()
+        optimizer.optimizer.step()
+    optimizer.step()
+    assert counter.steps == 3
+
+
+class Forwarding(torch.optim.Optimizer):
+    """What is set on it is set on what it holds."""
+
+    def __init__(self, optimizer):
+        vars(self)["optimizer"] = optimizer
+
+    def __getattr__(self, name):
+        return getattr(vars(self)["optimizer"], name)
+
+    def __setattr__(self, name, value):
+        setattr(self.optimizer, name, value)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+class Slotted:
+    """Holds an optimizer, is none, and has no dictionary to put anything into."""
+
+    __slots__ = ("optimizer",)
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize("wrapper", [Forwarding, Slotted])
+def test_wrappers_of_all_kinds(wrapper):
+    model, average = nn.Linear(3, 1), None
+    optimizer = Doubling(model.parameters(), lr=0.1)
+    average = polyak.Average(model, polyak.Uniform())
+    wrapped = wrapper(optimizer)
+    handle = polyak.attach(wrapped, average)
+    for step in (optimizer.step, getattr(wrapped, "step", optimizer.step)):
+        step()
+    assert average.n_averaged == 2
+    handle.remove()
+    optimizer.step()
+    assert average.n_averaged == 2 and "step" not in vars(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself, while it loads its compiler
+def test_compiled_steps_count_and_stay_compiled():
+    compiled = torch._dynamo.testing.CompileCounter()
+    model, average = nn.Linear(3, 1), None
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    average = polyak.Average(model, polyak.Uniform())
+    polyak.attach(optimizer, average)
+    step = torch.compile(lambda: optimizer.step(), backend=compiled)
+    for _ in range(3):
+        backward(model)
+        step()
+    assert average.n_averaged == 3
+    assert compiled.op_count > 10
+
+
+def test_a_step_that_raised_counts_nothing_anywhere():
+    model, counter = nn.Linear(3, 1), Counter()
+    optimizer = Doubling(model.parameters(), lr=0.1)
+    outer = polyak.optim.SWA(optimizer)
+    polyak.attach(outer, counter)
+    optimizer.fail = True
+    for step in (outer.step, optimizer.step):
+        try:
+            step()
+        except RuntimeError as error:
+            kept = error  # its traceback keeps the frames of the failed step
+    assert kept is not None and counter.steps == 0
+    optimizer.fail = False
+    outer.step()
+    optimizer.step()
+    assert counter.steps == 2
+
+
+def test_an_update_that_raises_or_steps_does_not_upset_the_count():
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Odd(Counter):
+        def update(self):
+            super().update()
+            if self.steps == 1:
+                raise RuntimeError("once")
+            optimizer.step()  # part of the step that is being counted
+
+    odd = Odd()
+    polyak.attach(polyak.optim.SWA(optimizer), odd)
+    with pytest.raises(RuntimeError, match="once"):
+        optimizer.step()
+    optimizer.step()
+    optimizer.step()
+    assert odd.steps == 3

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -20,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils.weak import WeakIdKeyDictionary
 
-from polyak.errors import OptionError, StructureError, name_list
+from polyak.errors import OptionError, StructureError, SwapError, name_list
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -35,6 +37,9 @@ __all__ = [
     "differences",
     "is_sharded",
     "local",
+    "note_swapped",
+    "note_unswapped",
+    "refuse_swapped",
     "refuse_unplaced",
     "shape_of",
     "shard_runs",
@@ -292,6 +297,35 @@ def _fsdp_modules() -> tuple[type, ...]:
 
 def _to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local()  # type: ignore[attr-defined]
+
+
+# Live tensors that hold an average's values now: whatever wrapper it is reached through, one model has one swap.
+# Models are trained in several threads, so what is noted is noted under a lock; a reader looks up single tensors.
+_swapped_in = WeakIdKeyDictionary()
+_swapping = threading.Lock()
+
+
+def refuse_swapped(tensors: Sequence[Tensor]) -> None:
+    """Raise :class:`SwapError` if live tensors hold averaged values now, whichever average swapped them in."""
+    if _swapped_in and any(tensor in _swapped_in for tensor in tensors):
+        raise SwapError(
+            "this model holds averaged weights already, perhaps another average's; leave applied() or call "
+            "swap_out() there first"
+        )
+
+
+def note_swapped(tensors: Sequence[Tensor]) -> None:
+    """From here on ``tensors`` hold averaged values; :class:`SwapError` if one of them does already."""
+    with _swapping:
+        refuse_swapped(tensors)
+        _swapped_in.update(dict.fromkeys(tensors, True))
+
+
+def note_unswapped(tensors: Sequence[Tensor]) -> None:
+    """They hold live values again."""
+    with _swapping:
+        for tensor in tensors:
+            _swapped_in.pop(tensor, None)
 
 
 # Which elements of a sharded tensor a rank holds.

@@ -11,15 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from polyak._model import Place
+from polyak._model import Place, note_swapped, note_unswapped
 from polyak.errors import StructureError, SwapError
 
-__all__ = ["Swap", "copy_into", "refuse_swapped"]
-
-# Live tensors that hold swapped-in values now: whatever wrapper it is reached through, one model has one swap.
-_swapped_in = WeakIdKeyDictionary()
+__all__ = ["Swap", "copy_into"]
 
 
 class Swap:
@@ -31,8 +27,6 @@ class Swap:
         free: targets that may be changed meanwhile, such as BatchNorm statistics.
         places: (dictionary, key, tensor) of tensors that go back to their place if others were put there.
         device: where the backup is kept; None: beside each live tensor.
-
-    Making one only takes the backup. Raises :class:`SwapError` if a tensor is swapped already.
 
     >>> weight = torch.tensor([1.0, 2.0])
     >>> swap = Swap([weight])
@@ -58,8 +52,8 @@ class Swap:
         may_change = set(map(id, free))
         self._watched = [tensor for tensor in targets if id(tensor) not in may_change]
         self._places = list(places)
-        refuse_swapped(self._live)
-        self._backup = [_clone(tensor, device) for tensor in self._live]
+        self._device = device
+        self._backup: list[Tensor] = []
         self._versions: list[int] = []
         self.active = False
 
@@ -68,12 +62,20 @@ class Swap:
 
         If anything fails on the way, an interrupt included, the live values are back before the exception
         leaves.
+
+        Raises:
+            SwapError: a tensor is swapped already; nothing was changed.
         """
         self.active = True
         try:
-            _swapped_in.update(dict.fromkeys(self._live, True))
+            # Before the backup, which would be of another swap's values if that one came in between.
+            note_swapped(self._live)
+            self._backup = [_clone(tensor, self._device) for tensor in self._live]
             copy_into(self._targets, values)
             self._versions = _versions(self._watched)
+        except SwapError:
+            self.active = False
+            raise
         except BaseException:
             _finish(self._restore)
             raise
@@ -97,20 +99,11 @@ class Swap:
         try:
             for place, key, tensor in self._places:
                 place[key] = tensor
-            copy_into(self._live, self._backup)
+            if self._backup:  # there is none where making it failed
+                copy_into(self._live, self._backup)
         finally:
-            for tensor in self._live:
-                _swapped_in.pop(tensor, None)
+            note_unswapped(self._live)
         self.active = False
-
-
-def refuse_swapped(tensors: Sequence[Tensor]) -> None:
-    """Raise :class:`SwapError` if live tensors hold averaged values now, whichever average swapped them in."""
-    if _swapped_in and any(tensor in _swapped_in for tensor in tensors):
-        raise SwapError(
-            "this model holds averaged weights already, perhaps another average's; leave applied() or call "
-            "swap_out() there first"
-        )
 
 
 @torch.inference_mode()  # tensors that were made in inference mode may be written to in it only

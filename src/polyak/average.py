@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polyak._attach import refuse_by_hand
+from polyak._attach import Attachment
 from polyak._checks import refuse_other_state
 from polyak._mean import Accumulator, CheckFinite
-from polyak._model import Binding, ModelTensors, local, shape_of, sharded_like
-from polyak._swap import Swap, copy_into, refuse_swapped
+from polyak._model import Binding, ModelTensors, local, refuse_swapped, shape_of, sharded_like
+from polyak._swap import Swap, copy_into
 from polyak._version import __version__
 from polyak.errors import NotStartedError, OptionError, StateError, StructureError, SwapError, name_list
 from polyak.profiles import Scheme, as_scheme
@@ -65,6 +65,8 @@ class Average:
     >>> model.weight.data
     tensor([[4., 4.]])
     """
+
+    _attachment: Attachment | None = None  # to the optimizer that calls update()
 
     def __init__(
         self,
@@ -147,7 +149,8 @@ class Average:
             StructureError: the model's tensors are no longer those it was made for, or have no data yet.
             NonFiniteError: with ``check_finite="raise"``.
         """
-        refuse_by_hand(self)
+        if self._attachment is not None:
+            self._attachment.refuse_by_hand(self)
         self._refuse_while_swapped("update() would average the averaged weights")
         self._step += 1
         past = self._step - self.start

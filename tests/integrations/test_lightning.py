@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnException
 from torch import nn
 
 import polyak
-from polyak.errors import NotStartedError, OptionError, StateError
+from polyak.errors import NotStartedError, OptionError, PolyakError, StateError
 from polyak.integrations.lightning import Averaging, Recording
 
 pytestmark = [
@@ -426,3 +426,24 @@ def test_a_recording_refuses_what_it_does_not_know(tmp_path):
         Recording(tmp_path, blok=2)
     with pytest.raises(NotStartedError, match="when training does"):
         _ = Recording(tmp_path).trajectory
+
+
+# Releases of Lightning that lack what is not documented.
+
+
+def test_a_module_without_its_batch_hook_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.delattr(pl.LightningModule, "_on_before_batch_transfer")
+    model = Net()
+    with pytest.raises(PolyakError, match="Net of this lightning has no _on_before_batch_transfer"):
+        fit(tmp_path, Averaging(polyak.Uniform()), model=model)
+    assert not model.stepped
+
+
+def test_a_checkpoint_that_would_hold_the_live_weights_is_refused(tmp_path, monkeypatch):
+    connector = type(trainer(tmp_path)._checkpoint_connector)
+    read = lambda self: self.trainer.lightning_module.state_dict()  # noqa: E731
+    monkeypatch.setattr(connector, "_get_lightning_module_state_dict", read)
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    with pytest.raises(PolyakError, match="does not read a checkpoint's weights"):
+        fit(tmp_path, Averaging(polyak.Uniform()), saving)
+    assert not (tmp_path / "at.ckpt").exists()

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import polyak
-from polyak.errors import NotStartedError, OptionError
+from polyak.errors import NotStartedError, OptionError, PolyakError
 from polyak.integrations.transformers import Averaging, Recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(pin_memory|generation|lr_scheduler)")
@@ -358,6 +358,7 @@ def test_a_recording_goes_on_with_its_checkpoint(tmp_path):
     whole.train()
     resumed, _ = trainer_for(tmp_path / "a", **options)
     recording = Recording(resumed, tmp_path / "whole", block=4)
+    assert (tmp_path / "a" / "checkpoint-5" / "polyak-recording.pt").is_file()
     before = polyak.Trajectory(tmp_path / "whole").average("uniform")
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
     assert recording.trajectory.blocks[-1].stop == 12
@@ -373,3 +374,23 @@ def test_a_recording_is_whole_when_training_fails(tmp_path):
         trainer.train()
     assert recording.trajectory.blocks[-1].stop == 4
     assert torch.equal(recording.trajectory.live()["body.0.weight"], steps.weights[-1])
+
+
+# Releases of transformers that lack what is not documented.
+
+
+def test_a_trainer_without_its_training_loop_is_refused(tmp_path, monkeypatch):
+    trainer, _ = trainer_for(tmp_path)
+    monkeypatch.delattr(Trainer, "_inner_training_loop")
+    with pytest.raises(PolyakError, match="Trainer of this transformers has no _inner_training_loop"):
+        Averaging(trainer, polyak.Uniform())
+
+
+def test_training_by_another_loop_is_refused(tmp_path, monkeypatch):
+    """Where it resumes from would not be seen, and the average would begin anew without a word."""
+    trainer, steps = trainer_for(tmp_path)
+    Averaging(trainer, polyak.Uniform())
+    monkeypatch.setattr(Trainer, "train", lambda self: Trainer._inner_training_loop(self, args=self.args))
+    with pytest.raises(PolyakError, match=r"does not train by Trainer\._inner_training_loop\(\)"):
+        trainer.train()
+    assert not steps.weights

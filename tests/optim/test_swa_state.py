@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from polyak.errors import StateError
+from polyak.errors import PolyakError, StateError
 from polyak.optim import SWA
 from swa_training import equal, network, parameter, train, weights
 
@@ -164,6 +164,9 @@ def test_state_hooks_are_called() -> None:
     state = opt.state_dict()
     opt.load_state_dict(state)
     assert fired == ["save", "load 3", "loaded"] and state["epoch"] == 3
+    del opt._optimizer_state_dict_pre_hooks  # as in a torch that keeps them elsewhere
+    with pytest.raises(PolyakError, match="_optimizer_state_dict_pre_hooks"):
+        opt.state_dict()
 
 
 @pytest.mark.parametrize("swapped", [False, True])

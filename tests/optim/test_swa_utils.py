@@ -17,8 +17,9 @@ import torch.optim.swa_utils as theirs
 from torch import Tensor, nn
 
 import polyak
+from polyak import _torch
 from polyak._mean import Accumulator
-from polyak.errors import OptionError, StructureError, SwapError
+from polyak.errors import OptionError, PolyakError, StructureError, SwapError
 from polyak.optim import swa_utils as ours
 
 Fn = Callable[..., Any]
@@ -511,3 +512,13 @@ def test_a_sharded_model_is_refused_with_the_cure(tmp_path: Any) -> None:
             ours.AveragedModel(nn.Linear(2, 2, bias=False)).update_parameters(model)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_torch_that_converts_modules_unseen_is_refused(monkeypatch):
+    """AveragedModel would drop the means that it holds beside a module in half precision."""
+    _torch.refuse_unseen_conversions.cache_clear()
+    monkeypatch.setattr(nn.Module, "float", lambda self: self)
+    with pytest.raises(PolyakError, match=r"converts modules without Module\._apply"):
+        ours.AveragedModel(nn.Linear(1, 1))
+    monkeypatch.undo()
+    ours.AveragedModel(nn.Linear(1, 1))

@@ -19,11 +19,23 @@ from polyak._model import ModelTensors, is_sharded
 from polyak._swap import copy_into
 from polyak.average import Average
 from polyak.batchnorm import call_model, statistics, tracks_statistics, update_bn
-from polyak.errors import NotStartedError, OptionError, StructureError
+from polyak.errors import NotStartedError, OptionError, PolyakError, StructureError
 from polyak.profiles import Scheme, as_scheme
 from polyak.trajectory import Recorder, Trajectory
 
-__all__ = ["Following", "Forward"]
+__all__ = ["Following", "Forward", "undocumented"]
+
+
+def undocumented(framework: str, holder: object, name: str) -> Any:
+    """What a framework's object has without promising it; :class:`PolyakError` before training where it is gone."""
+    found = getattr(holder, name, None)
+    if found is None:
+        raise PolyakError(
+            f"{type(holder).__name__} of this {framework} has no {name}, on which polyak's callbacks rest: use a newer "
+            f"polyak, an older {framework}, or polyak.attach in a loop of your own"
+        )
+    return found
+
 
 # What every framework needs of an average: follow the optimizer, stand in for evaluation, become the model.
 

@@ -14,9 +14,9 @@ from torch import nn
 from polyak._checks import require
 from polyak.average import Average
 from polyak.batchnorm import call_model
-from polyak.errors import OptionError
+from polyak.errors import OptionError, PolyakError
 from polyak.integrations import _following
-from polyak.integrations._following import Following, Forward
+from polyak.integrations._following import Following, Forward, undocumented
 from polyak.profiles import Scheme
 from polyak.trajectory import Trajectory
 
@@ -29,8 +29,40 @@ from lightning.pytorch.trainer.states import TrainerFn  # noqa: E402
 __all__ = ["Averaging", "Recording"]
 
 
-# Lightning's own name for the live weights in a checkpoint whose "state_dict" is the average.
+# What is used of Lightning beyond its documentation.
+
+# Its own name for the live weights in a checkpoint whose "state_dict" is the average.
 _LIVE = "current_model_state"
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return undocumented("lightning", trainer, "callbacks")
+
+
+def _batch_hook(trainer: Trainer) -> Callable[..., Any]:
+    """``on_before_batch_transfer``, of the module or the data module, whichever has it."""
+    return undocumented("lightning", trainer.lightning_module, "_on_before_batch_transfer")
+
+
+def _replace_state(strategy: Any, state: Callable[[Callable[[], Any]], Any]) -> Callable[..., Any]:
+    """Checkpoints hold what ``state`` makes of the function that reads the weights, until what is returned is called.
+
+    There, as for checkpoints of weights only Lightning calls no callback.
+    """
+    read = undocumented("lightning", strategy, "lightning_module_state_dict")
+    strategy.lightning_module_state_dict = partial(state, read)
+    return partial(vars(strategy).pop, "lightning_module_state_dict", None)
+
+
+def _refuse_unread(live: object) -> None:
+    if live is None:
+        raise PolyakError(
+            "this lightning does not read a checkpoint's weights by strategy.lightning_module_state_dict(), so it "
+            "would hold the live ones; use a newer polyak or an older lightning"
+        )
+
+
+# Averages.
 
 
 class Averaging(Callback):
@@ -100,7 +132,7 @@ class Averaging(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the average."""
-        callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks = _callbacks(trainer)
         if sum(isinstance(callback, Averaging) and callback._apply for callback in callbacks) > 1:
             raise OptionError("two averages would stand in for one model: give all but one apply=False")
         if self._apply and any(isinstance(callback, WeightAveraging) for callback in callbacks):
@@ -109,7 +141,7 @@ class Averaging(Callback):
             )
         self._following.begin(pl_module, trainer.optimizers[-1], self._forward(trainer))
         if self._apply:
-            self._stand_in_checkpoints(trainer.strategy)
+            self._undo = _replace_state(trainer.strategy, self._averaged_state)
         self._take_up()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,21 +199,16 @@ class Averaging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the live weights beside the averaged ones."""
-        if self._live is not None:
-            checkpoint[_LIVE] = self._live
+        if self._apply and self._following.following and self.average.n_averaged:
+            _refuse_unread(self._live)
+            checkpoint[_LIVE], self._live = self._live, None
+
+    def _averaged_state(self, read: Callable[[], Any]) -> Any:
+        if not self.average.n_averaged:
             self._live = None
-
-    def _stand_in_checkpoints(self, strategy: Any) -> None:
-        # Where the weights are read, as for checkpoints of weights only Lightning calls no callback.
-        read = strategy.lightning_module_state_dict
-
-        def averaged_state() -> dict[str, Any]:
-            started = self.average.n_averaged > 0
-            self._live = self._following.live_state(read) if started else None
-            return self._following.averaged_state(read) if started else read()
-
-        strategy.lightning_module_state_dict = averaged_state
-        self._undo = partial(vars(strategy).pop, "lightning_module_state_dict", None)
+            return read()
+        self._live = self._following.live_state(read)
+        return self._following.averaged_state(read)
 
     def _stop(self) -> None:
         self._following.stop()
@@ -197,11 +224,10 @@ class Averaging(Callback):
     def _forward(self, trainer: Trainer) -> Forward:
         """Runs a batch as a training step would get it."""
         forward, precision = self._given_forward or call_model, trainer.precision_plugin
+        before_transfer = _batch_hook(trainer)
 
         def run(model: nn.Module, batch: Any) -> None:
-            batch = trainer.lightning_module._on_before_batch_transfer(
-                precision.convert_input(batch), dataloader_idx=0
-            )
+            batch = before_transfer(precision.convert_input(batch), dataloader_idx=0)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             with precision.forward_context():
                 forward(model, batch)
@@ -261,7 +287,7 @@ class Recording(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what is left, once the live weights are in the model."""
-        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        for callback in _callbacks(trainer):
             if isinstance(callback, Averaging):
                 callback.on_exception(trainer, pl_module, exception)
         self._state = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from os import PathLike
 from pathlib import Path
@@ -17,9 +18,9 @@ from polyak._checks import require
 from polyak.average import Average
 from polyak.batchnorm import call_model
 from polyak.checkpoints._io import AtomicOutput
-from polyak.errors import OptionError
+from polyak.errors import OptionError, PolyakError
 from polyak.integrations import _following
-from polyak.integrations._following import Following, Forward
+from polyak.integrations._following import Following, Forward, undocumented
 from polyak.profiles import Scheme
 from polyak.trajectory import Trajectory
 
@@ -30,6 +31,36 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 __all__ = ["Averaging", "Recording"]
 
 
+# What is used of the Trainer beyond its documentation.
+
+
+def _callbacks(trainer: Trainer) -> list[TrainerCallback]:
+    return undocumented("transformers", trainer, "callback_handler").callbacks
+
+
+def _watch_training(trainer: Trainer, watched: Callable[[Path | None], AbstractContextManager[None]]) -> None:
+    """Enter ``watched``, given the checkpoint that training resumes from, around each run of the training loop."""
+    loop = undocumented("transformers", trainer, "_inner_training_loop")
+
+    @wraps(loop)
+    def inner_training_loop(*args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        with watched(Path(resume_from_checkpoint) if resume_from_checkpoint else None):
+            return loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    trainer._inner_training_loop = inner_training_loop
+
+
+def _refuse_unwatched(is_watched: bool) -> None:
+    if not is_watched:
+        raise PolyakError(
+            "this transformers does not train by Trainer._inner_training_loop(), so whether it resumes is not seen; "
+            "use a newer polyak or an older transformers"
+        )
+
+
+# Averages.
+
+
 class _Watching(TrainerCallback):
     """A callback that adds itself, and knows what the events do not say: where training resumes, and that it failed."""
 
@@ -37,20 +68,27 @@ class _Watching(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         # First, so that others, which may upload what they see, find its work done.
-        trainer.callback_handler.callbacks.insert(0, self)
-        self._resumed_from: Path | None = None
-        loop = trainer._inner_training_loop
+        _callbacks(trainer).insert(0, self)
+        self._checkpoint: Path | None = None
+        self._is_watched = False
+        _watch_training(trainer, self._watched)
 
-        @wraps(loop)
-        def inner_training_loop(*args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-            self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-            try:
-                return loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except BaseException:
-                self.stop()
-                raise
+    @property
+    def _resumed_from(self) -> Path | None:
+        """The checkpoint that the training under way went on from."""
+        _refuse_unwatched(self._is_watched)
+        return self._checkpoint
 
-        trainer._inner_training_loop = inner_training_loop
+    @contextmanager
+    def _watched(self, checkpoint: Path | None) -> Iterator[None]:
+        self._checkpoint, self._is_watched = checkpoint, True
+        try:
+            yield
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            self._is_watched = False
 
     def stop(self) -> None:
         """Training has ended, or failed."""
@@ -129,9 +167,7 @@ class Averaging(_Watching):
         self._following = Following(scheme, recalibrate, options)
         self._apply = apply
         self.file_name = f"polyak-{re.sub(r'[^A-Za-z0-9_.]+', '-', str(self._following.scheme))}.pt"
-        others = [
-            callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Averaging)
-        ]
+        others = [callback for callback in _callbacks(trainer) if isinstance(callback, Averaging)]
         if apply and any(other._apply for other in others):
             raise OptionError("two averages would stand in for one model: give all but one apply=False")
         if any(other.file_name == self.file_name for other in others):
@@ -170,10 +206,11 @@ class Averaging(_Watching):
             raise OptionError(
                 "averages do not follow a hyper-parameter search: add them to the run that is kept"
             )
+        resumed_from = self._resumed_from
         self._following.begin(model, optimizer, self._forward)
-        if self._resumed_from is not None and not self._load(self._resumed_from):
+        if resumed_from is not None and not self._load(resumed_from):
             warnings.warn(
-                f"training goes on from {self._resumed_from}, where there is no {self.file_name}: the average begins "
+                f"training goes on from {resumed_from}, where there is no {self.file_name}: the average begins "
                 "anew",
                 UserWarning,
                 stacklevel=2,
@@ -214,7 +251,7 @@ class Averaging(_Watching):
         loop = trainer.evaluation_loop
 
         def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
-            if not self._following.following or self not in trainer.callback_handler.callbacks:
+            if not self._following.following or self not in _callbacks(trainer):
                 return loop(*args, **kwargs)
             with self._following.applied():
                 return loop(*args, **kwargs)

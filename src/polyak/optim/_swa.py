@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak._mean import Accumulator
-from polyak._model import is_sharded
-from polyak._swap import copy_into, refuse_swapped
+from polyak._model import is_sharded, refuse_swapped
+from polyak._swap import copy_into
+from polyak._torch import optimizer_hooks
 from polyak.errors import OptionError, StateError, StructureError, SwapError, name_list
 from polyak.profiles import Uniform
 
@@ -379,7 +380,7 @@ class SWA(Optimizer):
             ``swa_buffer``, and while swapped the ``live_buffer``; and ``param_groups``. No copies. The schedule
             is not in it: it is the constructor's, as in torchcontrib.
         """
-        for hook in self._optimizer_state_dict_pre_hooks.values():
+        for hook in optimizer_hooks(self, "state_dict_pre"):
             hook(self)
         inner = self.optimizer.state_dict()
         index = dict(zip(all_params(self.param_groups), all_params(inner["param_groups"]), strict=True))
@@ -388,7 +389,7 @@ class SWA(Optimizer):
             "swa_state": {index[p]: buffers for p, buffers in self._buffers().items()},
             "param_groups": inner["param_groups"],
         }
-        for hook in self._optimizer_state_dict_post_hooks.values():
+        for hook in optimizer_hooks(self, "state_dict_post"):
             state = hook(self, state) or state
         return state
 
@@ -401,7 +402,7 @@ class SWA(Optimizer):
         """
         self._refuse_while_swapped("load_state_dict() would lose the live weights")
         state = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+        for hook in optimizer_hooks(self, "load_state_dict_pre"):
             state = hook(self, state) or state
         saved = saved_buffers(state, self.param_groups)
         self.optimizer.load_state_dict({"state": state["opt_state"], "param_groups": state["param_groups"]})
@@ -410,7 +411,7 @@ class SWA(Optimizer):
             for group in self.param_groups
             if group["n_avg"]
         }
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
+        for hook in optimizer_hooks(self, "load_state_dict_post"):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:

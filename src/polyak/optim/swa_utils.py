@@ -17,8 +17,9 @@ from torch.optim.swa_utils import SWALR
 
 from polyak._batches import in_place_of
 from polyak._mean import Accumulator, mean_dtype
-from polyak._model import ModelTensors, NamedTensor, differences, is_sharded, shape_of
-from polyak._swap import copy_into, refuse_swapped
+from polyak._model import ModelTensors, NamedTensor, differences, is_sharded, refuse_swapped, shape_of
+from polyak._swap import copy_into
+from polyak._torch import refuse_unseen_conversions
 from polyak.batchnorm import update_bn
 from polyak.errors import OptionError, StructureError, name_list
 from polyak.profiles import EMA, Scheme, Uniform
@@ -363,6 +364,7 @@ class AveragedModel(nn.Module):
         super().__init__()
         if avg_fn is not None and multi_avg_fn is not None:
             raise OptionError("avg_fn and multi_avg_fn were both given; give only one of them")
+        refuse_unseen_conversions()
         self.module = _copied(model)
         if device is not None:
             self.module.to(device)

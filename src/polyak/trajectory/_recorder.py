@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from polyak._attach import refuse_by_hand
+from polyak._attach import Attachment
 from polyak._checks import refuse_other_state
 from polyak._distributed import RankGroup
 from polyak._mean import Accumulator
-from polyak._model import Binding, local, refuse_unplaced, sharded_like
-from polyak._swap import copy_into, refuse_swapped
+from polyak._model import Binding, local, refuse_swapped, refuse_unplaced, sharded_like
+from polyak._swap import copy_into
 from polyak.errors import OptionError, StateError, StructureError, name_list
 from polyak.profiles import Uniform
 from polyak.profiles._base import whole_within
@@ -207,6 +207,8 @@ class Recorder:
     >>> folder.cleanup()
     """
 
+    _attachment: Attachment | None = None  # to the optimizer that calls update()
+
     def __init__(
         self,
         model: nn.Module,
@@ -261,7 +263,8 @@ class Recorder:
             StateError: the recorder is closed.
             CheckpointError: writing a block failed; blocks written before are safe, nothing more is recorded.
         """
-        refuse_by_hand(self, instead=", with note(loss=loss) for metrics")
+        if self._attachment is not None:
+            self._attachment.refuse_by_hand(self, instead=", with note(loss=loss) for metrics")
         self._refuse_closed("update()")
         if self._group.size == 1:  # ranks find a failure together, where they hand the next block over
             self._writer.raise_if_failed()
