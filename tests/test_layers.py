@@ -16,7 +16,7 @@ import polyak
 
 SOURCE = Path(polyak.__file__).parent
 LAYERS = [
-    {"errors", "_version"},
+    {"errors", "_torch", "_version"},
     {"_checks", "_model", "profiles"},
     {"_mean", "_batches", "_swap", "_distributed", "checkpoints", "combine"},
     {"average", "batchnorm", "_attach", "trajectory"},

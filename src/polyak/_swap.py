@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
+from polyak import _torch
 from polyak._model import Place
 from polyak.errors import StructureError, SwapError
 
 __all__ = ["Swap", "copy_into", "refuse_swapped"]
 
-# Live tensors that hold swapped-in values now: whatever wrapper it is reached through, one model has one swap.
-_swapped_in = WeakIdKeyDictionary()
+# Live tensors that hold swapped-in values now, by their id, as == compares what they hold: whatever wrapper it is
+# reached through, one model has one swap.
+_swapped_in: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
 
 class Swap:
@@ -71,16 +73,16 @@ class Swap:
         """
         self.active = True
         try:
-            _swapped_in.update(dict.fromkeys(self._live, True))
+            _swapped_in.update((id(tensor), tensor) for tensor in self._live)
             copy_into(self._targets, values)
-            self._versions = _versions(self._watched)
+            self._versions = _torch.versions(self._watched)
         except BaseException:
             _finish(self._restore)
             raise
 
     def undo(self) -> None:
         """Bring the live values back, bit for bit, and say so if the swapped ones were changed meanwhile."""
-        changed = self._versions != _versions(self._watched) or any(
+        changed = self._versions != _torch.versions(self._watched) or any(
             isinstance(tensor, nn.Parameter) and place.get(key) is not tensor
             for place, key, tensor in self._places
         )
@@ -100,13 +102,13 @@ class Swap:
             copy_into(self._live, self._backup)
         finally:
             for tensor in self._live:
-                _swapped_in.pop(tensor, None)
+                _swapped_in.pop(id(tensor), None)
         self.active = False
 
 
 def refuse_swapped(tensors: Sequence[Tensor]) -> None:
     """Raise :class:`SwapError` if live tensors hold averaged values now, whichever average swapped them in."""
-    if _swapped_in and any(tensor in _swapped_in for tensor in tensors):
+    if _swapped_in and any(id(tensor) in _swapped_in for tensor in tensors):
         raise SwapError(
             "this model holds averaged weights already, perhaps another average's; leave applied() or call "
             "swap_out() there first"
@@ -135,8 +137,3 @@ def _finish(action: Callable[[], None]) -> None:
     except BaseException:
         action()
         raise
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    # Tensors made in inference mode keep no count of in-place changes.
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -223,12 +223,7 @@ def test_it_is_the_average_of_the_trajectory(run_recording, capsys, options, pro
 
 
 def test_a_dry_run_writes_nothing(run_recording, capsys, tmp_path):
-    assert (
-        main(
-            ["average", "recording", "-o", "out.pt", "--profile", "tail:0.5", "--dry-run", "--json"]
-        )
-        == 0
-    )
+    assert main(["average", "recording", "-o", "out.pt", "--profile", "tail:0.5", "--dry-run", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["coefficients"] == [0, 0, 0.5, 0.5] and said["dry_run"] and not said["warnings"]
     assert not (tmp_path / "out.pt").exists()
