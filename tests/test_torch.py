@@ -170,6 +170,15 @@ def test_an_average_is_the_same_without_operations_on_many_tensors(monkeypatch):
     torch.testing.assert_close(averaged(), expected)
 
 
+def test_tensors_made_in_inference_mode_have_no_versions():
+    with torch.inference_mode():
+        uncounted = torch.zeros(1)
+    counted = torch.zeros(1)
+    before = _torch.versions([counted])[0]
+    counted.add_(1)
+    assert _torch.versions([uncounted, counted]) == [-1, before + 1]
+
+
 def test_without_the_class_of_all_batchnorms_torchs_own_are_known(monkeypatch):
     monkeypatch.delattr(nn.modules.batchnorm, "_BatchNorm")
     layers = [

@@ -7,7 +7,7 @@ Where a release of torch lacks one of these, a slower public way takes its place
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -90,16 +90,20 @@ foreach_sub_ = _foreach("sub_", Tensor.sub_)
 foreach_zero_ = _foreach("zero_", Tensor.zero_)
 
 _refuse_without(Tensor, "_version")
+_version: Callable[[Tensor], int] = attrgetter("_version")
 
 
-def versions(tensors: Iterable[Tensor]) -> list[int]:
+def versions(tensors: Sequence[Tensor]) -> list[int]:
     """How often each tensor was changed in place; -1 for those made in inference mode, which keep no count.
 
     >>> weight = torch.zeros(1)
     >>> versions([weight]) == versions([weight]), versions([weight]) == versions([weight.add_(1)])
     (True, False)
     """
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else _version(tensor) for tensor in tensors]
 
 
 # Devices

@@ -194,7 +194,7 @@ class Pairing:
         return self._written != self._state() or any(side.changed() for side in self._sides)
 
     def _state(self) -> list[tuple[int, int]]:
-        addresses = [tensor.data_ptr() for tensor in self._parameters]
+        addresses = map(Tensor.data_ptr, self._parameters)
         return list(zip(addresses, _torch.versions(self._parameters), strict=True))
 
 
