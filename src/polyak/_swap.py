@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from polyak import _torch
 from polyak._model import Place
@@ -19,9 +19,8 @@ from polyak.errors import StructureError, SwapError
 
 __all__ = ["Swap", "copy_into", "refuse_swapped"]
 
-# Live tensors that hold swapped-in values now, by their id, as == compares what they hold: whatever wrapper it is
-# reached through, one model has one swap.
-_swapped_in: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+# Live tensors that hold swapped-in values now: whatever wrapper it is reached through, one model has one swap.
+_swapped_in = WeakIdKeyDictionary()
 
 
 class Swap:
@@ -73,7 +72,7 @@ class Swap:
         """
         self.active = True
         try:
-            _swapped_in.update((id(tensor), tensor) for tensor in self._live)
+            _swapped_in.update(dict.fromkeys(self._live, True))
             copy_into(self._targets, values)
             self._versions = _torch.versions(self._watched)
         except BaseException:
@@ -102,13 +101,13 @@ class Swap:
             copy_into(self._live, self._backup)
         finally:
             for tensor in self._live:
-                _swapped_in.pop(id(tensor), None)
+                _swapped_in.pop(tensor, None)
         self.active = False
 
 
 def refuse_swapped(tensors: Sequence[Tensor]) -> None:
     """Raise :class:`SwapError` if live tensors hold averaged values now, whichever average swapped them in."""
-    if _swapped_in and any(id(tensor) in _swapped_in for tensor in tensors):
+    if _swapped_in and any(tensor in _swapped_in for tensor in tensors):
         raise SwapError(
             "this model holds averaged weights already, perhaps another average's; leave applied() or call "
             "swap_out() there first"
