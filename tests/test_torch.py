@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__")
 
 
-def own_names() -> set[str]:
+@cache
+def own_names() -> frozenset[str]:
     """Every private name that polyak itself gives to something."""
     names: set[str] = set()
     for node in (node for tree in TREES.values() for node in ast.walk(tree)):
@@ -39,7 +41,7 @@ def own_names() -> set[str]:
                 names.add(node.id)
             case ast.Attribute(ctx=ast.Store()):
                 names.add(node.attr)
-    return names
+    return frozenset(names)
 
 
 def modules_of(tree: ast.AST) -> dict[str, str]:
