@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A worker of the tests takes a gigabyte or two, so there are four at most.
 ON_ALL_CORES := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow coverage format bench evidence clean
+.PHONY: demo test test-slow test-oldest test-newest coverage format bench evidence clean
 
 demo: $(VENV)/.demo
 	$(BIN)/polyak demo
@@ -19,6 +19,13 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# The same tests where every dependency is the oldest that pyproject.toml allows, and where it is the newest there is.
+test-oldest: .venv-oldest/.dev
+	.venv-oldest/bin/python -m pytest $(ON_ALL_CORES)
+
+test-newest: .venv-newest/.dev
+	.venv-newest/bin/python -m pytest $(ON_ALL_CORES)
 
 coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ON_ALL_CORES) --cov --cov-report=term-missing:skip-covered
@@ -47,7 +54,7 @@ evidence: $(VENV)/.dev
 	$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis .coverage
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +67,20 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps timm
+	touch $@
+
+# Several gigabytes each: these torches come with CUDA.
+.venv-oldest/.dev: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	grep -oE '[a-z0-9_-]+>=[0-9.]+' $< | sed 's/>=/==/' > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/oldest.txt -e '.[dev]'
+	.venv-oldest/bin/python -m pip install --quiet --no-deps timm
+	touch $@
+
+.venv-newest/.dev: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade -e '.[dev]'
+	.venv-newest/bin/python -m pip install --quiet --upgrade --no-deps timm
 	touch $@
 
 # Nor does mergekit's linear merge use most of what mergekit asks for.

@@ -76,7 +76,7 @@ def _prebuilt_lists(model: nn.Module) -> Averager:
     """What a foreach kernel reaches when nothing is looked up between updates."""
     live = [parameter.detach() for parameter in model.parameters()]
     average = [tensor.clone() for tensor in live]
-    lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+    lerp = torch._foreach_lerp_
     return Averager(lambda: lerp(average, live, 1 - DECAY), lambda: average)
 
 

@@ -15,6 +15,8 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from polyak import _torch
+
 __all__ = [
     "Batch",
     "Tensors",
@@ -79,7 +81,7 @@ class _Copy:
         """All parts; they last until the buffer is filled again."""
         if self.joins:
             return torch.cat(parts, out=self.whole)
-        torch._foreach_copy_(self.slots, parts)
+        _torch.foreach_copy_(self.slots, parts)
         return self.whole
 
 
@@ -116,7 +118,7 @@ class Batch:
             return [self.copy.fill(parts)]
         if not copies:
             return parts
-        torch._foreach_copy_(copies, parts)
+        _torch.foreach_copy_(copies, parts)
         return copies
 
     def copies_in(self, scratch: Tensor) -> Tensors:
@@ -203,7 +205,7 @@ def plan_batches(
     for index, mean in enumerate(means):
         if mean.numel() < _SMALL_NUMEL:
             continue
-        on_host = mean.device.type == "cpu"
+        on_host = _torch.on_host(mean)
         cache = _CACHE_NUMEL if on_host else _ACCELERATOR_NUMEL
         if on_host and not residuals and _kind(tensors[index]) == _kind(mean):
             in_place += _pieces(index, mean, cache)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from polyak import _torch
 from polyak.errors import PolyakError
 
 __all__ = ["RankGroup", "is_distributed", "is_main_rank", "sum_over_ranks"]
@@ -142,7 +142,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     """
     if not is_distributed():
         return tensor
-    total = tensor.to(_group_device(), copy=True)
+    total = tensor.to(_torch.device_of_collectives(), copy=True)
     dist.all_reduce(total)
     return total.to(tensor.device)
 
@@ -164,11 +164,3 @@ def _lost_ranks_noticed() -> Iterator[None]:
         raise PolyakError(
             f"another rank was lost, or did not make the same call ({error}): what was under way did not take effect"
         ) from error
-
-
-def _group_device() -> torch.device:
-    """A device whose tensors the default group can reduce; NCCL, for one, takes none from the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
-    if "cpu:" in dist.get_backend_config() or accelerator is None:
-        return torch.device("cpu")
-    return torch.device(accelerator.type)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polyak import _torch
 from polyak._batches import Batch, Tensors, allocate, are_mostly_small, lie_alike, plan_batches, with_sources
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import Scheme
@@ -157,7 +158,7 @@ class Accumulator:
         self.look_anew()
         if self._masked and not n_averaged:
             # There the first sample is added to what is left of the samples before, not copied over it.
-            torch._foreach_zero_(self.means + self.residuals)
+            _torch.foreach_zero_(self.means + self.residuals)
         self._warned = False
 
     def look_anew(self) -> None:
@@ -196,10 +197,9 @@ class Accumulator:
     def _set_counters(self, n_averaged: int, n_skipped: int, position: float) -> None:
         counts: Any = (n_averaged, n_skipped, position)
         device = self.means[0].device
-        self._masked = all(mean.device.type != "cpu" for mean in self.means)
+        self._masked = not any(map(_torch.on_host, self.means))
         if self._masked:
-            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-            counts = torch.tensor(counts, dtype=dtype, device=device).unbind()
+            counts = torch.tensor(counts, dtype=_torch.widest_float(device), device=device).unbind()
         self._n_averaged, self._n_skipped, self._position = counts
         self._attempts = n_averaged
 
@@ -286,12 +286,12 @@ class Accumulator:
 
     def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
         if coefficient == 1:
-            torch._foreach_copy_(self.means, list(tensors))
+            _torch.foreach_copy_(self.means, list(tensors))
             for residual in self.residuals:
                 residual.zero_()
             return
         if self._direct:
-            torch._foreach_lerp_(self._direct_means, [tensors[index] for index in self._direct], coefficient)
+            _torch.foreach_lerp_(self._direct_means, [tensors[index] for index in self._direct], coefficient)
         self._fold_batches(self._others, tensors, coefficient)
 
     def _fold_batches(self, batches: list[Batch], tensors: Sequence[Tensor], coefficient: float) -> None:
@@ -300,13 +300,13 @@ class Accumulator:
 
     def _fold(self, batch: Batch, sources: Tensors, coefficient: Any) -> None:
         if batch.residual is None:
-            torch._foreach_lerp_(batch.means, sources, coefficient)
+            _torch.foreach_lerp_(batch.means, sources, coefficient)
             return
         # Kahan's sum, on copies: m and e are replaced in one call, which no interrupt can split.
         [old], [source] = batch.means, sources
         change = source.sub_(old).sub_(batch.residual).mul_(coefficient).add_(batch.residual)
         mean = old + change
-        torch._foreach_copy_([batch.residual, old], [(old - mean).add_(change), mean])
+        _torch.foreach_copy_([batch.residual, old], [(old - mean).add_(change), mean])
 
     def _raise_non_finite(self, tensors: Sequence[Tensor]) -> None:
         bad = [name for name, t in zip(self.names, tensors, strict=True) if not bool(torch.isfinite(t).all())]
@@ -340,14 +340,14 @@ class Accumulator:
 
     def _finite_on_device(self, tensors: Sequence[Tensor]) -> Tensor:
         device = self.means[0].device
-        largest = torch._foreach_norm([t for t in tensors if t.numel()], float("inf"))
+        largest = _torch.foreach_norm([t for t in tensors if t.numel()], float("inf"))
         finite = torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite().all()
         return self._agree(finite) if self._agree else finite
 
 
 def _moved(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
     if old:
-        torch._foreach_copy_(new, old)
+        _torch.foreach_copy_(new, old)
     return new
 
 

@@ -6,7 +6,6 @@ Everything above this layer works on plain lists of local tensors; what a model 
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from polyak import _torch
 from polyak.errors import OptionError, StructureError, SwapError, name_list
 
 if TYPE_CHECKING:
@@ -50,11 +50,6 @@ __all__ = [
 
 # The module's own dictionary, the key, and the tensor that stands there.
 Place = tuple[dict[str, Any], str, Tensor]
-
-# Child names that only wrappers use; what they hold keeps the name it had before it was wrapped.
-_WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# Wrappers whose child is called `module`, a name that a user's own model may have as well.
-_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 # Read one after the other: tuples of all three would be as many objects for the garbage collector to count.
 _DESCRIPTION = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
@@ -94,14 +89,16 @@ class ModelTensors:
         if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
             raise OptionError(f"a plain torch.nn.Module is needed, got {type(model).__name__}")
         modules = list(_named_modules(model))
-        _refuse_flattened(modules)
+        _torch.refuse_flattened(module for _, module in modules)
         # Sharded modules may hold gathered parameters between forward and backward; the shards count.
-        self._sharded = [module for _, module in modules if isinstance(module, _fsdp_modules())]
+        self._sharded = list(_torch.fsdp_modules(module for _, module in modules))
         self.reshard()
         self._entries = _entries(modules)
-        self._dicts = [d for _, module in modules for d in (module._parameters, module._modules)]
+        self._dicts = [
+            d for _, module in modules for d in (_torch.parameters_of(module), _torch.children_of(module))
+        ]
         if watch_buffers:
-            self._dicts += [module._buffers for _, module in modules]
+            self._dicts += [_torch.buffers_of(module) for _, module in modules]
         self._held = list(self._walk())
         kinds = ("parameter", "buffer") if watch_buffers else ("parameter",)
         self._described = [e.tensor for e in self.values() if e.kind in kinds and _has_shape(e.tensor)]
@@ -178,8 +175,8 @@ def bare_model(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"a torch.nn.Module is needed as the model, got {type(model).__name__}")
-    for name, child in model._modules.items():
-        if child is not None and _is_wrapping(model, name):
+    for name, child in _torch.children_of(model).items():
+        if child is not None and _torch.is_wrapped(model, name):
             return bare_model(child)
     return model
 
@@ -233,28 +230,26 @@ def sharded_like(shard: Tensor, whole: Tensor) -> Tensor:
     )
 
 
-def _is_wrapping(parent: nn.Module, child_name: str) -> bool:
-    return child_name in _WRAPPED or (child_name == "module" and isinstance(parent, _PARALLEL))
-
-
 def _named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     # nn.Module.named_modules leaves out a shared module's second name, which ties need.
     yield prefix, module
-    for name, child in module._modules.items():
+    for name, child in _torch.children_of(module).items():
         if child is not None:
-            yield from _named_modules(child, prefix if _is_wrapping(module, name) else f"{prefix}{name}.")
+            yield from _named_modules(
+                child, prefix if _torch.is_wrapped(module, name) else f"{prefix}{name}."
+            )
 
 
 def _entries(modules: list[tuple[str, nn.Module]]) -> dict[str, NamedTensor]:
     by_id: dict[int, NamedTensor] = {}
     for prefix, module in modules:
-        for key, tensor in module._parameters.items():
+        for key, tensor in (own := _torch.parameters_of(module)).items():
             if tensor is not None:
-                _add(by_id, NamedTensor(prefix + key, tensor, "parameter", True, module._parameters, key))
-        for key, tensor in module._buffers.items():
+                _add(by_id, NamedTensor(prefix + key, tensor, "parameter", True, own, key))
+        for key, tensor in (own := _torch.buffers_of(module)).items():
             if tensor is not None:
-                persistent = key not in module._non_persistent_buffers_set
-                _add(by_id, NamedTensor(prefix + key, tensor, "buffer", persistent, module._buffers, key))
+                persistent = _torch.is_persistent(module, key)
+                _add(by_id, NamedTensor(prefix + key, tensor, "buffer", persistent, own, key))
     names = [name for entry in by_id.values() for name in (entry.name, *entry.aliases)]
     if clashes := [name for name, count in Counter(names).items() if count > 1]:
         raise StructureError(
@@ -278,21 +273,6 @@ def _has_shape(tensor: Tensor) -> bool:
 
 def _has_data(tensor: Tensor) -> bool:
     return _has_shape(tensor) and not tensor.is_meta
-
-
-def _refuse_flattened(modules: list[tuple[str, nn.Module]]) -> None:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for _, m in modules):
-        raise StructureError(
-            "FullyShardedDataParallel flattens parameters, so that their names and shapes are lost; shard the "
-            "model with torch.distributed.fsdp.fully_shard instead"
-        )
-
-
-def _fsdp_modules() -> tuple[type, ...]:
-    # Where torch's FSDP was never imported no module can be sharded, and importing it takes long.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return (fsdp.FSDPModule,) if fsdp is not None else ()
 
 
 def _to_local(tensor: Tensor) -> Tensor:
@@ -371,7 +351,7 @@ def shard_runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[in
         if is_first:
             yield 0, part.reshape(-1)
         return
-    offsets = _offsets(whole)
+    offsets = _offsets(part, cast("DTensor", whole))
     if offsets is None or not part.numel():
         return
     # Dimensions that are held whole, and the first one before them, make one run.
@@ -389,23 +369,29 @@ def shard_runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[in
     yield from zip(np.ravel(starts).tolist(), part.reshape(-1, length), strict=True)
 
 
-def _offsets(whole: Tensor) -> list[int] | None:
-    """Where this rank's part begins in each dimension; None where another rank gives out the same copy."""
-    from torch.distributed.tensor import DTensor, Replicate
+def _offsets(part: Tensor, whole: DTensor) -> list[int] | None:
+    """Where this rank's part begins in each dimension; None where another rank gives out the same copy.
 
-    # Private, but what torch.distributed.checkpoint goes by; torch offers nothing public that says it.
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    ``Shard`` cuts as torch.chunk does, one dimension of the mesh after the other.
+    """
+    from torch.distributed.tensor import Shard
 
-    tensor = cast(DTensor, whole)
-    mesh, placements = tensor.device_mesh, tensor.placements
+    mesh, sizes, offsets = whole.device_mesh, list(whole.shape), [0] * whole.ndim
     coordinate: Any = mesh.get_coordinate()
-    copies = [
-        place for place, kind in zip(coordinate, placements, strict=True) if isinstance(kind, Replicate)
-    ]
-    if any(copies):
-        return None
-    _, offsets = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
-    return list(offsets)
+    for kind, place, n_parts in zip(whole.placements, coordinate, mesh.shape, strict=True):
+        if isinstance(kind, Shard):
+            most = -(-sizes[kind.dim] // n_parts)
+            start = min(place * most, sizes[kind.dim])
+            offsets[kind.dim] += start
+            sizes[kind.dim] = min(most, sizes[kind.dim] - start)
+        elif place:
+            return None
+    if tuple(sizes) != tuple(part.shape):
+        raise StructureError(
+            f"this rank holds {tuple(part.shape)} of a tensor of {shape_of(whole)}, not the {tuple(sizes)} that its "
+            "placements mean: it cannot be told which part that is"
+        )
+    return offsets
 
 
 # The tensors of a live model that an average or a recorder follows, through every change that allows it.

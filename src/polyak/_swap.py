@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from polyak import _torch
 from polyak._model import Place, note_swapped, note_unswapped
 from polyak.errors import StructureError, SwapError
 
@@ -72,7 +73,7 @@ class Swap:
             note_swapped(self._live)
             self._backup = [_clone(tensor, self._device) for tensor in self._live]
             copy_into(self._targets, values)
-            self._versions = _versions(self._watched)
+            self._versions = _torch.versions(self._watched)
         except SwapError:
             self.active = False
             raise
@@ -82,7 +83,7 @@ class Swap:
 
     def undo(self) -> None:
         """Bring the live values back, bit for bit, and say so if the swapped ones were changed meanwhile."""
-        changed = self._versions != _versions(self._watched) or any(
+        changed = self._versions != _torch.versions(self._watched) or any(
             isinstance(tensor, nn.Parameter) and place.get(key) is not tensor
             for place, key, tensor in self._places
         )
@@ -128,8 +129,3 @@ def _finish(action: Callable[[], None]) -> None:
     except BaseException:
         action()
         raise
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    # Tensors made in inference mode keep no count of in-place changes.
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

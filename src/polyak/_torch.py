@@ -7,17 +7,53 @@ Where a release of torch lacks one of these, a slower public way takes its place
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from importlib.util import find_spec
+from itertools import repeat, starmap
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from polyak.errors import PolyakError
+from polyak.errors import PolyakError, StructureError
 
-__all__ = ["optimizer_hooks", "reason_not_loaded", "refuse_unseen_conversions", "uncompiled"]
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+__all__ = [
+    "buffers_of",
+    "children_of",
+    "device_of_collectives",
+    "foreach_add_",
+    "foreach_addcmul_",
+    "foreach_copy_",
+    "foreach_lerp_",
+    "foreach_mul",
+    "foreach_mul_",
+    "foreach_norm",
+    "foreach_sub_",
+    "foreach_zero_",
+    "fsdp_modules",
+    "is_batchnorm",
+    "is_persistent",
+    "is_wrapped",
+    "on_host",
+    "optimizer_hooks",
+    "parameters_of",
+    "reason_not_loaded",
+    "refuse_flattened",
+    "refuse_unseen_conversions",
+    "uncompiled",
+    "versions",
+    "widest_float",
+    "without_graphs",
+]
 
 
 def _refuse_without(holder: object, *names: str) -> None:
@@ -25,12 +61,163 @@ def _refuse_without(holder: object, *names: str) -> None:
     for name in names:
         if not hasattr(holder, name):
             raise PolyakError(
-                f"torch {torch.__version__} has no {kind.__qualname__}.{name}, without which polyak cannot tell what "
-                "a model holds; use a newer polyak, or an older torch"
+                f"torch {torch.__version__} has no {kind.__qualname__}.{name}, without which polyak cannot do this; "
+                "use a newer polyak, or an older torch"
             )
 
 
+# Tensors
+
+
+def _foreach(name: str, each: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's operation on many tensors at once, on which its optimizers rest; else ``each``, tensor by tensor.
+
+    That is one call of C either way, which no interrupt can split, so that it is done to all tensors or to none.
+    """
+
+    def one_by_one(tensors: list[Tensor] | tuple[Tensor, ...], *others: Any) -> list[Any]:
+        columns = [o if isinstance(o, (list, tuple)) else repeat(o, len(tensors)) for o in others]
+        return list(starmap(each, zip(tensors, *columns, strict=True)))
+
+    return getattr(torch, f"_foreach_{name}", one_by_one)
+
+
+foreach_add_ = _foreach("add_", Tensor.add_)
+foreach_addcmul_ = _foreach("addcmul_", lambda t, a, b, value: t.addcmul_(a, b, value=value))
+foreach_copy_ = _foreach("copy_", Tensor.copy_)
+foreach_lerp_ = _foreach("lerp_", Tensor.lerp_)
+foreach_mul = _foreach("mul", Tensor.mul)
+foreach_mul_ = _foreach("mul_", Tensor.mul_)
+foreach_norm = _foreach("norm", torch.linalg.vector_norm)
+foreach_sub_ = _foreach("sub_", Tensor.sub_)
+foreach_zero_ = _foreach("zero_", Tensor.zero_)
+
+_refuse_without(Tensor, "_version")
+_version: Callable[[Tensor], int] = attrgetter("_version")
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was changed in place; -1 for those made in inference mode, which keep no count.
+
+    >>> weight = torch.zeros(1)
+    >>> versions([weight]) == versions([weight]), versions([weight]) == versions([weight.add_(1)])
+    (True, False)
+    """
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else _version(tensor) for tensor in tensors]
+
+
+# Devices
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading a number of the tensor waits for no accelerator.
+
+    >>> on_host(torch.zeros(1))
+    True
+    """
+    return tensor.device.type == "cpu"
+
+
+@cache
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that have none, as Apple's; found by trying.
+
+    >>> widest_float(torch.device("cpu"))
+    torch.float64
+    """
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64
+
+
+def device_of_collectives() -> torch.device:
+    """A device whose tensors the default process group can reduce; NCCL, for one, takes none from the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or "cpu:" in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.device(accelerator.type)
+
+
 # Modules
+
+_refuse_without(nn.Module(), "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_apply")
+
+# A module's own dictionaries, without those of its children; `named_parameters` would give copies.
+parameters_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_parameters")
+buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
+children_of: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_modules")
+
+
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """Whether a module's own buffer is part of state dicts."""
+    return buffer not in module._non_persistent_buffers_set
+
+
+# Child names that only wrappers use; what they hold keeps the name it had before it was wrapped.
+_WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Wrappers whose child is called `module`, a name that a user's own model may have as well.
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+# Where torch's wrappers live; a child of theirs that is none of the above is a new name for one.
+_HOMES_OF_WRAPPERS = ("torch._dynamo", "torch.distributed")
+
+
+def is_wrapped(parent: nn.Module, child_name: str) -> bool:
+    """Whether a child is the model that its parent wraps, so that their names should be the same.
+
+    Raises:
+        StructureError: it seems to be, but not under a name that is known.
+
+    >>> is_wrapped(nn.DataParallel(nn.Linear(1, 1)), "module"), is_wrapped(nn.Sequential(), "0")
+    (True, False)
+    """
+    if child_name in _WRAPPED or (child_name == "module" and isinstance(parent, _PARALLEL)):
+        return True
+    if child_name.startswith("_") and type(parent).__module__.startswith(_HOMES_OF_WRAPPERS):
+        raise StructureError(
+            f"{type(parent).__name__} of torch {torch.__version__} keeps what it wraps as {child_name!r}, which "
+            "polyak does not know as a wrapper, so that tensors would be misnamed; give the model that is wrapped"
+        )
+    return False
+
+
+def refuse_flattened(modules: Iterable[nn.Module]) -> None:
+    """Refuse (``StructureError``) the older kind of FSDP."""
+    # Where torch's FSDP was never imported no module can be sharded, and importing it takes long.
+    flattened = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if any(isinstance(module, flattened) for module in modules):
+        raise StructureError(
+            "FullyShardedDataParallel flattens parameters, so that their names and shapes are lost; shard the "
+            "model with torch.distributed.fsdp.fully_shard instead"
+        )
+
+
+def fsdp_modules(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Those that ``fully_shard`` was applied to."""
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule
+
+        yield from (module for module in modules if isinstance(module, FSDPModule))
+
+
+_LAZY_BATCHNORM = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+_PUBLIC_BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *_LAZY_BATCHNORM)
+_BATCHNORM = getattr(nn.modules.batchnorm, "_BatchNorm", _PUBLIC_BATCHNORM)
+
+
+def is_batchnorm(module: nn.Module) -> TypeGuard[BatchNorm]:
+    """Whether a module normalises by the statistics of batches, of whatever shape and on however many ranks.
+
+    >>> is_batchnorm(nn.BatchNorm1d(1)), is_batchnorm(nn.InstanceNorm1d(1))
+    (True, False)
+    """
+    return isinstance(module, _BATCHNORM)
 
 
 @cache
@@ -60,6 +247,15 @@ def refuse_unseen_conversions() -> None:
 # The decorator for what must run as it stands inside a compiled training step. The public one does the same, but
 # loads the compiler, which takes seconds, when it decorates rather than when it has something to do.
 uncompiled: Callable[..., Any] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+
+
+def without_graphs() -> AbstractContextManager[object]:
+    """Compiled models run eagerly inside, as graphs compiled earlier do not call new hooks."""
+    # Where the compiler was never loaded nothing is compiled, and loading it takes seconds.
+    if "torch._dynamo" not in sys.modules and find_spec("torch._dynamo") is not None:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
 
 # Optimizers
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from polyak import _torch
 from polyak._attach import Attachment
 from polyak._checks import refuse_other_state
 from polyak._mean import Accumulator, CheckFinite
@@ -136,7 +137,7 @@ class Average:
         if self._accumulator:
             self._accumulator.scheme = self._scheme
 
-    @torch._disable_dynamo
+    @_torch.uncompiled
     def update(self) -> None:
         """Count one optimizer step, and take a sample if one is due.
 
@@ -157,7 +158,7 @@ class Average:
         if past > 0 and past % self.every == 0:
             self._sample()
 
-    @torch._disable_dynamo
+    @_torch.uncompiled
     def update_now(self) -> None:
         """Take a sample now, whatever the schedule; raises as :meth:`update` does.
 
@@ -220,7 +221,7 @@ class Average:
                 self._swap_out_if_swapped()
                 raise
 
-    @torch._disable_dynamo
+    @_torch.uncompiled
     def swap_in(self) -> None:
         """Put the averaged weights into the model until :meth:`swap_out`; raises as :meth:`applied` does."""
         self._refuse_while_swapped("swap_in() was called twice")
@@ -237,7 +238,7 @@ class Average:
         )
         self._swap.put_in(accumulator.means)
 
-    @torch._disable_dynamo
+    @_torch.uncompiled
     def swap_out(self) -> None:
         """Bring the live weights back.
 

@@ -1,24 +1,19 @@
 """BatchNorm statistics for averaged weights: those of the whole data, not of the last batches."""
 
-# torch._foreach_*, on which torch's own optimizers rest, are missing from its type stubs' exports.
-# pyright: reportPrivateImportUsage=false
-
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from operator import length_hint
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from polyak import _distributed, _terminal
+from polyak import _distributed, _terminal, _torch
 from polyak._distributed import is_distributed, is_main_rank, sum_over_ranks
 from polyak._model import bare_model
 from polyak.errors import BatchError, NonFiniteError, OptionError, StructureError, name_list
@@ -88,15 +83,15 @@ class PooledMoments:
 
         mean_steps = [torch.empty_like(mean) for mean in pooled_means]
         variance_steps = [torch.empty_like(variance) for variance in pooled_variances]
-        torch._foreach_copy_(mean_steps, list(means))
-        torch._foreach_copy_(variance_steps, list(variances))
-        torch._foreach_sub_(mean_steps, pooled_means)
-        torch._foreach_sub_(variance_steps, pooled_variances)
-        torch._foreach_addcmul_(variance_steps, mean_steps, mean_steps, [1 - share for share in shares])
-        torch._foreach_mul_(mean_steps, shares)
-        torch._foreach_mul_(variance_steps, shares)
-        torch._foreach_add_(pooled_means, mean_steps)
-        torch._foreach_add_(pooled_variances, variance_steps)
+        _torch.foreach_copy_(mean_steps, list(means))
+        _torch.foreach_copy_(variance_steps, list(variances))
+        _torch.foreach_sub_(mean_steps, pooled_means)
+        _torch.foreach_sub_(variance_steps, pooled_variances)
+        _torch.foreach_addcmul_(variance_steps, mean_steps, mean_steps, [1 - share for share in shares])
+        _torch.foreach_mul_(mean_steps, shares)
+        _torch.foreach_mul_(variance_steps, shares)
+        _torch.foreach_add_(pooled_means, mean_steps)
+        _torch.foreach_add_(pooled_variances, variance_steps)
 
     def merge_ranks(self) -> None:
         """Pool what all ranks hold, on every rank and to the same bits; a collective call."""
@@ -114,13 +109,12 @@ class PooledMoments:
 
         self.batches, self.counts = totals.tolist()
         channels = [len(mean) for mean in self.means]
-        torch._foreach_copy_(self.means, means.split(channels))
-        torch._foreach_copy_(self.variances, variances.split(channels))
+        _torch.foreach_copy_(self.means, means.split(channels))
+        _torch.foreach_copy_(self.variances, variances.split(channels))
 
 
 def _float64_zeros(stream: Tensor) -> Tensor:
-    # Apple's MPS has no float64.
-    device = "cpu" if stream.device.type == "mps" else stream.device
+    device = stream.device if _torch.widest_float(stream.device) == torch.float64 else "cpu"
     return torch.zeros(stream.shape, dtype=torch.float64, device=device)
 
 
@@ -136,7 +130,7 @@ def _per_channel(counts: Sequence[int], streams: Sequence[Tensor]) -> Tensor:
 class BatchNormLayer:
     """A BatchNorm module, the state of it that measuring would disturb, and buffers for it to borrow meanwhile."""
 
-    def __init__(self, name: str, module: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    def __init__(self, name: str, module: _torch.BatchNorm, mean: Tensor, variance: Tensor) -> None:
         self.name = name
         self.module = module
         self.mean = mean
@@ -218,8 +212,8 @@ def statistics(model: nn.Module) -> list[Tensor]:
     ]
 
 
-def _tracks(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    return isinstance(module, _BatchNorm) and module.track_running_stats
+def _tracks(module: nn.Module) -> TypeGuard[_torch.BatchNorm]:
+    return _torch.is_batchnorm(module) and module.track_running_stats
 
 
 @contextmanager
@@ -275,7 +269,7 @@ def store(moments: PooledMoments, layers: list[BatchNormLayer]) -> None:
             "batch or a weight is not finite, or is too large for the layer's dtype; look for it with "
             "torch.isfinite. The running statistics are as they were"
         )
-    torch._foreach_copy_(olds, news)  # one call, which no interrupt can split
+    _torch.foreach_copy_(olds, news)  # one call, which no interrupt can split
 
 
 # What reaches each BatchNorm layer, measured as it passes.
@@ -321,7 +315,9 @@ class InputMoments:
         if self._unread:
             self._read(list(self._unread))
 
-    def _observe(self, index: int, module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _observe(
+        self, index: int, module: _torch.BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if index in self._unread:  # a shared layer, called again in one batch
             self._read([index])
         layer = self.layers[index]
@@ -344,7 +340,7 @@ class InputMoments:
         counts = [self._unread.pop(index) for index in indices]
         means = [self.layers[index].borrowed_mean for index in indices]
         unbiased = [self.layers[index].borrowed_variance for index in indices]
-        variances = torch._foreach_mul(unbiased, [(count - 1) / count for count in counts])
+        variances = _torch.foreach_mul(unbiased, [(count - 1) / count for count in counts])
         self.moments.merge(indices, counts, means, list(variances))
 
 
@@ -504,7 +500,7 @@ def update_bn(
     bar = _terminal.progress_bar(
         "BatchNorm statistics", shown=progress and is_main_rank(), total=length_hint(loader) * passes or None
     )
-    with borrowed_buffers(layers, network), _eager(), bar as shown:
+    with borrowed_buffers(layers, network), _torch.without_graphs(), bar as shown:
 
         def run(batch: Any) -> None:
             call(network, batch if device is None else moved(batch, device))
@@ -548,10 +544,3 @@ def _require_equal_on_ranks(layers: list[BatchNormLayer], passes: int) -> None:
                 f"rank {rank} would refresh other BatchNorm layers than this rank, or take other passes; "
                 "call update_bn with the same model, in the same mode, and the same passes on all ranks"
             )
-
-
-def _eager() -> AbstractContextManager[object]:
-    """Compiled parts run eagerly, as graphs compiled earlier do not call new hooks."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and loading it takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")

@@ -102,7 +102,7 @@ def write_sharded(path: str | PathLike[str], tensors: Mapping[str, Tensor], over
     torch's writer puts ``.metadata`` there last, so a folder that has it is whole. Raises ``OutputExistsError``
     on every rank where the folder is there and ``overwrite`` is False.
     """
-    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     path = Path(path)
     if any(_distributed.RankGroup.of_all().gather(path.exists())) and not overwrite:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from polyak import _torch
 from polyak._mean import Accumulator
 from polyak._model import is_sharded, refuse_swapped
 from polyak._swap import copy_into
-from polyak._torch import optimizer_hooks
 from polyak.errors import OptionError, StateError, StructureError, SwapError, name_list
 from polyak.profiles import Uniform
 
@@ -72,13 +72,13 @@ class GroupAverage:
         # All copies are made before the first parameter changes: an interrupt loses nothing.
         self.live = [parameter.detach().clone() for parameter in self.params]
         copy_into(self.params, self._accumulator.means)
-        self._versions = _versions(self.params)
+        self._versions = _torch.versions(self.params)
 
     def swap_out(self) -> None:
         """Bring the live weights back; raises :class:`SwapError` inside another average's swap."""
         refuse_swapped(self.params)
         # No versions: it was swapped in before it was saved, and the model loaded since.
-        changed = self._versions and self._versions != _versions(self.params)
+        changed = self._versions and self._versions != _torch.versions(self.params)
         copy_into(self.params, self.live)
         self.live, self._versions = [], []
         if changed:
@@ -188,13 +188,10 @@ def _kinds(params: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.de
     return [(p.shape, p.dtype, p.device, p.is_contiguous()) for p in params]
 
 
-def _versions(params: list[Tensor]) -> list[int]:
-    return [p._version for p in params]
-
-
 # SWA as an optimizer that wraps another one: the interface of torchcontrib, on today's torch.
 
 _COUNTS = ("n_avg", "n_skipped", "step_counter")
+_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
 
 class SWA(Optimizer):
@@ -258,6 +255,8 @@ class SWA(Optimizer):
         self._averages: dict[Tensor, GroupAverage] = {}
         # In place of Optimizer.__init__, which would make groups and a state of its own.
         super().__setstate__({})
+        for when in _HOOKS:  # refused now rather than when a state is saved, should torch keep them elsewhere
+            _torch.optimizer_hooks(self, when)
         for group in optimizer.param_groups:
             group.update(dict.fromkeys(_COUNTS, 0))
 
@@ -380,7 +379,7 @@ class SWA(Optimizer):
             ``swa_buffer``, and while swapped the ``live_buffer``; and ``param_groups``. No copies. The schedule
             is not in it: it is the constructor's, as in torchcontrib.
         """
-        for hook in optimizer_hooks(self, "state_dict_pre"):
+        for hook in _torch.optimizer_hooks(self, "state_dict_pre"):
             hook(self)
         inner = self.optimizer.state_dict()
         index = dict(zip(all_params(self.param_groups), all_params(inner["param_groups"]), strict=True))
@@ -389,7 +388,7 @@ class SWA(Optimizer):
             "swa_state": {index[p]: buffers for p, buffers in self._buffers().items()},
             "param_groups": inner["param_groups"],
         }
-        for hook in optimizer_hooks(self, "state_dict_post"):
+        for hook in _torch.optimizer_hooks(self, "state_dict_post"):
             state = hook(self, state) or state
         return state
 
@@ -402,7 +401,7 @@ class SWA(Optimizer):
         """
         self._refuse_while_swapped("load_state_dict() would lose the live weights")
         state = state_dict.copy()
-        for hook in optimizer_hooks(self, "load_state_dict_pre"):
+        for hook in _torch.optimizer_hooks(self, "load_state_dict_pre"):
             state = hook(self, state) or state
         saved = saved_buffers(state, self.param_groups)
         self.optimizer.load_state_dict({"state": state["opt_state"], "param_groups": state["param_groups"]})
@@ -411,7 +410,7 @@ class SWA(Optimizer):
             for group in self.param_groups
             if group["n_avg"]
         }
-        for hook in optimizer_hooks(self, "load_state_dict_post"):
+        for hook in _torch.optimizer_hooks(self, "load_state_dict_post"):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:

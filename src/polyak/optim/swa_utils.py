@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR
 
+from polyak import _torch
 from polyak._batches import in_place_of
 from polyak._mean import Accumulator, mean_dtype
 from polyak._model import ModelTensors, NamedTensor, differences, is_sharded, refuse_swapped, shape_of
@@ -79,7 +80,7 @@ class _Multi(AvgLaw):
     def __call__(self, averaged: Tensors, current: Tensors, num_averaged: Count) -> None:
         weight = self.weight(num_averaged)
         if can_be_lerped(averaged[0]):
-            torch._foreach_lerp_(averaged, current, weight)
+            _torch.foreach_lerp_(averaged, current, weight)
             return
         for target, source in zip(averaged, current, strict=True):
             target.copy_(_between(target, source, weight))
@@ -194,7 +195,8 @@ class Pairing:
         return self._written != self._state() or any(side.changed() for side in self._sides)
 
     def _state(self) -> list[tuple[int, int]]:
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._parameters]
+        addresses = map(Tensor.data_ptr, self._parameters)
+        return list(zip(addresses, _torch.versions(self._parameters), strict=True))
 
 
 class ModuleMean:
@@ -252,7 +254,7 @@ class ModuleMean:
         accumulator.add(live)
         accepted = accumulator.n_averaged > count
         if accepted and self._copies:
-            torch._foreach_copy_(self._copies, self._kept_apart)
+            _torch.foreach_copy_(self._copies, self._kept_apart)
         return accepted
 
     def look_anew(self) -> None:
@@ -382,7 +384,7 @@ class AveragedModel(nn.Module):
         """What the averaged module returns."""
         return self.module(*args, **kwargs)
 
-    @torch._disable_dynamo
+    @_torch.uncompiled
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Take the weights of ``model`` as a sample.
