@@ -93,13 +93,13 @@ def table(*headings: str, title: str | None = None) -> Table:
     >>> rows.add_row("weight", "24 bytes")
     >>> print(as_text(rows))
     tensor      size
-    ─────────────────
+    ────────────────
     weight  24 bytes
     """
     from rich import box
     from rich.table import Table
 
-    made = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    made = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in headings:
         if heading.startswith("#"):
             made.add_column(line(heading[1:]), justify="right", no_wrap=True)
