@@ -31,8 +31,9 @@ __all__ = [
     "writing",
 ]
 
-# Reading and writing at offsets. Large files pass through the page cache without staying in it, where the system
-# knows how.
+# Reading and writing at offsets. Large files are written past the page cache where the system knows how: 256 MiB
+# written and synced (ext4, Linux 6.18, two cores) take 0.2 to 0.4 s instead of 0.7 to 1.1 s, and leave nothing there
+# instead of 256 MiB, so that the data set of the training stays.
 
 # Smaller files are left in the page cache: what is chosen among, such as the blocks of a small model, is read soon.
 LEAST_UNCACHED_BYTES = 1 << 25
@@ -42,8 +43,6 @@ _LEAST_PIECE_BYTES = 1 << 18
 # Linux 6.14 and later, on the file systems that have it; all others answer with one of these errors.
 _RWF_DONTCACHE = 0x80
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
-# A Python that was built for an older system knows no flags.
-_ERRORS = (OSError, NotImplementedError)
 # Windows would take descriptors for text, and can only read and write at a file's one position.
 O_BINARY = getattr(os, "O_BINARY", 0)
 _HAS_OFFSETS = hasattr(os, "preadv") and hasattr(os, "pwrite")
@@ -66,18 +65,13 @@ def write_all(number: int, data: memoryview, offset: int, *, uncached: bool = Fa
             done += _seek_and(os.write, number, data[done:], offset + done)
 
 
-def read_into(number: int, buffer: memoryview, offset: int, *, uncached: bool = False) -> int:
-    """``os.preadv``; if ``uncached``, what has to come from the disk does not stay in the page cache."""
-    if not _HAS_OFFSETS:
-        data = _seek_and(os.read, number, len(buffer), offset)
-        buffer[: len(data)] = data
-        return len(data)
-    if uncached and sys.platform == "linux":
-        try:
-            return os.preadv(number, [buffer], offset, _RWF_DONTCACHE)
-        except _ERRORS as error:
-            _raise_unless_unsupported(error)
-    return os.preadv(number, [buffer], offset)
+def read_into(number: int, buffer: memoryview, offset: int) -> int:
+    """``os.preadv``: the bytes read, which may be fewer than asked for."""
+    if _HAS_OFFSETS:
+        return os.preadv(number, [buffer], offset)
+    data = _seek_and(os.read, number, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)
 
 
 def _seek_and(call: Callable, number: int, argument: memoryview | int, offset: int):
@@ -87,17 +81,15 @@ def _seek_and(call: Callable, number: int, argument: memoryview | int, offset: i
         return call(number, argument)
 
 
-def _raise_unless_unsupported(error: Exception) -> None:
-    if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
-        raise error
-
-
 def _write_uncached(number: int, data: memoryview, offset: int) -> int:
     if sys.platform == "linux":
         try:
             return os.pwritev(number, [data], offset, _RWF_DONTCACHE)
-        except _ERRORS as error:
-            _raise_unless_unsupported(error)
+        except NotImplementedError:
+            pass  # a Python that was built for an older system knows no flags
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
     written = os.pwrite(number, data, offset)
     if hasattr(os, "posix_fadvise"):
         # An older Linux only begins to write, so that the sync at the end finds little left to do.
@@ -131,14 +123,11 @@ def _fingerprint(status: os.stat_result) -> tuple[int, ...]:
 class DataFile:
     """A file read at byte offsets, from any number of threads.
 
-    If ``uncached``, what has to come from the disk does not stay in the page cache.
-
     Raises ``CheckpointError`` if the file cannot be opened, is empty, shrinks, or is replaced meanwhile.
     """
 
-    def __init__(self, path: Path, *, uncached: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._uncached = uncached
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
@@ -173,7 +162,7 @@ class DataFile:
         try:
             descriptor = self._descriptor()
             while done < len(buffer):
-                count = read_into(descriptor.number, buffer[done:], offset + done, uncached=self._uncached)
+                count = read_into(descriptor.number, buffer[done:], offset + done)
                 if count == 0:
                     raise CheckpointError(
                         f"{self.path} ends before byte {offset + len(buffer)}: it is truncated; use another copy"

@@ -423,8 +423,8 @@ class CheckedFile(DataFile):
     Raises as :class:`DataFile` does. One thread at a time.
     """
 
-    def __init__(self, path: Path, *, uncached: bool = False) -> None:
-        super().__init__(path, uncached=uncached)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self._checksum = Checksum()
         self._unread = [(0, self.size)]
 
@@ -519,7 +519,7 @@ def merge_files(sources: Mapping[Path, Block], target: Path) -> int:
     Raises:
         CheckpointError: a source cannot be read, or is not what was written; there is no target.
     """
-    files = {path: CheckedFile(path, uncached=True) for path in sources}
+    files = {path: CheckedFile(path) for path in sources}
     inputs = [Checkpoint(path, "safetensors", _safetensors.read_file(file)) for path, file in files.items()]
     counts = [block.count for block in sources.values()]
     newest = inputs[-1]
