@@ -659,6 +659,7 @@ def test_compiled_steps_count_and_stay_compiled():
 
 def test_a_step_that_raised_counts_nothing_anywhere():
     model, counter = nn.Linear(3, 1), Counter()
+    torch.optim.SGD(model.parameters(), lr=0.1)  # makes torch wrap the parent's step as well
     optimizer = Doubling(model.parameters(), lr=0.1, fused=True)
     outer = polyak.optim.SWA(optimizer)
     polyak.attach(outer, counter)
