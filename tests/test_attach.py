@@ -314,9 +314,6 @@ def test_trainings_in_several_threads_do_not_meet():
 
 
 def test_one_optimizer_stepped_by_several_threads_counts_every_step():
-    model = nn.Linear(3, 1)
-    optimizer, counter = Doubling(model.parameters(), lr=0.1), Counter()
-    polyak.attach(optimizer, counter)
     lock = threading.Lock()
 
     class Locked(Counter):
@@ -324,14 +321,14 @@ def test_one_optimizer_stepped_by_several_threads_counts_every_step():
             with lock:
                 super().update()
 
-    locked = Locked()
-    polyak.attach(optimizer, locked)
+    optimizer, counter = Doubling(nn.Linear(3, 1).parameters(), lr=0.1), Locked()
+    polyak.attach(optimizer, counter)
     threads = [threading.Thread(target=lambda: [optimizer.step() for _ in range(50)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert locked.steps == 200
+    assert counter.steps == 200
 
 
 # What it refuses, before anything is counted.
@@ -662,7 +659,8 @@ def test_compiled_steps_count_and_stay_compiled():
 
 def test_a_step_that_raised_counts_nothing_anywhere():
     model, counter = nn.Linear(3, 1), Counter()
-    optimizer = Doubling(model.parameters(), lr=0.1)
+    torch.optim.SGD(model.parameters(), lr=0.1)  # makes torch wrap the parent's step as well
+    optimizer = Doubling(model.parameters(), lr=0.1, fused=True)
     outer = polyak.optim.SWA(optimizer)
     polyak.attach(outer, counter)
     optimizer.fail = True
@@ -673,6 +671,10 @@ def test_a_step_that_raised_counts_nothing_anywhere():
             kept = error  # its traceback keeps the frames of the failed step
     assert kept is not None and counter.steps == 0
     optimizer.fail = False
+    optimizer.found_inf = torch.tensor(1.0)  # as GradScaler does: the next step is skipped
+    optimizer.step()
+    del optimizer.found_inf
+    assert counter.steps == 0
     outer.step()
     optimizer.step()
     assert counter.steps == 2
