@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak._distributed import RankGroup
-from polyak._model import Binding, ModelTensors, NamedTensor, is_sharded, local, shard_runs
+from polyak._distributed import RankGroup, shard_runs
+from polyak._model import Binding, ModelTensors, NamedTensor, is_sharded, local
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer, _safetensors
 from polyak.checkpoints import open as open_checkpoint
 from polyak.checkpoints._base import on_host, written_together

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 
 from polyak._attach import Attachment
 from polyak._checks import refuse_other_state
-from polyak._distributed import RankGroup
+from polyak._distributed import RankGroup, refuse_unplaced
 from polyak._mean import Accumulator
-from polyak._model import Binding, local, refuse_swapped, refuse_unplaced, sharded_like
+from polyak._model import Binding, local, refuse_swapped, sharded_like
 from polyak._swap import copy_into
 from polyak.errors import OptionError, StateError, StructureError, name_list
 from polyak.profiles import Uniform
