@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
 import warnings
-import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from polyak import checkpoints
 from polyak._distributed import RankGroup
@@ -34,48 +34,6 @@ from polyak.trajectory._blocks import (
 from polyak.trajectory._policy import pair_to_merge
 
 __all__ = ["TrajectoryFolder"]
-
-# One writer for a folder: a lock that ends with its process, however that ends.
-
-_FILE = "lock"
-
-
-class FolderLock:
-    """An advisory lock on a folder, until ``release()``, which may be called more than once.
-
-    Raises:
-        StateError: somebody else, in this process or another, holds it.
-    """
-
-    def __init__(self, folder: Path):
-        descriptor = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT, 0o666)
-        # At most once, and at the latest when a recorder that was never closed, as in a notebook, is collected.
-        self.release = weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            raise StateError(
-                f"{folder} is being recorded by another recorder: close that one first, give each run a folder "
-                "of its own, and in a job of several processes record on rank 0 only"
-            ) from None
-        _held.add(self)
-
-
-_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
-
-
-def _let_go_in_child() -> None:
-    # A forked child, such as a worker that loads data, would keep the lock beyond the death of its parent.
-    for lock in list(_held):
-        lock.release()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
-
-
-# A trajectory on disk: blocks go in, neighbours merge, and a crash at any moment leaves the last whole
-# state.
 
 _TRANSIENT = re.compile(r"(block-\d{12}-\d{12}|live-\d{12})\.safetensors|\.polyak-[0-9a-f]{12}\.tmp")
 
@@ -104,7 +62,9 @@ class TrajectoryFolder:
     def __init__(self, path: Path, fresh: Manifest, given_block_steps: int | None, group: RankGroup):
         self.path, self._group = path, group
         self._damaged: set[str] = set()
-        self._lock: FolderLock | None = None
+        # One for all threads: a recorder may be closed, or collected, on another than it was made on. And none of the
+        # kind that outlives a process that was killed, where the file system knows no other.
+        self._lock = FileLock(path / "lock", thread_local=False, fallback_to_soft=False)
         self.manifest = fresh
         self._on_first(lambda: self._open(fresh, given_block_steps))
         try:
@@ -116,13 +76,12 @@ class TrajectoryFolder:
 
     def close(self) -> None:
         """Let other writers in; more than once is harmless."""
-        if self._lock is not None:
-            self._lock.release()
+        self._lock.release()
 
     def _open(self, fresh: Manifest, given_block_steps: int | None) -> None:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.path)
+            self._take_lock()
         try:
             if not Manifest.exists(self.path):
                 self._refuse_orphans()
@@ -136,6 +95,15 @@ class TrajectoryFolder:
         except BaseException:
             self._lock.release()
             raise
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise StateError(
+                f"{self.path} is being recorded by another recorder: close that one first, give each run a folder "
+                "of its own, and in a job of several processes record on rank 0 only"
+            ) from None
 
     def _refuse_other_folder(self) -> None:
         if not self._group.is_first and not (
