@@ -19,24 +19,12 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
-from polyak.combine._running import (
-    accumulation_dtype,
-    as_reals,
-    copy,
-    fits,
-    fold,
-    folds,
-    is_averaged,
-    refuse_overflow,
-    restore_infinities,
-    runs,
-)
+from polyak.combine import _running
 from polyak.errors import OptionError
 
 __all__ = ["Budget", "MemoryWriter", "Progress", "combine", "parse_bytes"]
 
-# How the memory that ``combine`` may take is spent: buffers for slices, threads, and a reserve for the
-# rest.
+# How the memory that ``combine`` may take is spent: buffers for slices, threads, and a reserve for the rest.
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -339,7 +327,8 @@ class MemoryWriter(Writer):
         self.tensors |= {tied: self.tensors[name] for tied, name in layout.ties.items()}
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
-        copy(runs(values), runs(self.tensors[name].view(-1)[start : start + values.numel()]))
+        place = self.tensors[name].view(-1)[start : start + values.numel()]
+        _running.copy(_running.runs(values), _running.runs(place))
 
     def location(self, name: str) -> None:
         return None
@@ -351,7 +340,7 @@ class MemoryWriter(Writer):
         """The tensors go with the writer."""
 
 
-# Σ a_k · source_k, streamed: slices of every input pass through a few buffers into every output.
+# The sum itself.
 
 # On smaller bundles, and on few of them, threads spend their time waiting for each other's turn in Python.
 _WORTH_THREADS_BYTES, _WORTH_THREADS_BUNDLES = 1 << 17, 16
@@ -441,7 +430,7 @@ class _Job:
         self.inputs = inputs
         self.writers = writers
         self.accumulate = accumulate
-        self.folds = folds(coefficients, len(inputs))
+        self.folds = _running.folds(coefficients, len(inputs))
         self.counted = [[index for index, a in enumerate(row) if a != 0] for row in coefficients]
         self.differing: set[str] = set()
 
@@ -455,19 +444,19 @@ class _Job:
         """Bytes an element takes in the widest buffer it passes through."""
         source = self.source_dtype(name)
         widths = [dtype.itemsize for dtype in (source, *self.output_dtypes(name))]
-        if is_averaged(source):
-            widths.append(_reals_in(source) * accumulation_dtype(source, self.accumulate).itemsize)
+        if _running.is_averaged(source):
+            widths.append(_reals_in(source) * _running.accumulation_dtype(source, self.accumulate).itemsize)
         return max(widths)
 
     def kind(self, name: str) -> tuple[torch.dtype, ...] | None:
         """What tensors that are summed together have in common; None for those that are copied."""
         source = self.source_dtype(name)
-        return (source, *self.output_dtypes(name)) if is_averaged(source) else None
+        return (source, *self.output_dtypes(name)) if _running.is_averaged(source) else None
 
     def traffic(self, bundle: Bundle) -> int:
         """Bytes read and written for a bundle."""
         source = self.source_dtype(bundle.name)
-        reads = len(self.folds) if is_averaged(source) else len(set().union(*self.counted))
+        reads = len(self.folds) if _running.is_averaged(source) else len(set().union(*self.counted))
         written = sum(dtype.itemsize for dtype in self.output_dtypes(bundle.name))
         return sum(piece.count for piece in bundle.slices) * (reads * source.itemsize + written)
 
@@ -500,7 +489,7 @@ class _Buffer:
     def runs(self, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
         """The same in runs, which are made once: most bundles are of one size."""
         if (dtype, count) not in self._runs:
-            self._runs[dtype, count] = runs(self.part(dtype, count))
+            self._runs[dtype, count] = _running.runs(self.part(dtype, count))
         return self._runs[dtype, count]
 
 
@@ -514,7 +503,7 @@ class _Worker:
         )
 
     def __call__(self, bundle: Bundle) -> None:
-        if is_averaged(self._job.source_dtype(bundle.name)):
+        if _running.is_averaged(self._job.source_dtype(bundle.name)):
             self._average(bundle)
         else:
             for piece in bundle.slices:
@@ -524,7 +513,7 @@ class _Worker:
     def _average(self, bundle: Bundle) -> None:
         job = self._job
         source = job.source_dtype(bundle.name)
-        dtype = accumulation_dtype(source, job.accumulate)
+        dtype = _running.accumulation_dtype(source, job.accumulate)
         n_reals = bundle.count * _reals_in(source)
         means = [buffer.runs(dtype, n_reals) for buffer in self._means]
         for step in job.folds:
@@ -535,14 +524,15 @@ class _Worker:
                 continue
             values = self._load(step.index, bundle, dtype, self._read).runs(dtype, n_reals)
             for output, ratio in step.ratios:
-                fold(means[output], values, ratio)
+                _running.fold(means[output], values, ratio)
         for output, target in enumerate(job.output_dtypes(bundle.name)):
             # What lies between the slices may be anything; then each is looked at by itself.
-            all_fit = fits(means[output], target.to_real())
+            all_fit = _running.fits(means[output], target.to_real())
             mean = self._means[output].part(dtype, n_reals)
             for piece, place in bundle.places:
                 part = mean[place * _reals_in(source) :][: piece.count * _reals_in(source)]
-                self._write(output, piece, part, all_fit or fits(runs(part), target.to_real()))
+                fit = all_fit or _running.fits(_running.runs(part), target.to_real())
+                self._write(output, piece, part, fit)
 
     def _load(self, index: int, bundle: Bundle, dtype: torch.dtype, buffer: _Buffer) -> _Buffer:
         """Read a bundle of one input as real numbers of ``dtype``, to ``buffer`` or, converted, to another; which."""
@@ -553,7 +543,7 @@ class _Worker:
         if source.to_real() == dtype:
             return buffer
         n_reals = bundle.count * _reals_in(source)
-        copy(buffer.runs(source.to_real(), n_reals), self._values.runs(dtype, n_reals))
+        _running.copy(buffer.runs(source.to_real(), n_reals), self._values.runs(dtype, n_reals))
         return self._values
 
     def _write(self, output: int, piece: Slice, mean: Tensor, fit: bool) -> None:
@@ -562,14 +552,14 @@ class _Worker:
         infinite = None
         if not fit:
             sources = self._sources(self._job.counted[output], piece, mean.dtype)
-            infinite = restore_infinities(mean, sources, piece.name)
+            infinite = _running.restore_infinities(mean, sources, piece.name)
         if mean.dtype == dtype.to_real():
             values = mean.view(dtype)  # numbers in pairs are complex again
         else:
             values = self._written.part(dtype, piece.count)
-            copy(runs(mean), runs(as_reals(values)))
+            _running.copy(_running.runs(mean), _running.runs(_running.as_reals(values)))
         if infinite is not None:
-            refuse_overflow(as_reals(values), infinite, mean, piece.name)
+            _running.refuse_overflow(_running.as_reals(values), infinite, mean, piece.name)
         writer.write(piece.name, piece.start, values)
 
     def _sources(self, indices: list[int], piece: Slice, dtype: torch.dtype) -> Iterator[tuple[Path, Tensor]]:

@@ -1,4 +1,7 @@
-"""The folder of a recording: its lock, what may be in it, and how blocks come into it."""
+"""The folder of a recording: what may be in it, who may write to it, and how blocks come into it.
+
+Blocks go in, neighbours merge, and a crash at any moment leaves the last whole state.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,8 @@ from polyak import checkpoints
 from polyak._distributed import RankGroup
 from polyak.checkpoints._io import writing
 from polyak.errors import CheckpointError, StateError, name_list
-from polyak.trajectory._blocks import (
-    FROZEN_NAME,
-    Block,
-    Manifest,
-    Snapshot,
-    copied_names,
-    holds_frozen,
-    merge_files,
-    refuse_damaged,
-    write_block,
-    write_frozen,
-)
+from polyak.trajectory import _blocks
+from polyak.trajectory._blocks import FROZEN_NAME, Block, Manifest, Snapshot
 from polyak.trajectory._policy import pair_to_merge
 
 __all__ = ["TrajectoryFolder"]
@@ -196,7 +189,7 @@ class TrajectoryFolder:
         """
         if snapshot.frozen and not self.manifest.blocks:
             self._write_frozen(snapshot)
-        checksum = write_block(self._file(block), snapshot, self._group)
+        checksum = _blocks.write_block(self._file(block), snapshot, self._group)
         self._on_first(lambda: self._add(replace(block, checksum=checksum), max_blocks, kept_edges))
 
     def _add(self, block: Block, max_blocks: int, kept_edges: Collection[int]) -> None:
@@ -214,13 +207,13 @@ class TrajectoryFolder:
         Parameters that the optimizer leaves alone may have been moved by hand, as a momentum encoder is; they are
         kept once, as they are now.
         """
-        if snapshot.frozen and not holds_frozen(self.path / FROZEN_NAME, snapshot, self._group):
+        if snapshot.frozen and not _blocks.holds_frozen(self.path / FROZEN_NAME, snapshot, self._group):
             self._write_frozen(snapshot)
         # A file must not be replaced while it is listed with its checksum.
         if self.manifest.live_step == step:
             self._on_first(lambda: self._save(self.manifest.without_live()))
         manifest = replace(self.manifest, live_step=step)
-        checksum = write_block(self.path / str(manifest.live_name), snapshot, self._group)
+        checksum = _blocks.write_block(self.path / str(manifest.live_name), snapshot, self._group)
         self._on_first(lambda: self._keep_live(replace(manifest, live_checksum=checksum)))
 
     def _keep_live(self, manifest: Manifest) -> None:
@@ -230,7 +223,7 @@ class TrajectoryFolder:
     def _write_frozen(self, snapshot: Snapshot) -> None:
         if self.manifest.has_frozen:  # a file must not be replaced while it is listed with its checksum
             self._on_first(lambda: self._save(replace(self.manifest, frozen_checksum=None)))
-        checksum = write_frozen(self.path / FROZEN_NAME, snapshot, self._group)
+        checksum = _blocks.write_frozen(self.path / FROZEN_NAME, snapshot, self._group)
         # Listed with the block or the live weights that they are written for.
         self.manifest = replace(self.manifest, has_frozen=True, frozen_checksum=checksum)
 
@@ -243,7 +236,7 @@ class TrajectoryFolder:
     def _averaged_shapes(self) -> dict[str, Shape] | None:
         for block in reversed(self.manifest.blocks):
             with suppress(CheckpointError), checkpoints.open(self._file(block)) as checkpoint:
-                others = {*copied_names(checkpoint), *checkpoint.ties}
+                others = {*_blocks.copied_names(checkpoint), *checkpoint.ties}
                 return {name: info.shape for name, info in checkpoint.tensors.items() if name not in others}
         return None
 
@@ -253,7 +246,7 @@ class TrajectoryFolder:
             pair = manifest.blocks[index : index + 2]
             both = pair[0] + pair[1]
             try:
-                checksum = merge_files({self._file(block): block for block in pair}, self._file(both))
+                checksum = _blocks.merge_files({self._file(block): block for block in pair}, self._file(both))
             except Exception:  # a damaged header can provoke any
                 if not any(self._found_damage(block) for block in pair):
                     raise
@@ -274,7 +267,7 @@ class TrajectoryFolder:
     def _found_damage(self, block: Block) -> bool:
         """Whether a block is not what was written; it is kept as it is, and the recording goes on without it."""
         try:
-            refuse_damaged(self._file(block), block.checksum, f"block {block}")
+            _blocks.refuse_damaged(self._file(block), block.checksum, f"block {block}")
         except CheckpointError as error:
             warnings.warn(f"{error}; it is left alone, and the recording goes on", UserWarning, stacklevel=2)
             self._damaged.add(block.file_name)
