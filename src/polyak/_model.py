@@ -5,17 +5,15 @@ Everything above this layer works on plain lists of local tensors; what a model 
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,9 +22,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from polyak import _torch
 from polyak.errors import OptionError, StructureError, SwapError, name_list
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "Binding",
@@ -40,9 +35,7 @@ __all__ = [
     "note_swapped",
     "note_unswapped",
     "refuse_swapped",
-    "refuse_unplaced",
     "shape_of",
-    "shard_runs",
     "sharded_like",
 ]
 
@@ -306,92 +299,6 @@ def note_unswapped(tensors: Sequence[Tensor]) -> None:
     with _swapping:
         for tensor in tensors:
             _swapped_in.pop(tensor, None)
-
-
-# Which elements of a sharded tensor a rank holds.
-
-
-def refuse_unplaced(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse (``StructureError``) DTensors of which it cannot be told which rank holds what.
-
-    >>> import torch
-    >>> refuse_unplaced({"weight": torch.ones(1)})
-    """
-    for name, tensor in tensors.items():
-        if is_sharded(tensor):
-            _refuse_unplaced(name, cast("DTensor", tensor))
-
-
-def _refuse_unplaced(name: str, tensor: DTensor) -> None:
-    from torch.distributed.tensor import Replicate, Shard
-
-    if not all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
-        raise StructureError(
-            f"{name_list([name])} is placed as {tensor.placements}: only Shard and Replicate can be recorded, so not a "
-            "dimension that is sharded twice, as FSDP over tensor parallelism does; save checkpoints and read them "
-            "with Trajectory.from_checkpoints"
-        )
-
-
-def shard_runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[int, Tensor]]:
-    """Where the elements of ``part`` lie in the flattened ``whole``: (start, 1-D values), one run after the other.
-
-    Over all ranks every element comes once: of copies on several ranks only the first is given out.
-
-    Args:
-        part: what this rank holds of ``whole``, or of something that is distributed as it is.
-        whole: a DTensor, or a plain tensor, of which every rank holds a copy.
-        is_first: whether this is the rank that gives out plain tensors.
-
-    >>> import torch
-    >>> [(start, values.tolist()) for start, values in shard_runs(torch.ones(2, 2), torch.ones(2, 2), is_first=True)]
-    [(0, [1.0, 1.0, 1.0, 1.0])]
-    """
-    if not is_sharded(whole):
-        if is_first:
-            yield 0, part.reshape(-1)
-        return
-    offsets = _offsets(part, cast("DTensor", whole))
-    if offsets is None or not part.numel():
-        return
-    # Dimensions that are held whole, and the first one before them, make one run.
-    held = [mine == size for mine, size in zip(part.shape, whole.shape, strict=True)]
-    inner = len(held) - next((i for i, is_whole in enumerate(reversed(held)) if not is_whole), len(held))
-    outer = max(inner - 1, 0)
-    length = math.prod(part.shape[outer:])
-    places = [np.arange(size) + offset for size, offset in zip(part.shape[:outer], offsets, strict=False)]
-    strides = [math.prod(whole.shape[dim + 1 :]) for dim in range(whole.ndim)]
-    within = offsets[outer] * strides[outer] if whole.ndim else 0
-    starts = sum(
-        (place.reshape(-1, *[1] * (outer - 1 - dim)) * strides[dim] for dim, place in enumerate(places)),
-        np.array(within),
-    )
-    yield from zip(np.ravel(starts).tolist(), part.reshape(-1, length), strict=True)
-
-
-def _offsets(part: Tensor, whole: DTensor) -> list[int] | None:
-    """Where this rank's part begins in each dimension; None where another rank gives out the same copy.
-
-    ``Shard`` cuts as torch.chunk does, one dimension of the mesh after the other.
-    """
-    from torch.distributed.tensor import Shard
-
-    mesh, sizes, offsets = whole.device_mesh, list(whole.shape), [0] * whole.ndim
-    coordinate: Any = mesh.get_coordinate()
-    for kind, place, n_parts in zip(whole.placements, coordinate, mesh.shape, strict=True):
-        if isinstance(kind, Shard):
-            most = -(-sizes[kind.dim] // n_parts)
-            start = min(place * most, sizes[kind.dim])
-            offsets[kind.dim] += start
-            sizes[kind.dim] = min(most, sizes[kind.dim] - start)
-        elif place:
-            return None
-    if tuple(sizes) != tuple(part.shape):
-        raise StructureError(
-            f"this rank holds {tuple(part.shape)} of a tensor of {shape_of(whole)}, not the {tuple(sizes)} that its "
-            "placements mean: it cannot be told which part that is"
-        )
-    return offsets
 
 
 # The tensors of a live model that an average or a recorder follows, through every change that allows it.

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -257,15 +256,38 @@ def test_an_error_in_one_worker_stops_the_others(tmp_path):
     assert len(calls) <= 5  # of 20 slices
 
 
-def test_torch_keeps_its_threads(tmp_path):
-    inputs = saved(tmp_path, [{"w": torch.ones(3)}] * 2)
-    torch.set_num_threads(3)
-    try:
-        combined(inputs, [0.5, 0.5])
-        with ThreadPoolExecutor(1) as new_thread:
-            assert torch.get_num_threads() == new_thread.submit(torch.get_num_threads).result() == 3
-    finally:
-        torch.set_num_threads(1)
+THREADS = """
+    import os, sys, threading, torch
+    import polyak
+    from polyak import checkpoints
+    from polyak.combine import MemoryWriter, combine, common_layout
+
+    torch.set_num_threads(5)
+    inputs = [checkpoints.open(path) for path in sys.argv[1:]]
+    n_running = lambda: len(os.listdir("/proc/self/task"))
+    before, more, of_others = n_running(), set(), set()
+
+    def look(done, total):
+        more.add(n_running() - before)
+        thread = threading.Thread(target=lambda: of_others.add(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+
+    with MemoryWriter(common_layout(inputs, torch.float64)) as writer:
+        combine(inputs, [[0.7, 0.2, 0.1]], [writer], progress=look, workers=1)
+    print(more, of_others, torch.get_num_threads())
+"""
+
+
+def test_torch_keeps_its_threads_and_starts_none(tmp_path):
+    """Neither threads that begin during an average nor the caller's own find another number of them."""
+    paths = []
+    for seed in range(3):
+        paths.append(tmp_path / f"{seed}.safetensors")
+        checkpoints.write(paths[-1], {"w": random(torch.bfloat16, seed, (3_000_000,))})
+    script = [sys.executable, "-c", textwrap.dedent(THREADS), *map(str, paths)]
+    result = subprocess.run(script, check=True, capture_output=True, text=True)
+    assert result.stdout == "{0} {5} 5\n"
 
 
 def test_an_interrupt_stops_it(tmp_path):

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import polyak
 from polyak import checkpoints
-from polyak._model import shard_runs
+from polyak._distributed import shard_runs
 from polyak.errors import CheckpointError, StateError, StructureError
 from polyak.trajectory import _blocks
 from ranks import run_on_ranks

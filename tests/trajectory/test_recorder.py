@@ -196,7 +196,7 @@ def test_errors_of_the_writer_surface(tmp_path: Path, monkeypatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise CheckpointError("cannot write: no space left")
 
-    monkeypatch.setattr(folder_module, "write_block", full)
+    monkeypatch.setattr(folder_module._blocks, "write_block", full)
     with pytest.raises(CheckpointError, match="no space"):
         run.run(4)
     with pytest.raises(CheckpointError, match="no space"):

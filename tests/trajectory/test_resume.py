@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
-import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -209,17 +214,46 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
     polyak.Recorder(small_model(), tmp_path).close()
 
 
-def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
-    run = polyak.Recorder(small_model(), tmp_path)
-    context = multiprocessing.get_context("fork")
-    ready, done = context.Event(), context.Event()
-    child = context.Process(target=lambda: (ready.set(), done.wait(20)), daemon=True)
-    child.start()
-    assert ready.wait(20)
-    run.close()
-    polyak.Recorder(small_model(), tmp_path).close()
-    done.set()
-    child.join()
+OUTLIVED = """
+    import os, signal, sys, time, torch, polyak
+
+    run = polyak.Recorder(torch.nn.Linear(2, 2), sys.argv[1])
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_lock_ends_with_its_process_though_a_forked_child_lives_on(tmp_path: Path) -> None:
+    """As a worker that loads data does for a while."""
+    script = [sys.executable, "-c", textwrap.dedent(OUTLIVED), str(tmp_path)]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            assert process.wait(30) == -signal.SIGKILL
+            polyak.Recorder(small_model(), tmp_path).close()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    with pytest.raises(CheckpointError, match="cannot write .*: Function not implemented"):
+        polyak.Recorder(small_model(), tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_importing_it_needs_nothing_that_windows_lacks() -> None:
+    script = "import sys; sys.modules['fcntl'] = None; import polyak.trajectory; polyak.Recorder"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_only_a_writer_cleans_up(tmp_path: Path) -> None:

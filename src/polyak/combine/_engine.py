@@ -19,22 +19,12 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
-from polyak.combine._running import (
-    accumulation_dtype,
-    as_reals,
-    fits,
-    fold,
-    folds,
-    is_averaged,
-    refuse_overflow,
-    restore_infinities,
-)
+from polyak.combine import _running
 from polyak.errors import OptionError
 
 __all__ = ["Budget", "MemoryWriter", "Progress", "combine", "parse_bytes"]
 
-# How the memory that ``combine`` may take is spent: buffers for slices, threads, and a reserve for the
-# rest.
+# How the memory that ``combine`` may take is spent: buffers for slices, threads, and a reserve for the rest.
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -49,8 +39,8 @@ _BEST_WORKERS = 2
 _RESERVE_BYTES = 16_000_000
 # What the description of one tensor takes in an opened checkpoint and while headers are compared.
 _BYTES_PER_DESCRIPTION = 1_000
-# Per worker and beside one sum per output: values as read, as summed, their difference, as written.
-_BUFFERS_BESIDE_SUMS = 4
+# Per worker and beside one sum per output: values as read, as summed, as written.
+_BUFFERS_BESIDE_SUMS = 3
 
 
 def parse_bytes(size: int | str) -> int:
@@ -267,29 +257,22 @@ def run_on_threads(make_worker: Callable[[], Callable[[Item], None]], items: Ite
     shared = _Shared(items, stop)
 
     def work() -> None:
-        # A slice fits a core's cache; more threads inside torch would take it out again.
-        torch.set_num_threads(1)
         worker = make_worker()
         for item in shared:
             worker(item)
 
-    torch_threads = torch.get_num_threads()
-    try:
-        if n == 1:
-            work()
-            return
-        with ThreadPoolExecutor(n) as pool:
-            try:
-                with _interrupts_held():
-                    jobs = [pool.submit(work) for _ in range(n)]
-                for finished in as_completed(jobs):
-                    finished.result()
-            except BaseException:
-                stop.set()
-                raise
-    finally:
-        # What a thread sets is also what threads made later begin with.
-        torch.set_num_threads(torch_threads)
+    if n == 1:
+        work()
+        return
+    with ThreadPoolExecutor(n) as pool:
+        try:
+            with _interrupts_held():
+                jobs = [pool.submit(work) for _ in range(n)]
+            for finished in as_completed(jobs):
+                finished.result()
+        except BaseException:
+            stop.set()
+            raise
 
 
 @contextmanager
@@ -344,7 +327,8 @@ class MemoryWriter(Writer):
         self.tensors |= {tied: self.tensors[name] for tied, name in layout.ties.items()}
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
-        self.tensors[name].view(-1)[start : start + values.numel()] = values
+        place = self.tensors[name].view(-1)[start : start + values.numel()]
+        _running.copy(_running.runs(values), _running.runs(place))
 
     def location(self, name: str) -> None:
         return None
@@ -356,7 +340,7 @@ class MemoryWriter(Writer):
         """The tensors go with the writer."""
 
 
-# Σ a_k · source_k, streamed: slices of every input pass through a few buffers into every output.
+# The sum itself.
 
 # On smaller bundles, and on few of them, threads spend their time waiting for each other's turn in Python.
 _WORTH_THREADS_BYTES, _WORTH_THREADS_BUNDLES = 1 << 17, 16
@@ -446,7 +430,7 @@ class _Job:
         self.inputs = inputs
         self.writers = writers
         self.accumulate = accumulate
-        self.folds = folds(coefficients, len(inputs))
+        self.folds = _running.folds(coefficients, len(inputs))
         self.counted = [[index for index, a in enumerate(row) if a != 0] for row in coefficients]
         self.differing: set[str] = set()
 
@@ -460,19 +444,19 @@ class _Job:
         """Bytes an element takes in the widest buffer it passes through."""
         source = self.source_dtype(name)
         widths = [dtype.itemsize for dtype in (source, *self.output_dtypes(name))]
-        if is_averaged(source):
-            widths.append(_reals_in(source) * accumulation_dtype(source, self.accumulate).itemsize)
+        if _running.is_averaged(source):
+            widths.append(_reals_in(source) * _running.accumulation_dtype(source, self.accumulate).itemsize)
         return max(widths)
 
     def kind(self, name: str) -> tuple[torch.dtype, ...] | None:
         """What tensors that are summed together have in common; None for those that are copied."""
         source = self.source_dtype(name)
-        return (source, *self.output_dtypes(name)) if is_averaged(source) else None
+        return (source, *self.output_dtypes(name)) if _running.is_averaged(source) else None
 
     def traffic(self, bundle: Bundle) -> int:
         """Bytes read and written for a bundle."""
         source = self.source_dtype(bundle.name)
-        reads = len(self.folds) if is_averaged(source) else len(set().union(*self.counted))
+        reads = len(self.folds) if _running.is_averaged(source) else len(set().union(*self.counted))
         written = sum(dtype.itemsize for dtype in self.output_dtypes(bundle.name))
         return sum(piece.count for piece in bundle.slices) * (reads * source.itemsize + written)
 
@@ -491,19 +475,35 @@ class _Tally:
                 self._progress(self._done, self._total)
 
 
+class _Buffer:
+    """Memory that is seen as numbers of one dtype after the other."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._bytes = torch.empty(nbytes, dtype=torch.uint8)
+        self._runs: dict[tuple[torch.dtype, int], tuple[Tensor, ...]] = {}
+
+    def part(self, dtype: torch.dtype, count: int) -> Tensor:
+        """The first ``count`` of them."""
+        return self._bytes[: count * dtype.itemsize].view(dtype)
+
+    def runs(self, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
+        """The same in runs, which are made once: most bundles are of one size."""
+        if (dtype, count) not in self._runs:
+            self._runs[dtype, count] = _running.runs(self.part(dtype, count))
+        return self._runs[dtype, count]
+
+
 class _Worker:
     """One thread's buffers, used for one slice after the other."""
 
     def __init__(self, job: _Job, buffer_bytes: int, tally: _Tally) -> None:
-        def buffer() -> Tensor:
-            return torch.empty(buffer_bytes, dtype=torch.uint8)
-
         self._job, self._tally = job, tally
-        self._read, self._values, self._scratch, self._written = (buffer() for _ in range(4))
-        self._means = [buffer() for _ in job.writers]
+        self._read, self._values, self._written, *self._means = (
+            _Buffer(buffer_bytes) for _ in range(_BUFFERS_BESIDE_SUMS + len(job.writers))
+        )
 
     def __call__(self, bundle: Bundle) -> None:
-        if is_averaged(self._job.source_dtype(bundle.name)):
+        if _running.is_averaged(self._job.source_dtype(bundle.name)):
             self._average(bundle)
         else:
             for piece in bundle.slices:
@@ -513,33 +513,38 @@ class _Worker:
     def _average(self, bundle: Bundle) -> None:
         job = self._job
         source = job.source_dtype(bundle.name)
-        dtype = accumulation_dtype(source, job.accumulate)
+        dtype = _running.accumulation_dtype(source, job.accumulate)
         n_reals = bundle.count * _reals_in(source)
-        means = [_part(buffer, dtype, n_reals) for buffer in self._means]
-        scratch = _part(self._scratch, dtype, n_reals)
+        means = [buffer.runs(dtype, n_reals) for buffer in self._means]
         for step in job.folds:
             (output, ratio), *others = step.ratios
             # What only replaces a mean is read into it: one copy less.
             if ratio == 1 and not others and source.to_real() == dtype:
-                self._values_of(step.index, bundle, dtype, self._means[output])
+                self._load(step.index, bundle, dtype, self._means[output])
                 continue
-            values = self._values_of(step.index, bundle, dtype, self._read)
+            values = self._load(step.index, bundle, dtype, self._read).runs(dtype, n_reals)
             for output, ratio in step.ratios:
-                fold(means[output], values, ratio, scratch)
-        for output, (mean, target) in enumerate(zip(means, job.output_dtypes(bundle.name), strict=True)):
+                _running.fold(means[output], values, ratio)
+        for output, target in enumerate(job.output_dtypes(bundle.name)):
             # What lies between the slices may be anything; then each is looked at by itself.
-            all_fit = fits(mean, target.to_real())
+            all_fit = _running.fits(means[output], target.to_real())
+            mean = self._means[output].part(dtype, n_reals)
             for piece, place in bundle.places:
                 part = mean[place * _reals_in(source) :][: piece.count * _reals_in(source)]
-                self._write(output, piece, part, all_fit or fits(part, target.to_real()))
+                fit = all_fit or _running.fits(_running.runs(part), target.to_real())
+                self._write(output, piece, part, fit)
 
-    def _values_of(self, index: int, bundle: Bundle, dtype: torch.dtype, buffer: Tensor) -> Tensor:
-        """A bundle of one input as real numbers of ``dtype``, in ``buffer`` or, if converted, in one kept for that."""
-        read = _part(buffer, self._job.source_dtype(bundle.name), bundle.count)
+    def _load(self, index: int, bundle: Bundle, dtype: torch.dtype, buffer: _Buffer) -> _Buffer:
+        """Read a bundle of one input as real numbers of ``dtype``, to ``buffer`` or, converted, to another; which."""
+        source = self._job.source_dtype(bundle.name)
+        read = buffer.part(source, bundle.count)
         for piece, place in bundle.places:
             self._job.inputs[index].read_into(piece.name, piece.start, read[place : place + piece.count])
-        reals = as_reals(read)
-        return reals if reals.dtype == dtype else _part(self._values, dtype, len(reals)).copy_(reals)
+        if source.to_real() == dtype:
+            return buffer
+        n_reals = bundle.count * _reals_in(source)
+        _running.copy(buffer.runs(source.to_real(), n_reals), self._values.runs(dtype, n_reals))
+        return self._values
 
     def _write(self, output: int, piece: Slice, mean: Tensor, fit: bool) -> None:
         writer = self._job.writers[output]
@@ -547,30 +552,30 @@ class _Worker:
         infinite = None
         if not fit:
             sources = self._sources(self._job.counted[output], piece, mean.dtype)
-            infinite = restore_infinities(mean, sources, piece.name)
-        # Seen as bytes, numbers in pairs are complex again.
-        written = mean.view(torch.uint8) if mean.dtype == dtype.to_real() else self._written
-        values = _part(written, dtype, piece.count)
-        if mean.dtype != dtype.to_real():
-            as_reals(values).copy_(mean)
+            infinite = _running.restore_infinities(mean, sources, piece.name)
+        if mean.dtype == dtype.to_real():
+            values = mean.view(dtype)  # numbers in pairs are complex again
+        else:
+            values = self._written.part(dtype, piece.count)
+            _running.copy(_running.runs(mean), _running.runs(_running.as_reals(values)))
         if infinite is not None:
-            refuse_overflow(as_reals(values), infinite, mean, piece.name)
+            _running.refuse_overflow(_running.as_reals(values), infinite, mean, piece.name)
         writer.write(piece.name, piece.start, values)
 
     def _sources(self, indices: list[int], piece: Slice, dtype: torch.dtype) -> Iterator[tuple[Path, Tensor]]:
         count = piece.count * _reals_in(self._job.source_dtype(piece.name))
         for index in indices:
-            values = self._values_of(index, Bundle((piece,)), dtype, self._read)
-            yield self._job.inputs[index].path, values[:count]
+            values = self._load(index, Bundle((piece,)), dtype, self._read)
+            yield self._job.inputs[index].path, values.part(dtype, count)
 
     def _copy(self, piece: Slice) -> None:
         job = self._job
         dtype = job.source_dtype(piece.name)
-        values = _part(self._read, dtype, piece.count)
+        values = self._read.part(dtype, piece.count)
         for writer, counted in zip(job.writers, job.counted, strict=True):
             job.inputs[counted[-1]].read_into(piece.name, piece.start, values)
             writer.write(piece.name, piece.start, values)
-        other = _part(self._values, dtype, piece.count)
+        other = self._values.part(dtype, piece.count)
         for index in sorted(set().union(*job.counted)):
             if piece.name in job.differing:
                 return
@@ -581,7 +586,3 @@ class _Worker:
 
 def _reals_in(dtype: torch.dtype) -> int:
     return dtype.itemsize // dtype.to_real().itemsize
-
-
-def _part(buffer: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    return buffer[: count * dtype.itemsize].view(dtype)

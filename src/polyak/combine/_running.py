@@ -1,4 +1,4 @@
-"""The running mean m -= (a_k/A_k)(m - x_k), A_k = a_1 + … + a_k, as a list of steps and one inner loop.
+"""The running mean m -= (a_k/A_k)(m - x_k), A_k = a_1 + … + a_k: its steps, its inner loop, and what may go wrong.
 
 It gives Σ a_k x_k / Σ a_k and leaves identical inputs as they are, bit for bit in every dtype, which a plain sum
 of products does not.
@@ -19,20 +19,24 @@ from polyak.errors import NonFiniteError, OptionError
 __all__ = [
     "accumulation_dtype",
     "as_reals",
+    "copy",
     "fits",
     "fold",
     "folds",
     "is_averaged",
     "refuse_overflow",
     "restore_infinities",
+    "runs",
 ]
-
-# The running mean m -= (a_k/A_k)(m - x_k), A_k = a_1 + … + a_k, as a list of steps and one inner loop.
 
 _SUM_TOLERANCE = 1e-6
 # One operation instead of two, which takes 1 - ratio instead of the ratio: the rounding of that is as large as the
 # ratio's own share of it, and lost beside a large ratio only.
 _LEAST_LERP_RATIO = 1 / 8
+# From 32,768 elements on (its GRAIN_SIZE) torch shares a call out to threads of its own. They would take what is summed
+# out of the cache of the core that works on it, and the elements where their shares end may be rounded differently.
+# Setting their number to one would reach other threads: torch keeps it for all that begin meanwhile.
+_RUN_NUMEL = 32_768 - 64
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,33 @@ def _check(row: Sequence[float], n_inputs: int) -> None:
         raise OptionError(f"coefficients must be finite and sum to 1, got {sum(row)}")
 
 
-def fold(mean: Tensor, values: Tensor, ratio: float, scratch: Tensor) -> None:
-    """``mean -= ratio * (mean - values)`` in place, with ``scratch`` of the same shape; ratio 1 replaces ``mean``.
+def runs(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A 1-D tensor in runs that torch leaves to the thread that calls it."""
+    return tensor.split(_RUN_NUMEL) if len(tensor) > _RUN_NUMEL else (tensor,)
+
+
+def fold(mean: Sequence[Tensor], values: Sequence[Tensor], ratio: float) -> None:
+    """``mean -= ratio * (mean - values)`` in place, run by run; ratio 1 replaces ``mean``.
 
     Where both are equal the result is ``mean`` to the bit, the sign of zero included: in each form a multiple of
     their difference is added whose sign makes a zero of it -0.0, and adding that changes nothing.
     """
-    if ratio > 0.5 and torch.tensor(ratio, dtype=mean.dtype) == 1:
-        mean.copy_(values)
-    elif ratio > 0.5 or ratio < 0:
-        mean.lerp_(values, ratio)
-    elif ratio >= _LEAST_LERP_RATIO:
-        torch.lerp(values, mean, 1 - ratio, out=mean)
-    else:
-        mean.sub_(torch.sub(mean, values, out=scratch), alpha=ratio)
+    replaces = ratio > 0.5 and torch.tensor(ratio, dtype=mean[0].dtype) == 1
+    for m, x in zip(mean, values, strict=True):
+        if replaces:
+            m.copy_(x)
+        elif ratio > 0.5 or ratio < 0:
+            m.lerp_(x, ratio)
+        elif ratio >= _LEAST_LERP_RATIO:
+            torch.lerp(x, m, 1 - ratio, out=m)
+        else:
+            m.sub_(m - x, alpha=ratio)
+
+
+def copy(values: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    """Fill ``target`` with ``values``, converted, run by run."""
+    for x, place in zip(values, target, strict=True):
+        place.copy_(x)
 
 
 def is_averaged(dtype: torch.dtype) -> bool:
@@ -122,15 +139,14 @@ def as_reals(values: Tensor) -> Tensor:
     return torch.view_as_real(values).view(-1) if values.is_complex() else values
 
 
-# What becomes of a slice whose result is not finite or does not fit: the slow path, taken when a check
-# fails.
+# What becomes of a slice whose result is not finite or does not fit: the slow path.
 
 
-def fits(mean: Tensor, dtype: torch.dtype) -> bool:
-    """Whether every number of ``mean`` is finite and in the range of ``dtype``."""
+def fits(mean: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether every number of the runs of ``mean`` is finite and in the range of ``dtype``."""
     limit = torch.finfo(dtype).max
     # Comparing with NaN is False, and NaN is what the extremes of numbers with a NaN are.
-    return bool(mean.amax() <= limit) and bool(mean.amin() >= -limit)
+    return all(bool(m.amax() <= limit) and bool(m.amin() >= -limit) for m in mean)
 
 
 def restore_infinities(mean: Tensor, sources: Iterable[tuple[Path, Tensor]], name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""When blocks end, when they are merged, and the thread that writes them beside the training."""
+"""How a recording keeps out of the way: how long blocks are, which of them merge, and the thread that writes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 __all__ = ["BackgroundWriter", "Pace", "block_steps_after", "pair_to_merge"]
 
-# How long blocks are, and which neighbours merge: pure functions of lengths.
+# Which neighbours merge, and how long blocks are: pure functions of lengths and times.
 
 # Resolution stops rising within the last 2% of the run; finer blocks there would cost more writes, and coarser
 # ones everywhere else.
@@ -74,7 +74,7 @@ def steps_worth_writing(least_steps: int, seconds_per_step: float, write_seconds
     return least_steps << doublings
 
 
-# How long a block has to be, so that writing it costs less than training it.
+# The times that a run takes.
 
 
 class Pace:

@@ -11,7 +11,7 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 
 from polyak._attach import Attachment
 from polyak._checks import refuse_other_state
-from polyak._distributed import RankGroup
+from polyak._distributed import RankGroup, refuse_unplaced
 from polyak._mean import Accumulator
-from polyak._model import Binding, local, refuse_swapped, refuse_unplaced, sharded_like
+from polyak._model import Binding, local, refuse_swapped, sharded_like
 from polyak._swap import copy_into
 from polyak.errors import OptionError, StateError, StructureError, name_list
 from polyak.profiles import Uniform
@@ -29,9 +29,7 @@ from polyak.profiles._base import whole_within
 from polyak.trajectory._blocks import Block, Manifest, Metrics, Snapshot, Summary
 from polyak.trajectory._policy import BackgroundWriter, Pace, block_steps_after
 from polyak.trajectory._store import TrajectoryFolder
-
-if TYPE_CHECKING:
-    from polyak.trajectory._trajectory import Trajectory
+from polyak.trajectory._trajectory import Trajectory
 
 __all__ = ["Recorder"]
 
@@ -134,14 +132,14 @@ class OpenBlock:
         self._filling.restart(state["n_averaged"], state["n_skipped"])
         self.start, self.last_sample = state["start"], state["last_sample"]
         summaries = json.loads(state["summaries"])
-        self._lr, self._metrics = (_meter(summaries[kind]) for kind in ("lr", "metrics"))
+        self._lr, self._metrics = (_metrics(summaries[kind]) for kind in ("lr", "metrics"))
 
 
-def _meter(entries: Mapping[str, dict[str, Any]]) -> Metrics:
+def _metrics(entries: Mapping[str, dict[str, Any]]) -> Metrics:
     return Metrics({name: Summary(**numbers) for name, numbers in entries.items()})
 
 
-# Recording a training run as a short list of block means on disk.
+# The recorder itself.
 
 _LEAST_MAX_BLOCKS = 8
 # Where the length of a block follows the pace of the run: samples in the first one, and blocks until it is final.
@@ -299,8 +297,6 @@ class Recorder:
     @property
     def trajectory(self) -> Trajectory:
         """What was recorded so far, without the block that is being filled; waits for the one under way."""
-        from polyak.trajectory._trajectory import Trajectory
-
         self._writer.wait()
         return Trajectory(self.directory)
 

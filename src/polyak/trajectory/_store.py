@@ -1,13 +1,14 @@
-"""The folder of a recording: its lock, what may be in it, and how blocks come into it."""
+"""The folder of a recording: what may be in it, who may write to it, and how blocks come into it.
+
+Blocks go in, neighbours merge, and a crash at any moment leaves the last whole state.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
 import warnings
-import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,67 +16,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from polyak import checkpoints
 from polyak._distributed import RankGroup
 from polyak.checkpoints._io import writing
 from polyak.errors import CheckpointError, StateError, name_list
-from polyak.trajectory._blocks import (
-    FROZEN_NAME,
-    Block,
-    Manifest,
-    Snapshot,
-    copied_names,
-    holds_frozen,
-    merge_files,
-    refuse_damaged,
-    write_block,
-    write_frozen,
-)
+from polyak.trajectory import _blocks
+from polyak.trajectory._blocks import FROZEN_NAME, Block, Manifest, Snapshot
 from polyak.trajectory._policy import pair_to_merge
 
 __all__ = ["TrajectoryFolder"]
-
-# One writer for a folder: a lock that ends with its process, however that ends.
-
-_FILE = "lock"
-
-
-class FolderLock:
-    """An advisory lock on a folder, until ``release()``, which may be called more than once.
-
-    Raises:
-        StateError: somebody else, in this process or another, holds it.
-    """
-
-    def __init__(self, folder: Path):
-        descriptor = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT, 0o666)
-        # At most once, and at the latest when a recorder that was never closed, as in a notebook, is collected.
-        self.release = weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            raise StateError(
-                f"{folder} is being recorded by another recorder: close that one first, give each run a folder "
-                "of its own, and in a job of several processes record on rank 0 only"
-            ) from None
-        _held.add(self)
-
-
-_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
-
-
-def _let_go_in_child() -> None:
-    # A forked child, such as a worker that loads data, would keep the lock beyond the death of its parent.
-    for lock in list(_held):
-        lock.release()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
-
-
-# A trajectory on disk: blocks go in, neighbours merge, and a crash at any moment leaves the last whole
-# state.
 
 _TRANSIENT = re.compile(r"(block-\d{12}-\d{12}|live-\d{12})\.safetensors|\.polyak-[0-9a-f]{12}\.tmp")
 
@@ -104,7 +55,9 @@ class TrajectoryFolder:
     def __init__(self, path: Path, fresh: Manifest, given_block_steps: int | None, group: RankGroup):
         self.path, self._group = path, group
         self._damaged: set[str] = set()
-        self._lock: FolderLock | None = None
+        # One for all threads: a recorder may be closed, or collected, on another than it was made on. And none of the
+        # kind that outlives a process that was killed, where the file system knows no other.
+        self._lock = FileLock(path / "lock", thread_local=False, fallback_to_soft=False)
         self.manifest = fresh
         self._on_first(lambda: self._open(fresh, given_block_steps))
         try:
@@ -116,13 +69,12 @@ class TrajectoryFolder:
 
     def close(self) -> None:
         """Let other writers in; more than once is harmless."""
-        if self._lock is not None:
-            self._lock.release()
+        self._lock.release()
 
     def _open(self, fresh: Manifest, given_block_steps: int | None) -> None:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.path)
+            self._take_lock()
         try:
             if not Manifest.exists(self.path):
                 self._refuse_orphans()
@@ -136,6 +88,15 @@ class TrajectoryFolder:
         except BaseException:
             self._lock.release()
             raise
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise StateError(
+                f"{self.path} is being recorded by another recorder: close that one first, give each run a folder "
+                "of its own, and in a job of several processes record on rank 0 only"
+            ) from None
 
     def _refuse_other_folder(self) -> None:
         if not self._group.is_first and not (
@@ -228,7 +189,7 @@ class TrajectoryFolder:
         """
         if snapshot.frozen and not self.manifest.blocks:
             self._write_frozen(snapshot)
-        checksum = write_block(self._file(block), snapshot, self._group)
+        checksum = _blocks.write_block(self._file(block), snapshot, self._group)
         self._on_first(lambda: self._add(replace(block, checksum=checksum), max_blocks, kept_edges))
 
     def _add(self, block: Block, max_blocks: int, kept_edges: Collection[int]) -> None:
@@ -246,13 +207,13 @@ class TrajectoryFolder:
         Parameters that the optimizer leaves alone may have been moved by hand, as a momentum encoder is; they are
         kept once, as they are now.
         """
-        if snapshot.frozen and not holds_frozen(self.path / FROZEN_NAME, snapshot, self._group):
+        if snapshot.frozen and not _blocks.holds_frozen(self.path / FROZEN_NAME, snapshot, self._group):
             self._write_frozen(snapshot)
         # A file must not be replaced while it is listed with its checksum.
         if self.manifest.live_step == step:
             self._on_first(lambda: self._save(self.manifest.without_live()))
         manifest = replace(self.manifest, live_step=step)
-        checksum = write_block(self.path / str(manifest.live_name), snapshot, self._group)
+        checksum = _blocks.write_block(self.path / str(manifest.live_name), snapshot, self._group)
         self._on_first(lambda: self._keep_live(replace(manifest, live_checksum=checksum)))
 
     def _keep_live(self, manifest: Manifest) -> None:
@@ -262,7 +223,7 @@ class TrajectoryFolder:
     def _write_frozen(self, snapshot: Snapshot) -> None:
         if self.manifest.has_frozen:  # a file must not be replaced while it is listed with its checksum
             self._on_first(lambda: self._save(replace(self.manifest, frozen_checksum=None)))
-        checksum = write_frozen(self.path / FROZEN_NAME, snapshot, self._group)
+        checksum = _blocks.write_frozen(self.path / FROZEN_NAME, snapshot, self._group)
         # Listed with the block or the live weights that they are written for.
         self.manifest = replace(self.manifest, has_frozen=True, frozen_checksum=checksum)
 
@@ -275,7 +236,7 @@ class TrajectoryFolder:
     def _averaged_shapes(self) -> dict[str, Shape] | None:
         for block in reversed(self.manifest.blocks):
             with suppress(CheckpointError), checkpoints.open(self._file(block)) as checkpoint:
-                others = {*copied_names(checkpoint), *checkpoint.ties}
+                others = {*_blocks.copied_names(checkpoint), *checkpoint.ties}
                 return {name: info.shape for name, info in checkpoint.tensors.items() if name not in others}
         return None
 
@@ -285,7 +246,7 @@ class TrajectoryFolder:
             pair = manifest.blocks[index : index + 2]
             both = pair[0] + pair[1]
             try:
-                checksum = merge_files({self._file(block): block for block in pair}, self._file(both))
+                checksum = _blocks.merge_files({self._file(block): block for block in pair}, self._file(both))
             except Exception:  # a damaged header can provoke any
                 if not any(self._found_damage(block) for block in pair):
                     raise
@@ -306,7 +267,7 @@ class TrajectoryFolder:
     def _found_damage(self, block: Block) -> bool:
         """Whether a block is not what was written; it is kept as it is, and the recording goes on without it."""
         try:
-            refuse_damaged(self._file(block), block.checksum, f"block {block}")
+            _blocks.refuse_damaged(self._file(block), block.checksum, f"block {block}")
         except CheckpointError as error:
             warnings.warn(f"{error}; it is left alone, and the recording goes on", UserWarning, stacklevel=2)
             self._damaged.add(block.file_name)

@@ -15,16 +15,7 @@ from torch import Tensor
 
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
-from polyak.combine import (
-    MemoryWriter,
-    batchnorm_statistics,
-    combine,
-    common_layout,
-    is_averaged,
-    known_steps,
-    refuse_partly_known,
-    spans_of_steps,
-)
+from polyak.combine import MemoryWriter, _inputs, batchnorm_statistics, combine, common_layout, is_averaged
 from polyak.errors import CheckpointError, NotStartedError, OptionError, name_list
 from polyak.profiles import Profile, Weights, as_profile
 from polyak.trajectory._blocks import FROZEN_NAME, Block, Manifest, copied_names, refuse_damaged
@@ -47,9 +38,9 @@ def checkpoint_steps(
         OptionError: steps of another number than the checkpoints, or the same one twice; or steps known of some
             only; or no steps, and paths whose order means nothing.
     """
-    chosen = list(steps) if steps is not None else known_steps(inputs)
+    chosen = list(steps) if steps is not None else _inputs.known_steps(inputs)
     if chosen is None:
-        refuse_partly_known(inputs)
+        _inputs.refuse_partly_known(inputs)
     if chosen is None and not ordered:
         raise OptionError(
             f"no step is known for {name_list([c.path.name for c in inputs])}, and the paths come in no order: give "
@@ -71,7 +62,7 @@ def checkpoint_steps(
 
 def _warn_of_other_order(inputs: Sequence[Checkpoint], steps: Sequence[int]) -> None:
     """Paths sorted as text put epoch-10 before epoch-9, and then the steps given are those of other files."""
-    known = known_steps(inputs)
+    known = _inputs.known_steps(inputs)
     if known is None:
         return
     pairs = sorted(zip(known, steps, inputs, strict=True), key=lambda pair: pair[0])
@@ -168,7 +159,7 @@ def _copy(source: Checkpoint, names: Iterable[str], writer: Writer) -> None:
             writer.write(name, start, source.read_slice(name, start, stop))
 
 
-# A run as block means, from which any average is made afterwards.
+# The trajectory itself.
 
 _MAX_MEMORY = "1GB"
 
@@ -252,7 +243,7 @@ class Trajectory:
         trajectory = cls.__new__(cls)
         trajectory._place = str(inputs[0].path.parent)
         trajectory._inputs = [checkpoint for _, checkpoint in found]
-        spans = spans_of_steps([step for step, _ in found])
+        spans = _inputs.spans_of_steps([step for step, _ in found])
         trajectory.blocks = tuple(Block(span.start, span.stop, span.count) for span in spans)
         trajectory.damaged, trajectory._unchecked = {}, set()
         trajectory._frozen = trajectory._frozen_checksum = None
