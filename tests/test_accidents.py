@@ -196,7 +196,7 @@ def test_changes_after_the_last_update_are_noticed_before_anything_is_saved(tmp_
         lambda: average.save(tmp_path / "a.pt"),
         lambda: average.copy_to(model),
     ):
-        with pytest.raises(StructureError, match=r"added '2\.weight'"):
+        with pytest.raises(StructureError, match=r"has '2\.weight'"):
             call()
     assert not list(tmp_path.iterdir())
 
@@ -252,7 +252,7 @@ def test_averaged_buffers_that_change_shape_are_refused():
     average = polyak.Average(model, polyak.Uniform(), buffers="average")
     average.update()
     model.a.data, model.b.data = model.b.data, model.a.data
-    with pytest.raises(StructureError, match="reshaped"):
+    with pytest.raises(StructureError, match=r"has 'a' as \(3,\), not \(2,\), 'b' as"):
         average.update()
 
 

@@ -295,15 +295,15 @@ def test_replaced_parameters_of_the_same_shape_are_taken_up():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.append(nn.Linear(2, 2)), r"added '3\.weight', '3\.bias'"),
-        (lambda m: m.pop(2), r"missing '2\.weight', '2\.bias'"),
-        (lambda m: m.insert(1, nn.Linear(8, 8)), r"added '3\.weight', '3\.bias'; reshaped '1\.weight"),
+        (lambda m: m.append(nn.Linear(2, 2)), r"has '3\.weight', '3\.bias' besides"),
+        (lambda m: m.pop(2), r"lacks '2\.weight', '2\.bias'"),
+        (lambda m: m.insert(1, nn.Linear(8, 8)), r"has '3\.weight', '3\.bias' besides; has '1\.weight' as "),
         (
             lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(8, 1))),
-            r"reshaped '0\.weight \(8, 3\) -> \(8, 1\)'",
+            r"has '0\.weight' as \(8, 1\), not \(8, 3\)",
         ),
-        (lambda m: setattr(m[0].weight, "data", torch.ones(1, 3)), r"reshaped '0\.weight"),
-        (lambda m: m[0].register_parameter("bias", None), r"missing '0\.bias'"),
+        (lambda m: setattr(m[0].weight, "data", torch.ones(1, 3)), r"has '0\.weight' as "),
+        (lambda m: m[0].register_parameter("bias", None), r"lacks '0\.bias'"),
     ],
     ids=["appended", "removed", "inserted", "reshaped", "data reshaped", "bias dropped"],
 )
@@ -453,7 +453,7 @@ def test_copy_to_refuses_a_model_that_does_not_fit():
     other = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 3), nn.Linear(3, 1))
     before = live(other)
     with pytest.raises(
-        StructureError, match=r"lacks '3\.weight', '3\.bias'.*shapes or sharding for '2\.weight', '2\.bias'"
+        StructureError, match=r"lacks '3\.weight', '3\.bias'; has '2\.weight' as .*, '2\.bias' as "
     ):
         average.copy_to(other)
     assert same(live(other), before)
@@ -508,7 +508,7 @@ def test_state_has_the_same_keys_and_shapes_at_any_time():
         (lambda: polyak.Average(mlp(), polyak.EMA(decay=0.9)), "saved with scheme='uniform'"),
         (lambda: polyak.Average(mlp(), polyak.Uniform(), every=2), "every=1"),
         (lambda: polyak.Average(nn.Linear(3, 8), polyak.Uniform()), "lacks 'weight'"),
-        (lambda: polyak.Average(mlp(), polyak.Uniform(), dtype=torch.float64), "float32.*here.*float64"),
+        (lambda: polyak.Average(mlp(), polyak.Uniform(), dtype=torch.float64), "float32, not .*float64"),
         (lambda: polyak.Average(mlp(), polyak.Uniform(), compensated=True), "lacks 'residual'"),
     ],
     ids=["scheme", "every", "names", "dtype", "compensated"],
@@ -602,8 +602,8 @@ def test_saving_a_batchnorm_model_outside_applied_is_warned_of(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"start": -1}, OptionError, "start must be .* at least 0, got -1"),
-        ({"every": 0}, OptionError, "every must be .* at least 1, got 0"),
+        ({"start": -1}, OptionError, "start must be a whole number in \\[0, inf\\), got -1"),
+        ({"every": 0}, OptionError, "every must be a whole number in \\[1, inf\\), got 0"),
         ({"every": 2.5}, OptionError, "got 2.5"),
         ({"every": True}, OptionError, "got True"),
         ({"buffers": "mean"}, OptionError, "'copy' or 'average'"),

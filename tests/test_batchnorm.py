@@ -257,7 +257,7 @@ def test_a_generator_serves_one_pass_and_is_refused_for_more():
 
 @pytest.mark.parametrize("passes", [0, -1, 1.5, "2"])
 def test_passes_out_of_range(passes):
-    with pytest.raises(polyak.errors.OptionError, match="at least 1"):
+    with pytest.raises(polyak.errors.OptionError, match="passes must be a whole number in"):
         polyak.update_bn([data()], deep_network(), passes=passes)
 
 

@@ -1,4 +1,4 @@
-"""Standard errors and intervals against scipy and textbook formulas."""
+"""Weights tried in a live model: errors and intervals against scipy and textbooks, and a model that is as before."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 import polyak
 from polyak import checkpoints
 from polyak._evaluate import apply_weights, paired_intervals, read_score, try_weights, write_weights
+from polyak._swap import Swap, modes, undoing
 from polyak.errors import OptionError, OutputExistsError, StructureError, SwapError
 
 
@@ -252,10 +253,10 @@ def test_an_apply_that_fails_leaves_the_model(model):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({**WEIGHTS, "third.weight": torch.zeros(1)}, "the model has no 'third.weight'"),
-        ({"first.weight": WEIGHTS["first.weight"]}, "there is no average of 'norm.weight', 'norm.bias'"),
-        ({**WEIGHTS, "norm.bias": torch.zeros(3)}, "shapes differ for 'norm.bias'"),
-        ({**WEIGHTS, "norm.bias": torch.zeros(1)}, "shapes differ for 'norm.bias'"),
+        ({**WEIGHTS, "third.weight": torch.zeros(1)}, "has 'third.weight' besides"),
+        ({"first.weight": WEIGHTS["first.weight"]}, "lacks 'norm.weight', 'norm.bias'"),
+        ({**WEIGHTS, "norm.bias": torch.zeros(3)}, r"'norm.bias' as \(3,\), not \(2,\)"),
+        ({**WEIGHTS, "norm.bias": torch.zeros(1)}, r"'norm.bias' as \(1,\), not \(2,\)"),
     ],
 )
 def test_weights_of_another_model_are_refused(model, weights, message):
@@ -270,3 +271,54 @@ def test_a_model_that_holds_an_average_already_is_refused(model):
     average.update()
     with average.applied(), pytest.raises(SwapError):
         try_weights(model, WEIGHTS, lambda model: 1.0)
+
+
+# What the trial rests on: modes that come back, and what is undone whatever falls into it.
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_is_undone_is_undone_once_more_where_an_interrupt_falls_into_it(error):
+    calls = []
+
+    def undo():
+        calls.append("begun")
+        if len(calls) == 1:
+            raise error
+        calls.append("done")
+
+    with pytest.raises(error), undoing(undo):
+        pass
+    assert calls == ["begun", "begun", "done"]
+
+
+def test_an_error_inside_leaves_after_one_undoing():
+    calls = []
+    with pytest.raises(RuntimeError), undoing(lambda: calls.append("done")):
+        raise RuntimeError
+    assert calls == ["done"]
+
+
+def test_every_module_has_its_own_mode_back():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()), nn.Dropout())
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError), modes(model, training={model[1]}):
+        assert [module.training for module in model.modules()] == [False, False, True, False, False]
+        model.train()
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == before
+
+
+def test_what_is_kept_stays_and_the_model_may_be_swapped_again():
+    weight, buffer = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
+    swap = Swap([weight], keep=[buffer])
+    swap.put_in([torch.tensor([5.0, 6.0])])
+    buffer.fill_(7.0)
+    swap.keep()
+    swap.undo()
+    swap.undo()
+    assert weight.tolist() == [5.0, 6.0] and buffer.tolist() == [7.0]
+    again = Swap([weight])
+    again.put_in([torch.zeros(2)])
+    again.undo()
+    assert weight.tolist() == [5.0, 6.0]

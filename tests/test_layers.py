@@ -17,8 +17,8 @@ import polyak
 SOURCE = Path(polyak.__file__).parent
 LAYERS = [
     {"errors", "_version"},
-    {"_terminal", "_torch"},
-    {"_checks", "_model", "profiles"},
+    {"_terminal", "_torch", "_checks"},
+    {"_model", "profiles"},
     {"_mean", "_batches", "_swap", "_distributed", "checkpoints", "combine"},
     {"average", "batchnorm", "_attach", "trajectory"},
     {"_evaluate", "_plots"},

@@ -1,18 +1,115 @@
-"""What is refused everywhere in the same words: states of other objects, and extras that are not installed."""
+"""What is refused everywhere in the same words: numbers out of range, other names and shapes, other states, and
+extras that are not installed.
+
+It needs no torch, so that profiles are checked without waiting for it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
+from numbers import Integral, Real
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from torch import Tensor
+from polyak.errors import MissingExtraError, OptionError, StateError, name_list
 
-from polyak._model import is_sharded
-from polyak.errors import MissingExtraError, StateError, name_list
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["refuse_other_state", "require"]
+__all__ = ["Difference", "refuse_other_state", "require", "whole_within", "within"]
+
+# Numbers and their range.
+
+
+def within(interval: str, name: str, value: object) -> float:
+    """``value`` as a float, refused unless it lies in ``interval``, given as it is shown: ``"(0, 1]"``.
+
+    >>> within("(0, 1]", "fraction", 2)
+    Traceback (most recent call last):
+    polyak.errors.OptionError: fraction must be a number in (0, 1], got 2
+    """
+    number = _as_float(value)
+    if not _lies_in(interval, number):
+        raise OptionError(f"{name} must be a number in {interval}, got {value!r}")
+    return number
+
+
+def whole_within(interval: str, name: str, value: object) -> int:
+    """``value`` as an int, refused unless it is a whole number in ``interval``.
+
+    >>> whole_within("[1, inf)", "steps", 2.5)
+    Traceback (most recent call last):
+    polyak.errors.OptionError: steps must be a whole number in [1, inf), got 2.5
+    """
+    number = math.nan if isinstance(value, bool) else _as_float(value)
+    if not (_lies_in(interval, number) and number.is_integer()):
+        raise OptionError(f"{name} must be a whole number in {interval}, got {value!r}")
+    return int(value) if isinstance(value, Integral) else int(number)  # not every int is a float
+
+
+def _as_float(value: object) -> float:
+    try:
+        return float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # an int beyond the largest float
+        return math.nan
+
+
+def _lies_in(interval: str, number: float) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = number > low or (interval[0] == "[" and number == low)
+    return above and (number < high or (interval[-1] == "]" and number == high))
+
+
+# How two sets of named things differ.
+
+_MOST_CHANGES = 5
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How names with their descriptions, such as shapes, differ from those that were expected; false where not.
+
+    As text it is what those that were given do: whoever raises puts their subject before it, and the cure after.
+
+    Attributes:
+        missing: names that were expected only.
+        added: names that were given only.
+        changed: names of both, to what was expected and what was given.
+
+    >>> str(Difference.of({"a": "(2,)", "b": "(2,)"}, {"b": "(3,)", "c": "(1,)"}))
+    "lacks 'a'; has 'c' besides; has 'b' as (3,), not (2,)"
+    """
+
+    missing: tuple[str, ...]
+    added: tuple[str, ...]
+    changed: Mapping[str, tuple[Any, Any]]
+
+    @classmethod
+    def of(cls, expected: Mapping[str, object], given: Mapping[str, object]) -> Self:
+        """Compare two mappings of names to descriptions; an expected None stands for any."""
+        return cls(
+            tuple(name for name in expected if name not in given),
+            tuple(name for name in given if name not in expected),
+            {n: (e, given[n]) for n, e in expected.items() if n in given and e not in (None, given[n])},
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.added or self.changed)
+
+    def __str__(self) -> str:
+        found = [f"lacks {name_list(self.missing)}"] if self.missing else []
+        if self.added:
+            found.append(f"has {name_list(self.added)} besides")
+        if self.changed:
+            shown = list(self.changed.items())[:_MOST_CHANGES]
+            more = len(self.changed) - len(shown)
+            changes = ", ".join(f"{name!r} as {given}, not {expected}" for name, (expected, given) in shown)
+            found.append(f"has {changes}" + (f", and {more} more that differ" if more else ""))
+        return "; ".join(found)
+
 
 # Optional dependencies: imported where they are used, and asked for politely where they are missing.
 
@@ -58,38 +155,22 @@ def refuse_other_state(current: Mapping[str, Any], state: Mapping[str, Any], opt
     polyak.errors.StateError: the state was saved with scheme='ema:decay=0.9', but this has scheme='uniform';
     nothing was loaded
     """
-    lacking = [key for key in current if key not in state]
-    unknown = [key for key in state if key not in current]
-    if lacking or unknown:
-        raise StateError(
-            f"this is not a state of the kind expected: it lacks {name_list(lacking) or 'nothing'} and has "
-            f"{name_list(unknown) or 'nothing'} besides; nothing was loaded"
-        )
+    keys = Difference.of(dict.fromkeys(current), dict.fromkeys(state))
+    if keys:
+        raise StateError(f"this is not a state of the kind expected: it {keys}; nothing was loaded")
     other = [key for key in options if current[key] != state[key]]
     if other:
         saved = ", ".join(f"{key}={state[key]!r}" for key in other)
         here = ", ".join(f"{key}={current[key]!r}" for key in other)
         raise StateError(f"the state was saved with {saved}, but this has {here}; nothing was loaded")
     for key, value in current.items():
-        if isinstance(value, Mapping):
-            _refuse_other_tensors(key, value, state[key])
+        if isinstance(value, Mapping) and (unfit := Difference.of(_kinds(value), _kinds(state[key]))):
+            raise StateError(f"the saved {key} does not fit: it {unfit}; nothing was loaded")
 
 
-def _refuse_other_tensors(key: str, current: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    complaints = []
-    if missing := [name for name in current if name not in saved]:
-        complaints.append(f"it lacks {name_list(missing)}")
-    if added := [name for name in saved if name not in current]:
-        complaints.append(f"it has {name_list(added)} besides")
-    if other := [name for name in current if name in saved and _kind(current[name]) != _kind(saved[name])]:
-        first = other[0]
-        complaints.append(
-            f"shape or dtype differ for {name_list(other)} (saved {_kind(saved[first])}, here {_kind(current[first])})"
-        )
-    if complaints:
-        raise StateError(f"the saved {key} does not fit: {'; '.join(complaints)}; nothing was loaded")
-
-
-def _kind(tensor: Tensor) -> str:
-    split = ", sharded" if is_sharded(tensor) else ""
-    return f"{tuple(tensor.shape)} {tensor.dtype}{split}"
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Shape and dtype, and whether it is sharded: over how many ranks may differ."""
+    return {
+        name: f"{tuple(tensor.shape)} {tensor.dtype}{', sharded' if hasattr(tensor, 'to_local') else ''}"
+        for name, tensor in tensors.items()
+    }

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyak import checkpoints
+from polyak._checks import Difference
 from polyak._model import ModelTensors, NamedTensor, local
-from polyak._swap import Swap, copy_into
+from polyak._swap import Swap, modes, undoing
 from polyak.batchnorm import tracks_statistics, update_bn
-from polyak.errors import NotStartedError, OptionError, StructureError, name_list
+from polyak.errors import NotStartedError, OptionError, StructureError
 from polyak.trajectory import Trajectory
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "averaged",
     "badness",
     "check_statistics",
-    "evaluation",
     "live_weights",
     "matched",
     "paired_intervals",
@@ -38,6 +38,7 @@ __all__ = [
     "refuse_no_trajectory",
     "refuse_one_pass",
     "refuse_unknown_mode",
+    "trial",
     "try_weights",
     "write_weights",
 ]
@@ -174,7 +175,7 @@ def live_weights(trajectory: Trajectory) -> dict[str, Tensor]:
 @contextmanager
 def averaged(
     model: nn.Module, weights: Mapping[str, Tensor], recalibrate: Iterable[Any] | None = None
-) -> Iterator[None]:
+) -> Iterator[Swap]:
     """``weights`` in the model, with BatchNorm statistics to match; everything is as before on leaving.
 
     Args:
@@ -197,39 +198,28 @@ def averaged(
         if (e.kind == "buffer" or e.tensor.requires_grad) and id(e.tensor) not in swapped
     ]
     swap = Swap(targets, keep=local(keep), free=_buffers(model), places=places)
-    try:
+    with undoing(swap.undo):
         swap.put_in([value for _, value in pairs])
         if recalibrate is not None:
             update_bn(recalibrate, model)
-        yield
-    finally:
-        if swap.active:
-            swap.undo()
+        yield swap
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; every module's mode is as before on leaving."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        # The flags, not `eval()`: some modules merge weights there, which restoring a flag would not undo.
-        for module in modes:
-            module.training = False
+def trial(
+    model: nn.Module, weights: Mapping[str, Tensor], recalibrate: Iterable[Any] | None = None
+) -> Iterator[None]:
+    """:func:`averaged`, in evaluation mode and without gradients."""
+    with torch.no_grad(), averaged(model, weights, recalibrate), modes(model):
         yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def apply_weights(
     model: nn.Module, weights: Mapping[str, Tensor], recalibrate: Iterable[Any] | None = None
 ) -> None:
     """Copy ``weights`` into the model for good, all or nothing; raises as :func:`averaged` does."""
-    with averaged(model, weights, recalibrate):
-        buffers = [buffer.clone() for buffer in _buffers(model)]
-    pairs = matched(model, weights)
-    copy_into([entry.tensor for entry, _ in pairs], [value for _, value in pairs])
-    copy_into(_buffers(model), buffers)
+    with averaged(model, weights, recalibrate) as swap:
+        swap.keep()
 
 
 def write_weights(
@@ -290,36 +280,15 @@ def matched(model: nn.Module, weights: Mapping[str, Tensor]) -> list[tuple[Named
         return []
     tensors = ModelTensors(model)
     canonical = tensors.all_names()
-    _refuse_mismatch(tensors, canonical, weights)
-    values = {canonical[name]: value for name, value in weights.items()}
-    return [(entry, values[entry.name]) for entry in tensors.values() if entry.name in values]
-
-
-def _refuse_mismatch(
-    tensors: ModelTensors, canonical: Mapping[str, str], weights: Mapping[str, Tensor]
-) -> None:
-    unknown = [name for name in weights if name not in canonical]
-    here = {canonical[name] for name in weights if name in canonical}
-    missing = [
-        entry.name for entry in tensors.values() if entry.tensor.requires_grad and entry.name not in here
-    ]
-    reshaped = [
-        n for n in weights if n in canonical and weights[n].shape != tensors[canonical[n]].tensor.shape
-    ]
-    complaints = [
-        f"{what} {name_list(names)}"
-        for what, names in (
-            ("the model has no", unknown),
-            ("there is no average of", missing),
-            ("shapes differ for", reshaped),
-        )
-        if names
-    ]
-    if complaints:
+    values = {canonical.get(name, name): value for name, value in weights.items()}
+    wanted = {e.name: e.tensor for e in tensors.values() if e.tensor.requires_grad or e.name in values}
+    shapes = ({name: tuple(value.shape) for name, value in named.items()} for named in (wanted, values))
+    if unfit := Difference.of(*shapes):
         raise StructureError(
-            f"the averaged weights do not fit this model: {'; '.join(complaints)}. Give the model that was "
-            "trained; it was left as it is"
+            f"the averaged weights do not fit this model: what was given {unfit}. Give the model that was "
+            "trained; this one was left as it is"
         )
+    return [(entry, values[entry.name]) for entry in tensors.values() if entry.name in values]
 
 
 # Trying weights in a live model: the score they get, and which of two scores is better.
@@ -328,7 +297,6 @@ Mode = Literal["min", "max"]
 ScoreFunction = Callable[[nn.Module], object]
 
 
-@torch.no_grad()
 def try_weights(
     model: nn.Module,
     weights: Mapping[str, Tensor],
@@ -346,7 +314,7 @@ def try_weights(
     >>> model.weight.item()
     3.0
     """
-    with averaged(model, weights, recalibrate), evaluation(model):
+    with trial(model, weights, recalibrate):
         return read_score(score(model))
 
 

@@ -97,7 +97,7 @@ class Accumulator:
         self.check_finite = check_finite
         self._agree = agree
         self._dtype, self._device = dtype, device
-        self.means: list[Tensor] = list(means or ())
+        self._means: list[Tensor] = list(means or ())
         self.residuals: list[Tensor] = []
         self._n_averaged: Any = 0
         self._n_skipped: Any = 0
@@ -112,19 +112,19 @@ class Accumulator:
         """
         dtypes = [self._dtype_for(i, tensor) for i, tensor in enumerate(tensors)]
         devices = [torch.device(self._device or tensor.device) for tensor in tensors]
-        kinds = [(m.dtype, m.device) for m in self.means]
-        if kinds != list(zip(dtypes, devices, strict=True)) or not lie_alike(self.means, tensors):
-            self.means = _moved(self.means, allocate(tensors, dtypes, devices))
+        kinds = [(m.dtype, m.device) for m in self._means]
+        if kinds != list(zip(dtypes, devices, strict=True)) or not lie_alike(self._means, tensors):
+            self._means = _moved(self._means, allocate(tensors, dtypes, devices))
             if self.compensated:
                 self.residuals = _moved(self.residuals, allocate(tensors, dtypes, devices))
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-        self._batches = plan_batches(tensors, self.means, self.residuals)
-        self.look_anew()
+        self._batches = plan_batches(tensors, self._means, self.residuals)
+        self._look_anew()
         # Where nothing is looked at or converted, whole tensors go into one call.
-        self._gathers = are_mostly_small(self.means)
+        self._gathers = are_mostly_small(self._means)
         direct = [batch for batch in self._batches if self._goes_directly(batch)]
         self._direct = sorted({piece.index for batch in direct for piece in batch.pieces})
-        self._direct_means = [self.means[index] for index in self._direct]
+        self._direct_means = [self._means[index] for index in self._direct]
         self._others = [batch for batch in self._batches if not self._goes_directly(batch)]
         self._set_counters(self.n_averaged, self.n_skipped, self.position)
 
@@ -135,7 +135,7 @@ class Accumulator:
         if self._dtype is not None:
             return _complex_like(self._dtype) if tensor.is_complex() else self._dtype
         dtype = mean_dtype(tensor.dtype)
-        return torch.promote_types(self.means[index].dtype, dtype) if self.means else dtype
+        return torch.promote_types(self._means[index].dtype, dtype) if self._means else dtype
 
     @property
     def n_averaged(self) -> int:
@@ -155,18 +155,24 @@ class Accumulator:
     def restart(self, n_averaged: int = 0, n_skipped: int = 0, position: float = 0.0) -> None:
         """Forget every sample, or set the counters to those of a saved state whose means the caller fills."""
         self._set_counters(n_averaged, n_skipped, position)
-        self.look_anew()
+        self._look_anew()
         if self._masked and not n_averaged:
             # There the first sample is added to what is left of the samples before, not copied over it.
-            _torch.foreach_zero_(self.means + self.residuals)
+            _torch.foreach_zero_(self._means + self.residuals)
         self._warned = False
 
-    def look_anew(self) -> None:
-        """Look at all of the next sample before any of it is folded in.
+    @property
+    def means(self) -> list[Tensor]:
+        """The means themselves; whoever reads them may save them, so the next sample is looked at as a first one is.
 
-        To be called where a state is saved: after a sample that is not finite the means are then the same, to the
-        bit, whether one goes on or loads that state.
+        After a sample that is not finite they are then the same, to the bit, whether one goes on or loads what was
+        saved.
         """
+        self._look_anew()
+        return self._means
+
+    def _look_anew(self) -> None:
+        """Look at all of the next sample before any of it is folded in."""
         self._sizes = [0.0] * len(self._batches)  # of the last sources folded in: no element is larger
 
     @torch.no_grad()
@@ -196,8 +202,8 @@ class Accumulator:
 
     def _set_counters(self, n_averaged: int, n_skipped: int, position: float) -> None:
         counts: Any = (n_averaged, n_skipped, position)
-        device = self.means[0].device
-        self._masked = not any(map(_torch.on_host, self.means))
+        device = self._means[0].device
+        self._masked = not any(map(_torch.on_host, self._means))
         if self._masked:
             counts = torch.tensor(counts, dtype=_torch.widest_float(device), device=device).unbind()
         self._n_averaged, self._n_skipped, self._position = counts
@@ -286,7 +292,7 @@ class Accumulator:
 
     def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
         if coefficient == 1:
-            _torch.foreach_copy_(self.means, list(tensors))
+            _torch.foreach_copy_(self._means, list(tensors))
             for residual in self.residuals:
                 residual.zero_()
             return
@@ -323,7 +329,7 @@ class Accumulator:
         nominal = self.scheme.coefficient(self._attempts, 1 if samples else position / self._attempts)
         self._warn_if_stalling(nominal)
         finite = self._finite_on_device(tensors) if self.check_finite else torch.tensor(True)
-        finite = finite.to(self.means[0].device, non_blocking=True)
+        finite = finite.to(self._means[0].device, non_blocking=True)
         coefficient = self._coefficient(position) * finite
         for batch, sources in with_sources(self._batches, tensors, owned=True):
             device = batch.means[0].device
@@ -339,7 +345,7 @@ class Accumulator:
             self._raise_non_finite(tensors)
 
     def _finite_on_device(self, tensors: Sequence[Tensor]) -> Tensor:
-        device = self.means[0].device
+        device = self._means[0].device
         largest = _torch.foreach_norm([t for t in tensors if t.numel()], float("inf"))
         finite = torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite().all()
         return self._agree(finite) if self._agree else finite

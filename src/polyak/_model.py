@@ -21,6 +21,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from polyak import _torch
+from polyak._checks import Difference
 from polyak.errors import OptionError, StructureError, SwapError, name_list
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "NamedTensor",
     "Place",
     "bare_model",
-    "differences",
     "is_sharded",
     "local",
     "note_swapped",
@@ -466,10 +466,9 @@ class Binding:
             )
 
     def _refuse_restructured(self, tensors: ModelTensors) -> None:
-        complaints = differences(self._shapes, self._describe(tensors))
-        if complaints:
+        if found := Difference.of(self._shapes, self._describe(tensors)):
             raise StructureError(
-                f"the model is no longer the one that is averaged: {'; '.join(complaints)}. "
+                f"the model is no longer the one that is averaged: it {found}. "
                 "Make a new average for the changed model"
             )
 
@@ -485,21 +484,3 @@ class Binding:
 
 def _is_trained(entry: NamedTensor) -> bool:
     return entry.kind == "buffer" or entry.tensor.requires_grad
-
-
-def differences(before: dict[str, str | None], now: dict[str, str | None]) -> list[str]:
-    """What differs between two models, in words, from names to shapes; a lazy tensor (None) may take any shape.
-
-    >>> differences({"a": "(2,)", "b": "(2,)"}, {"b": "(3,)"})
-    ["missing 'a'", "reshaped 'b (2,) -> (3,)'"]
-    """
-    missing = [n for n in before if n not in now]
-    added = [n for n in now if n not in before]
-    reshaped = [
-        f"{n} {before[n]} -> {now[n]}" for n in before if n in now and before[n] not in (None, now[n])
-    ]
-    return [
-        f"{what} {name_list(names)}"
-        for what, names in (("missing", missing), ("added", added), ("reshaped", reshaped))
-        if names
-    ]

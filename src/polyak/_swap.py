@@ -1,4 +1,4 @@
-"""Other weights into a live model and back, exactly.
+"""Other weights and modes into a live model and back, exactly.
 
 The live tensors keep their place in memory: values are copied into them, so that compiled, distributed and
 sharded models, optimizers and CUDA graphs all see the swap, and copied back from a backup afterwards.
@@ -7,7 +7,8 @@ sharded models, optimizers and CUDA graphs all see the swap, and copied back fro
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from polyak import _torch
 from polyak._model import Place, note_swapped, note_unswapped
 from polyak.errors import StructureError, SwapError
 
-__all__ = ["Swap", "copy_into"]
+__all__ = ["Swap", "copy_into", "modes", "undoing"]
 
 
 class Swap:
@@ -78,16 +79,25 @@ class Swap:
             self.active = False
             raise
         except BaseException:
-            _finish(self._restore)
-            raise
+            with undoing(self._restore):
+                raise
+
+    def keep(self) -> None:
+        """Make the values that are in the model now the ones that :meth:`undo` brings back."""
+        self._backup = self._live
 
     def undo(self) -> None:
-        """Bring the live values back, bit for bit, and say so if the swapped ones were changed meanwhile."""
-        changed = self._versions != _torch.versions(self._watched) or any(
-            isinstance(tensor, nn.Parameter) and place.get(key) is not tensor
-            for place, key, tensor in self._places
-        )
-        _finish(self._restore)
+        """Bring the live values back, bit for bit, and say so if the swapped ones were changed meanwhile.
+
+        Where they are back already it does nothing.
+        """
+        if not self.active:
+            return
+        with undoing(self._restore):
+            changed = self._versions != _torch.versions(self._watched) or any(
+                isinstance(tensor, nn.Parameter) and place.get(key) is not tensor
+                for place, key, tensor in self._places
+            )
         if changed:
             warnings.warn(
                 "the model's weights were changed while averaged weights were in it; those changes are gone, "
@@ -117,15 +127,50 @@ def copy_into(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         target.copy_(value)
 
 
+@contextmanager
+def modes(model: nn.Module, training: Collection[nn.Module] = ()) -> Iterator[None]:
+    """The modules of ``model`` in evaluation mode, but for those of ``training``; their own modes are back on leaving.
+
+    >>> model = nn.Sequential(nn.Dropout())
+    >>> with modes(model):
+    ...     print(model.training, model[0].training)
+    False False
+    >>> model.training, model[0].training
+    (True, True)
+    """
+    before = {module: module.training for module in model.modules()}
+
+    def restore() -> None:
+        for module, mode in before.items():
+            module.training = mode
+
+    with undoing(restore):
+        # The flags, not `eval()`: some modules merge weights there, which restoring a flag would not undo.
+        for module in before:
+            module.training = module in training
+        yield
+
+
+@contextmanager
+def undoing(undo: Callable[[], object]) -> Iterator[None]:
+    """Call ``undo``, which may be repeated, on leaving, and to its end even if an interrupt falls into it.
+
+    >>> with undoing(lambda: print("as it was")):
+    ...     print("changed")
+    changed
+    as it was
+    """
+    # Not a function to be called in a `finally`: an interrupt as it is entered would leave everything undone.
+    try:
+        yield
+    finally:
+        try:
+            undo()
+        except BaseException:
+            undo()
+            raise
+
+
 def _clone(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     # A copy even where the tensor is on that device already.
     return tensor.detach().to(device=device or tensor.device, copy=True)
-
-
-def _finish(action: Callable[[], None]) -> None:
-    """Run ``action``, which may be repeated, to its end even if an interrupt falls into it."""
-    try:
-        action()
-    except BaseException:
-        action()
-        raise

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from polyak import _torch
 from polyak._attach import Attachment
-from polyak._checks import refuse_other_state
+from polyak._checks import Difference, refuse_other_state, whole_within
 from polyak._mean import Accumulator, CheckFinite
 from polyak._model import Binding, ModelTensors, local, refuse_swapped, shape_of, sharded_like
-from polyak._swap import Swap, copy_into
+from polyak._swap import Swap, copy_into, undoing
 from polyak._version import __version__
-from polyak.errors import NotStartedError, OptionError, StateError, StructureError, SwapError, name_list
+from polyak.errors import NotStartedError, StateError, StructureError, SwapError, name_list
 from polyak.profiles import Scheme, as_scheme
 
 __all__ = ["Average"]
@@ -85,8 +85,8 @@ class Average:
         compensated: bool = False,
     ):
         self._scheme = as_scheme(scheme)
-        self.start = _whole_number("start", start, least=0)
-        self.every = _whole_number("every", every, least=1)
+        self.start = whole_within("[0, inf)", "start", start)
+        self.every = whole_within("[1, inf)", "every", every)
         self._buffers = buffers
         self._device = device
         self._make_accumulator = partial(
@@ -211,15 +211,9 @@ class Average:
             SwapError: averaged weights are in the model already.
         """
         self._refuse_while_swapped("applied() cannot be nested")
-        try:
+        with undoing(self._swap_out_if_swapped):
             self.swap_in()
             yield self._binding.model
-        finally:
-            try:
-                self._swap_out_if_swapped()
-            except BaseException:  # an interrupt may fall into the swap itself
-                self._swap_out_if_swapped()
-                raise
 
     @_torch.uncompiled
     def swap_in(self) -> None:
@@ -265,7 +259,9 @@ class Average:
         if waiting := theirs.unmaterialised():
             raise StructureError(f"{name_list(waiting)} of the target have no data yet: materialise it first")
         targets = list(theirs.values())
-        _refuse_mismatch({t.name: t.tensor for t in targets}, sources)
+        wanted = {t.name: shape_of(t.tensor) for t in targets}
+        if unfit := Difference.of(wanted, {n: shape_of(t) for n, t in sources.items() if n in wanted}):
+            raise StructureError(f"the average does not fit this model: it {unfit}; nothing was written")
         copy_into(local(t.tensor for t in targets), local(sources[t.name] for t in targets))
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -311,7 +307,6 @@ class Average:
         through ``torch.distributed.checkpoint``, sharded where the model is.
         """
         accumulator = self._follow_model()
-        accumulator.look_anew()
         state = {
             **self._options(),
             "step": self._step,
@@ -418,21 +413,3 @@ class Average:
                 f"the averaged weights are in the model: {why}. Leave applied() or call swap_out()"
             )
         refuse_swapped(self._binding.live)
-
-
-def _whole_number(option: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(
-            f"{option} must be a whole number of optimizer steps, at least {least}, got {value!r}"
-        )
-    return value
-
-
-def _refuse_mismatch(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
-    missing = [name for name in targets if name not in sources]
-    other = [n for n in targets if n in sources and shape_of(targets[n]) != shape_of(sources[n])]
-    if missing or other:
-        raise StructureError(
-            f"the average does not fit this model: it lacks {name_list(missing) or 'nothing'}, and has other "
-            f"shapes or sharding for {name_list(other) or 'nothing'}; nothing was written"
-        )

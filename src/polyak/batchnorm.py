@@ -14,9 +14,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from polyak import _distributed, _terminal, _torch
+from polyak._checks import whole_within
 from polyak._distributed import is_distributed, is_main_rank, sum_over_ranks
 from polyak._model import bare_model
-from polyak.errors import BatchError, NonFiniteError, OptionError, StructureError, name_list
+from polyak._swap import modes, undoing
+from polyak.errors import BatchError, NonFiniteError, StructureError, name_list
 
 __all__ = ["call_model", "statistics", "tracks_statistics", "update_bn"]
 
@@ -219,27 +221,15 @@ def _tracks(module: nn.Module) -> TypeGuard[_torch.BatchNorm]:
 @contextmanager
 def borrowed_buffers(layers: list[BatchNormLayer], network: nn.Module) -> Iterator[None]:
     """The network in evaluation mode and the layers on borrowed buffers; all is given back at the end, always."""
-    modes = {module: module.training for module in network.modules()}
 
     def give_back() -> None:
         for layer in layers:
             layer.give_back()
-        for module, mode in modes.items():
-            module.training = mode
 
-    try:
-        # The flags, not `eval()`: some modules merge weights there, which restoring a flag would not undo.
-        for module in modes:
-            module.training = False
+    with modes(network), undoing(give_back):
         for layer in layers:
             layer.borrow()
         yield
-    finally:
-        try:
-            give_back()
-        except BaseException:  # an interrupt may fall into giving back
-            give_back()
-            raise
 
 
 def store(moments: PooledMoments, layers: list[BatchNormLayer]) -> None:
@@ -298,17 +288,11 @@ class InputMoments:
     @contextmanager
     def attached(self) -> Iterator[None]:
         hooks: list[RemovableHandle] = []
-        try:
+        with undoing(lambda: [hook.remove() for hook in hooks]):
             for index, layer in enumerate(self.layers):
                 observe = partial(self._observe, index)
                 hooks.append(layer.module.register_forward_pre_hook(observe, with_kwargs=True))
             yield
-        finally:
-            try:
-                _remove(hooks)
-            except BaseException:  # an interrupt may fall into removing them
-                _remove(hooks)
-                raise
 
     def end_batch(self) -> None:
         """Pool what this batch left in the running statistics; all layers at once, in few kernels."""
@@ -342,11 +326,6 @@ class InputMoments:
         unbiased = [self.layers[index].borrowed_variance for index in indices]
         variances = _torch.foreach_mul(unbiased, [(count - 1) / count for count in counts])
         self.moments.merge(indices, counts, means, list(variances))
-
-
-def _remove(hooks: list[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
 
 
 def _moments_of(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -483,8 +462,7 @@ def update_bn(
     >>> model[0].running_mean, model[0].running_var
     (tensor([4.]), tensor([18.6667]))
     """
-    if not isinstance(passes, int) or passes < 1:
-        raise OptionError(f"passes is {passes!r}; it must be a whole number of at least 1")
+    passes = whole_within("[1, inf)", "passes", passes)
     if passes > 1 and isinstance(loader, Iterator):
         raise BatchError(
             f"passes is {passes}, but the loader is a {type(loader).__name__}, which can be iterated only "

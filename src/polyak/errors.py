@@ -19,6 +19,8 @@ Unknown keywords are Python's own ``TypeError``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "BatchError",
     "CheckpointError",
@@ -93,7 +95,7 @@ class MissingExtraError(PolyakError, ImportError):
     """An optional dependency is not installed; the message is the pip command that brings it."""
 
 
-def name_list(names: list[str], most: int = 5) -> str:
+def name_list(names: Sequence[str], most: int = 5) -> str:
     """The first ``most`` names, quoted, for a message.
 
     >>> name_list(["a", "b", "c"], most=2)

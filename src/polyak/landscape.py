@@ -22,22 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from polyak import _plots, _terminal
+from polyak import _evaluate, _plots, _terminal
+from polyak._checks import whole_within, within
 from polyak._distributed import is_main_rank
-from polyak._evaluate import (
-    Mode,
-    ScoreFunction,
-    badness,
-    check_statistics,
-    matched,
-    refuse_unknown_mode,
-    try_weights,
-)
+from polyak._evaluate import Mode, ScoreFunction
 from polyak._mean import mean_dtype
 from polyak._model import ModelTensors
 from polyak.checkpoints._tree import bare_names
 from polyak.errors import OptionError, StructureError
-from polyak.profiles._base import whole_within, within
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +63,7 @@ def points(model: nn.Module, weights: Mapping[str, Mapping[str, Tensor]], count:
         if not given or not all(isinstance(value, Tensor) for value in given.values()):
             raise OptionError(f"weights[{name!r}] must be names and their tensors, as in model.state_dict()")
         try:
-            pairs = matched(model, given)
+            pairs = _evaluate.matched(model, given)
         except StructureError as error:
             raise StructureError(f"weights[{name!r}]: {error}") from None
         found.append(
@@ -128,7 +120,7 @@ def scores(
     """The score of each point, with the model as it was between them and afterwards."""
     with _terminal.progress_bar("weights", shown=progress and is_main_rank()) as bar:
         for point in bar.over(tried, total):
-            yield try_weights(model, point, score, recalibrate).value
+            yield _evaluate.try_weights(model, point, score, recalibrate).value
 
 
 def numbers(option: str, values: Iterable[float]) -> list[float]:
@@ -179,7 +171,7 @@ class PathScores:
 
         def rank(at: tuple[float, float]) -> tuple[float, bool, float]:
             position, score = at
-            return badness(score, self.mode), not 0 <= position <= 1, abs(1 - position)
+            return _evaluate.badness(score, self.mode), not 0 <= position <= 1, abs(1 - position)
 
         return min(zip(self.positions, self.scores, strict=True), key=rank)[0]
 
@@ -192,7 +184,9 @@ class PathScores:
 
         Source: Frankle et al. 2020, Linear Mode Connectivity and the Lottery Ticket Hypothesis.
         """
-        losses = {t: badness(s, self.mode) for t, s in zip(self.positions, self.scores, strict=True)}
+        losses = {
+            t: _evaluate.badness(s, self.mode) for t, s in zip(self.positions, self.scores, strict=True)
+        }
         if not (math.isfinite(losses[0.0]) and math.isfinite(losses[1.0])):
             return math.nan
         return max(
@@ -272,8 +266,8 @@ def path(
     >>> found.positions, found.scores, found.best, found.barrier
     ((0.0, 0.5, 1.0, 1.5), (4.0, 1.0, 0.0, 1.0), 1.0, 0.0)
     """
-    refuse_unknown_mode(mode)
-    check_statistics(model, recalibrate)
+    _evaluate.refuse_unknown_mode(mode)
+    _evaluate.check_statistics(model, recalibrate)
     where = sorted({0.0, 1.0, *numbers("positions", positions)})
     start, end = points(model, weights, count=2)
     first, second = weights
@@ -386,7 +380,7 @@ def plane(
     ({'a': (0.0, 0.0), 'b': (2.0, 0.0), 'c': (1.0, 3.0)}, ((0.0, 2.0), (3.0, 5.0)))
     """
     size, margin = whole_within("[2, inf)", "size", size), within("[0, inf)", "margin", margin)
-    check_statistics(model, recalibrate)
+    _evaluate.check_statistics(model, recalibrate)
     first, second, third = points(model, weights, count=3)
     u, v = ({name: difference(other[name], first[name]) for name in first} for other in (second, third))
     length, slant, height = _triangle(inner(model, u, u), inner(model, u, v), inner(model, v, v))
@@ -548,12 +542,12 @@ def rays(
     (0.0, [[5.0, 20.0]])
     """
     directions = whole_within("[1, inf)", "directions", directions)
-    refuse_unknown_mode(mode)
+    _evaluate.refuse_unknown_mode(mode)
     seed = whole_within("[0, 1e18]", "seed", seed)
     radii = sorted(set(numbers("radii", radii)))
     if not radii or min(radii) <= 0:
         raise OptionError(f"radii must be above 0, got {radii}")
-    check_statistics(model, recalibrate)
+    _evaluate.check_statistics(model, recalibrate)
     found = points(model, weights, count=None)
     if size_of is not None and size_of not in weights:
         raise OptionError(f"size_of must be one of {', '.join(weights)}, got {size_of!r}")

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyak import _terminal
+from polyak._checks import whole_within, within
 from polyak._distributed import is_main_rank
-from polyak._evaluate import averaged, check_statistics, evaluation, refuse_no_trajectory
+from polyak._evaluate import check_statistics, refuse_no_trajectory, trial
 from polyak._mean import mean_dtype
 from polyak.combine import is_statistic
 from polyak.errors import OptionError
 from polyak.profiles import Profile, Weights, as_profile
-from polyak.profiles._base import whole_within, within
 from polyak.trajectory import Trajectory
 
 __all__ = ["SWAG"]
@@ -150,7 +150,7 @@ class SWAG:
         draws = self.samples(samples, seed=seed, scale=scale)
         with _terminal.progress_bar("draws", shown=progress and is_main_rank()) as bar:
             for n, weights in enumerate(bar.over(draws, samples), 1):
-                with torch.no_grad(), averaged(model, weights, recalibrate), evaluation(model):
+                with trial(model, weights, recalibrate):
                     value = _checked(function(model), mean)
                 # Equal infinities, as of the logarithm of 0, stay what they are.
                 mean = value if mean is None else mean + (value - mean).masked_fill(value == mean, 0) / n

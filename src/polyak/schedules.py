@@ -42,6 +42,7 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from polyak._checks import whole_within
 from polyak.errors import OptionError
 
 __all__ = ["cyclical_schedule", "swa_schedule"]
@@ -79,7 +80,7 @@ def swa_schedule(optimizer: Optimizer, *, swa_start: int, swa_lr: float | Sequen
         ...     optimizer.step(); scheduler.step()
         0.10 0.10 0.10 0.10 0.10 0.10 0.08 0.06 0.04 0.02 0.02 0.02
     """
-    _check_steps("swa_start", swa_start)
+    swa_start = whole_within("[1, inf)", "swa_start", swa_start)
     rates = _initial_rates(optimizer)
     targets = _per_group("swa_lr", swa_lr, rates)
     if min(targets) <= 0:
@@ -127,8 +128,8 @@ def cyclical_schedule(
         ...     optimizer.step(); scheduler.step()
         0.10 0.10 0.08 0.06 0.04 0.02 0.08 0.06 0.04 0.02
     """
-    _check_steps("cycle_steps", cycle_steps)
-    _check_steps("start", start, least=0)
+    cycle_steps = whole_within("[1, inf)", "cycle_steps", cycle_steps)
+    start = whole_within("[0, inf)", "start", start)
     rates = _initial_rates(optimizer)
     lows = _per_group("lr_min", lr_min, rates)
     if any(not 0 <= low <= rate for low, rate in zip(lows, rates, strict=True)):
@@ -154,11 +155,6 @@ def _cyclical_factor(steps_done: int, *, cycle_steps: int, start: int, ratio: fl
         return 1.0
     step_in_cycle = (steps_done - start) % cycle_steps + 1
     return 1 + (ratio - 1) * step_in_cycle / cycle_steps if step_in_cycle < cycle_steps else ratio
-
-
-def _check_steps(option: str, value: int, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{option} must be a whole number of steps, {least} or more. Got {value!r}.")
 
 
 def _initial_rates(optimizer: Optimizer) -> list[float]:

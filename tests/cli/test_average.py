@@ -106,7 +106,7 @@ def write_bad(name):
     ("name", "message"),
     [
         ("nan", "ckpts/nan.pt: tensor 'w' holds NaN"),
-        ("reshaped", "'w' has shape [5] and not [4]"),
+        ("reshaped", "'w' as (5,) torch.float32, not (4,) torch.float32"),
         ("missing", "ckpts/missing.pt lacks 'n'"),
         ("truncated", "ckpts/truncated.pt"),
         ("empty", "ckpts/empty.pt is empty"),

@@ -116,10 +116,10 @@ def test_all_differences_are_named_at_once(tmp_path):
         polyak.average_checkpoints(tmp_path, tmp_path / "average.pt")
     for part in (
         "step2.pt lacks 'a'",
-        "has also 'e'",
-        "'b' has shape [3] and not [2]",
-        "'c' is torch.float16 and not torch.float32",
-        "step3.pt has also 'f'",
+        "has 'e' besides",
+        "has 'b' as (3,) torch.float32, not (2,) torch.float32",
+        "'c' as (2,) torch.float16, not (2,) torch.float32",
+        "step3.pt has 'f' besides",
     ):
         assert part in str(caught.value)
     assert not (tmp_path / "average.pt").exists()

@@ -120,7 +120,7 @@ def test_a_fit_brings_the_loss_down_and_select_takes_its_weights(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"steps": 0}, OptionError, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": 0}, OptionError, "steps must be a whole number in \\[1, inf\\), got 0"),
         ({"batches": []}, BatchError, "no more batches"),
         ({"batches": iter([1, 2])}, BatchError, "no more batches"),
         ({"loss": lambda m, b: m.weight}, OptionError, r"scalar tensor with a gradient, got shape \(1, 2\)"),

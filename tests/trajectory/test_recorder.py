@@ -224,7 +224,7 @@ def test_models_that_come_later_or_change_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"every": 0}, "every must be a number in"),
+        ({"every": 0}, "every must be a whole number in"),
         ({"block": 5, "every": 2}, "multiple of every=2"),
         ({"max_blocks": 4}, "max_blocks"),
         ({"dtype": torch.bfloat16}, "float32"),

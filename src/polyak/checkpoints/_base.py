@@ -64,6 +64,9 @@ class TensorInfo:
         """What a checkpoint will hold of ``tensor``."""
         return cls(tuple(tensor.shape), tensor.dtype)
 
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}"
+
     @property
     def numel(self) -> int:
         """Number of elements."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from polyak import checkpoints
+from polyak._checks import Difference
 from polyak._version import __version__
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo
 from polyak.checkpoints._formats import (
@@ -189,8 +190,6 @@ def _sha256(file: Path) -> str:
 
 # Comparing what checkpoints say they hold, before any weight is read.
 
-_MOST_NAMES = 5
-
 
 def common_layout(
     inputs: Sequence[Checkpoint],
@@ -211,8 +210,8 @@ def common_layout(
     another shape or of another dtype than in the first.
     """
     first = inputs[0]
-    problems = [problem for other in inputs[1:] for problem in _differences(first, other)]
-    if problems:
+    found = {other.path: Difference.of(first.tensors, other.tensors) for other in inputs[1:]}
+    if problems := [f"{path} {difference}" for path, difference in found.items() if difference]:
         raise StructureError(
             f"the inputs do not hold the same tensors: compared with {first.path}, {'; '.join(problems)}. "
             "Average checkpoints of one model, or choose the right weights with ",
@@ -226,35 +225,6 @@ def common_layout(
         if name not in ties
     }
     return Layout(tensors, ties, metadata or {})
-
-
-def _differences(first: Checkpoint, other: Checkpoint) -> list[str]:
-    ours, theirs = first.tensors, other.tensors
-    missing = [name for name in ours if name not in theirs]
-    extra = [name for name in theirs if name not in ours]
-    shared = [name for name in ours if name in theirs]
-    reshaped = [
-        f"{name!r} has shape {list(theirs[name].shape)} and not {list(ours[name].shape)}"
-        for name in shared
-        if theirs[name].shape != ours[name].shape
-    ]
-    retyped = [
-        f"{name!r} is {theirs[name].dtype} and not {ours[name].dtype}"
-        for name in shared
-        if theirs[name].dtype != ours[name].dtype
-    ]
-    found = []
-    if missing:
-        found.append(f"lacks {name_list(missing, _MOST_NAMES)}")
-    if extra:
-        found.append(f"has also {name_list(extra, _MOST_NAMES)}")
-    found += [_shortened(group) for group in (reshaped, retyped) if group]
-    return [f"{other.path} {', '.join(found)}"] if found else []
-
-
-def _shortened(phrases: list[str]) -> str:
-    rest = len(phrases) - _MOST_NAMES
-    return "in it " + ", ".join(phrases[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _common_ties(inputs: Sequence[Checkpoint]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyak._checks import Difference
 from polyak.checkpoints import Checkpoint
 from polyak.combine._running import as_reals, is_averaged
 from polyak.errors import StructureError, name_list
@@ -232,14 +233,14 @@ def compare_layouts(first: Checkpoint, second: Checkpoint) -> LayoutDifference:
     (('old',), (Change(name='w', first='2 x 3', second='3 x 2'),))
     >>> folder.cleanup()
     """
-    ours, theirs = first.tensors, second.tensors
-    common = [name for name in ours if name in theirs]
-    shapes = ((name, shape_text(ours[name].shape), shape_text(theirs[name].shape)) for name in common)
-    dtypes = ((name, dtype_name(ours[name].dtype), dtype_name(theirs[name].dtype)) for name in common)
+    found = Difference.of(first.tensors, second.tensors)
+    shapes = ((name, shape_text(a.shape), shape_text(b.shape)) for name, (a, b) in found.changed.items())
+    dtypes = ((name, dtype_name(a.dtype), dtype_name(b.dtype)) for name, (a, b) in found.changed.items())
+    common = [name for name in first.tensors if name in second.tensors]
     our_groups, their_groups = _tied_groups(first, set(common)), _tied_groups(second, set(common))
     return LayoutDifference(
-        missing=tuple(name for name in ours if name not in theirs),
-        extra=tuple(name for name in theirs if name not in ours),
+        missing=found.missing,
+        extra=found.added,
         reshaped=tuple(Change(*change) for change in shapes if change[1] != change[2]),
         retyped=tuple(Change(*change) for change in dtypes if change[1] != change[2]),
         retied=tuple(name for name in common if our_groups[name] != their_groups[name]),
@@ -452,12 +453,10 @@ def measure_movement(checkpoints: Sequence[Checkpoint]) -> Movement:
 
 
 def _refuse_other_layout(reference: Checkpoint, checkpoint: Checkpoint) -> None:
-    difference = compare_layouts(reference, checkpoint)
-    names = {*difference.missing, *difference.extra, *(change.name for change in difference.reshaped)}
-    if names:
+    ours, theirs = ({n: i.shape for n, i in c.tensors.items()} for c in (reference, checkpoint))
+    if difference := Difference.of(ours, theirs):
         raise StructureError(
-            f"{checkpoint.path} does not hold the tensors of {reference.path}: {name_list(sorted(names))} differ; "
-            f"compare the two to see how"
+            f"{checkpoint.path} does not hold the tensors of {reference.path}: it {difference}"
         )
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from polyak._attach import AttachHandle, attach
 from polyak._evaluate import refuse_one_pass
 from polyak._model import ModelTensors, is_sharded
-from polyak._swap import copy_into
+from polyak._swap import copy_into, modes, undoing
 from polyak.average import Average
 from polyak.batchnorm import call_model, statistics, tracks_statistics, update_bn
 from polyak.errors import NotStartedError, OptionError, PolyakError, StructureError
@@ -146,11 +146,9 @@ class Following:
         if self.swapped:
             yield
             return
-        try:
+        with undoing(self.swap_out):
             self.swap_in()
             yield
-        finally:
-            self.swap_out()
 
     def swap_in(self) -> None:
         """Put the averaged weights into the model, with BatchNorm statistics to match, or warn and leave it."""
@@ -218,15 +216,9 @@ class Following:
         if self._statistics is not None and self._statistics[0] == n_averaged:
             copy_into(statistics(model), self._statistics[1])
             return
-        modes = {module: module.training for module in model.modules()}
-        try:
-            for module in modes:
-                module.training = module in self._training
-            with torch.random.fork_rng(devices=[]):  # a loader that shuffles must not change the training
-                update_bn(self._recalibrate, model, next(model.parameters()).device, forward=self._forward)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        # A loader that shuffles must not change the training.
+        with modes(model, self._training), torch.random.fork_rng(devices=[]):
+            update_bn(self._recalibrate, model, next(model.parameters()).device, forward=self._forward)
         self._statistics = (n_averaged, [buffer.clone() for buffer in statistics(model)])
 
 

@@ -91,7 +91,6 @@ class GroupAverage:
 
     def buffers(self) -> dict[Tensor, Buffers]:
         """To each parameter its ``swa_buffer``, and while swapped its ``live_buffer``; no copies."""
-        self._accumulator.look_anew()  # they may be about to be saved
         kept = {"swa_buffer": self._accumulator.means} | ({"live_buffer": self.live} if self.live else {})
         return {p: {key: kept[key][i] for key in kept} for i, p in enumerate(self.params)}
 

@@ -17,8 +17,9 @@ from torch.optim.swa_utils import SWALR
 
 from polyak import _torch
 from polyak._batches import in_place_of
+from polyak._checks import Difference
 from polyak._mean import Accumulator, mean_dtype
-from polyak._model import ModelTensors, NamedTensor, differences, is_sharded, refuse_swapped, shape_of
+from polyak._model import ModelTensors, NamedTensor, is_sharded, refuse_swapped, shape_of
 from polyak._swap import copy_into
 from polyak._torch import refuse_unseen_conversions
 from polyak.batchnorm import update_bn
@@ -257,10 +258,6 @@ class ModuleMean:
             _torch.foreach_copy_(self._copies, self._kept_apart)
         return accepted
 
-    def look_anew(self) -> None:
-        """Forget what is not in a saved state; to be called where one is saved."""
-        self._accumulator.look_anew()
-
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds a NaN or an infinity.
@@ -302,14 +299,14 @@ def _refuse_without_data(tensors: ModelTensors) -> None:
 
 
 def _refuse_different(own: ModelTensors, live: ModelTensors) -> None:
-    if complaints := differences(_shapes(own), _shapes(live)):
+    if found := Difference.of(_shapes(own), _shapes(live)):
         raise StructureError(
-            f"the model is not the one that AveragedModel is a copy of: {'; '.join(complaints)}. Make a new "
+            f"the model is not the one that AveragedModel is a copy of: it {found}. Make a new "
             "AveragedModel of the changed model"
         )
 
 
-def _shapes(tensors: ModelTensors) -> dict[str, str | None]:
+def _shapes(tensors: ModelTensors) -> dict[str, str]:
     return {entry.name: shape_of(entry.tensor) for entry in tensors.values()}
 
 
@@ -405,9 +402,9 @@ class AveragedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Accumulators work on views, which pickle would tear from their means: they are made anew.
-        self._look_anew()
+        wide = self._wide_means()
         state = {key: value for key, value in self.__dict__.items() if key not in ("_pairings", "_mean")}
-        return state | {"_wide": {name: _apart(mean) for name, mean in self._wide.items()}}
+        return state | {"_wide": {name: _apart(mean) for name, mean in wide.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -434,7 +431,11 @@ class AveragedModel(nn.Module):
         return self._mean
 
     def _wide_means(self) -> dict[str, Tensor]:
-        """Those that the module still holds rounded: where somebody wrote to it, what was written counts."""
+        """Those that the module still holds rounded: where somebody wrote to it, what was written counts.
+
+        Whoever asks may save them, so the mean is made anew for the next sample, as it is of what was saved.
+        """
+        self._mean = None
         own = ModelTensors(self.module).values() if self._wide else ()
         pairs = [(e.name, e.tensor, self._wide[e.name]) for e in own if e.name in self._wide]
         return {name: mean for name, tensor, mean in pairs if _is_rounded(mean, tensor)}
@@ -476,10 +477,6 @@ class AveragedModel(nn.Module):
         self._forget_model()
         return self
 
-    def _look_anew(self) -> None:
-        if self._mean is not None:
-            self._mean.look_anew()
-
     def _state_names(self) -> Iterator[tuple[str, str, Tensor]]:
         """The key in ``module.state_dict()``, the canonical name and the tensor, for each key."""
         names = {id(e.tensor): e.name for e in ModelTensors(self.module).values()}
@@ -490,7 +487,6 @@ class AveragedModel(nn.Module):
 
 def _save_wide(averaged: AveragedModel, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Put means that the module holds rounded into a state dict, in full."""
-    averaged._look_anew()
     wide = averaged._wide_means()
     for key, name, _tensor in averaged._state_names() if wide else ():
         if name in wide and f"{prefix}module.{key}" in state:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from difflib import get_close_matches
-from numbers import Real
 from types import ModuleType, UnionType
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from polyak._checks import within
 from polyak.errors import OptionError
 
 Unit = Literal["steps", "samples", "blocks"]
@@ -567,35 +566,3 @@ def rounded(value: float, digits: int) -> float:
     0.123
     """
     return float(f"{value:.{digits}g}")
-
-
-def within(interval: str, name: str, value: object) -> float:
-    """``value`` as a float, refused unless it lies in ``interval``, given as it is shown: ``"(0, 1]"``.
-
-    >>> within("(0, 1]", "fraction", 2)
-    Traceback (most recent call last):
-    polyak.errors.OptionError: fraction must be a number in (0, 1], got 2
-    """
-    low, high = map(float, interval[1:-1].split(","))
-    try:
-        number = float(value) if isinstance(value, Real) else math.nan
-    except OverflowError:  # an int beyond the largest float
-        number = math.nan
-    above = number > low or (interval[0] == "[" and number == low)
-    below = number < high or (interval[-1] == "]" and number == high)
-    if not (above and below):
-        raise OptionError(f"{name} must be a number in {interval}, got {value!r}")
-    return number
-
-
-def whole_within(interval: str, name: str, value: object) -> int:
-    """``value`` as an int, refused unless it is a whole number in ``interval``.
-
-    >>> whole_within("[1, inf)", "steps", 2.5)
-    Traceback (most recent call last):
-    polyak.errors.OptionError: steps must be a whole number, got 2.5
-    """
-    number = within(interval, name, value)
-    if not number.is_integer():
-        raise OptionError(f"{name} must be a whole number, got {value!r}")
-    return int(number)

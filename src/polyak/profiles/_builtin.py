@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from polyak._checks import whole_within, within
 from polyak.errors import OptionError
-from polyak.profiles._base import Floats, Profile, Scheme, rounded, suggestion, whole_within, within
+from polyak.profiles._base import Floats, Profile, Scheme, rounded, suggestion
 
 # What a few hundred float64 operations may be off by, relative to their operands.
 _ROUNDING = 1e-12

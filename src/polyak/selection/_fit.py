@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from polyak._checks import whole_within
 from polyak._evaluate import matched, refuse_no_trajectory
 from polyak._mean import mean_dtype
 from polyak._model import ModelTensors, bare_model
@@ -111,8 +112,7 @@ def fit(
     (200, 3.0)
     >>> folder.cleanup()
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise OptionError(f"steps must be a whole number of at least 1, got {steps!r}")
+    steps = whole_within("[1, inf)", "steps", steps)
     refuse_no_trajectory(trajectory)
     network = bare_model(model)
     begin = trajectory.explain(Decay("sqrt", 0.4) if start is None else start).coefficients

@@ -10,16 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polyak._evaluate import (
-    Mode,
-    ScoreFunction,
-    apply_weights,
-    badness,
-    refuse_one_pass,
-    refuse_unknown_mode,
-    try_weights,
-    write_weights,
-)
+from polyak import _evaluate
+from polyak._evaluate import Mode, ScoreFunction
 from polyak.batchnorm import tracks_statistics
 from polyak.errors import OptionError
 from polyak.profiles import Weights
@@ -54,12 +46,12 @@ class Soup:
 
     def apply(self, model: nn.Module) -> None:
         """Put the soup into ``model`` for good; raises :class:`StructureError` if it does not fit."""
-        apply_weights(model, self._trajectory.average(self.profile), self._recalibrate)
+        _evaluate.apply_weights(model, self._trajectory.average(self.profile), self._recalibrate)
 
     def write(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model with the soup in it; raises :class:`OutputExistsError` if ``path`` exists."""
         names = ", ".join(ingredient.name for ingredient in self.ingredients)
-        write_weights(
+        _evaluate.write_weights(
             path,
             self._model,
             self._trajectory.average(self.profile),
@@ -122,18 +114,18 @@ def soup(
     >>> folder.cleanup()
     """
     paths = _checked(checkpoints)
-    refuse_unknown_mode(mode)
-    refuse_one_pass(recalibrate)
+    _evaluate.refuse_unknown_mode(mode)
+    _evaluate.refuse_one_pass(recalibrate)
     trajectory = Trajectory.from_checkpoints(paths, steps=range(1, len(paths) + 1))
 
     def tried(weights: dict[str, Tensor]) -> float:
-        return try_weights(model, weights, score, recalibrate).value
+        return _evaluate.try_weights(model, weights, score, recalibrate).value
 
     def alone(path: Path) -> dict[str, Tensor]:
         return trajectory.average(Weights([float(path == other) for other in paths]))
 
     singles = {path: tried(alone(path)) for path in paths}
-    first, *others = sorted(paths, key=lambda path: badness(singles[path], mode))
+    first, *others = sorted(paths, key=lambda path: _evaluate.badness(singles[path], mode))
     ingredients, best = [first], singles[first]
     mean: dict[str, Tensor] = {}
     fold_in(mean, alone(first), 1.0, trajectory.averaged_names)
@@ -141,7 +133,7 @@ def soup(
         wider = {name: tensor.clone() for name, tensor in mean.items()}
         fold_in(wider, alone(path), 1 / (len(ingredients) + 1), trajectory.averaged_names)
         value = tried(wider)
-        if badness(value, mode) <= badness(best, mode):
+        if _evaluate.badness(value, mode) <= _evaluate.badness(best, mode):
             ingredients, best, mean = [*ingredients, path], value, wider
     return Soup(ingredients, best, singles, trajectory, model, recalibrate)
 

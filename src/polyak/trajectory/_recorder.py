@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak._attach import Attachment
-from polyak._checks import refuse_other_state
+from polyak._checks import refuse_other_state, whole_within
 from polyak._distributed import RankGroup, refuse_unplaced
 from polyak._mean import Accumulator
 from polyak._model import Binding, local, refuse_swapped, sharded_like
 from polyak._swap import copy_into
 from polyak.errors import OptionError, StateError, StructureError, name_list
 from polyak.profiles import Uniform
-from polyak.profiles._base import whole_within
 from polyak.trajectory._blocks import Block, Manifest, Metrics, Snapshot, Summary
 from polyak.trajectory._policy import BackgroundWriter, Pace, block_steps_after
 from polyak.trajectory._store import TrajectoryFolder
@@ -112,7 +111,6 @@ class OpenBlock:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, and the means by name, which are not copied."""
-        self._filling.look_anew()
         return {
             "start": self.start,
             "last_sample": self.last_sample,

@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from polyak import checkpoints
+from polyak._checks import Difference
 from polyak._distributed import RankGroup
 from polyak.checkpoints._io import writing
 from polyak.errors import CheckpointError, StateError, name_list
@@ -130,13 +131,11 @@ class TrajectoryFolder:
             return
         shapes = {**averaged, **{f"{name} (frozen)": shape for name, shape in frozen.items()}}
         recorded |= {f"{name} (frozen)": shape for name, shape in self._frozen_shapes().items()}
-        if recorded == shapes:
-            return
-        other = [name for name in {**recorded, **shapes} if recorded.get(name) != shapes.get(name)]
-        raise StateError(
-            f"{self.path} holds the trajectory of another model: {name_list(other)} are missing in one of them or "
-            "have other shapes. Give each model a directory of its own"
-        )
+        if found := Difference.of(recorded, shapes):
+            raise StateError(
+                f"{self.path} holds the trajectory of another model: this one {found}. Give each model a directory of "
+                "its own"
+            )
 
     def refuse_gap_before(self, start: int) -> None:
         """Raise StateError unless the recorded blocks reach to ``start``, or there are none."""
