@@ -11,7 +11,7 @@ from polyak.errors import CheckpointError, OptionError, OutputExistsError
 
 # Keywords and values of Python, attributes and calls of this package, its classes, and what pydantic says.
 PYTHON = re.compile(
-    r"\w=(True|False|None|\.\.\.)|\bNone\b|max_memory|overwrite|usable|polyak\.\w+[.(]"
+    r"\w=(True|False|None|\.\.\.)|\bNone\b|max_memory|overwrite|usable|say which format|polyak\.\w+[.(]"
     r"|[Tt]rajectory|Recorder|Value error"
 )
 MODEL = """
@@ -59,7 +59,7 @@ def folder(tmp_path, monkeypatch):
         (["average", "run", "-o", "there.pt"], "or give --force"),
         (["select", "ckpts", *USE, "-o", "there.pt"], "or give --force"),
         (["report", "ckpts", "-o", "there.html"], "or give --force"),
-        (["average", "ckpts", "-o", "out.doc"], "name it .safetensors, .pt or .npz"),
+        (["average", "ckpts", "-o", "out.doc"], "out.doc has a suffix of no known format: name it "),
         (
             ["average", "ckpts", "-o", "out.pt", "--weights", "1,1", "--profile", "uniform"],
             "--weights or --profile",
