@@ -57,11 +57,13 @@ def update(folder: Path) -> Callable[[], object]:
 
 
 def block_write(folder: Path) -> Callable[[], object]:
-    """A sample that ends a block, its write on the other thread, and the wait for it."""
+    """The step that ends a block, its write on another thread, and the end of the recording, which waits for it."""
+    recorders = [polyak.Recorder(network(), folder / name, block=1) for name in ("warm", "counted")]
 
     def call() -> None:
-        with polyak.Recorder(network(), folder / f"run-{len(list(folder.iterdir()))}", block=1) as recorder:
-            recorder.update()
+        recorder = recorders.pop(0)  # each has a thread of its own, which must begin while it is watched
+        recorder.update()
+        recorder.close()
 
     return call
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import polyak.combine._engine as budget
+import polyak.combine._inputs as budget
 from combine_inputs import FLOATS, combined, random, same_bits, saved
 from polyak import checkpoints
 from polyak.combine import MemoryWriter, combine, common_layout

@@ -7,9 +7,15 @@ import torch
 
 import polyak
 from polyak import checkpoints
-from polyak.combine import Span, coefficients, in_step_order, open_inputs, spans_of_steps
-from polyak.combine._engine import Budget, parse_bytes
-from polyak.combine._inputs import steps_in_names
+from polyak.combine import Span, coefficients
+from polyak.combine._inputs import (
+    Budget,
+    in_step_order,
+    open_inputs,
+    parse_bytes,
+    spans_of_steps,
+    steps_in_names,
+)
 from polyak.combine._offline import parse_dtype
 from polyak.errors import CheckpointError, OptionError
 

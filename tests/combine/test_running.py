@@ -7,7 +7,7 @@ import torch
 
 import polyak
 from combine_inputs import combined, random, saved
-from polyak.combine._running import fold
+from polyak.combine._engine import fold
 from polyak.errors import NonFiniteError
 
 

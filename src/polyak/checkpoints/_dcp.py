@@ -20,17 +20,9 @@ from torch import Tensor
 
 from polyak import _distributed
 from polyak.checkpoints import _base, _pt
-from polyak.checkpoints._base import (
-    SIDECAR,
-    Contents,
-    Layout,
-    Location,
-    StoredTensor,
-    TensorInfo,
-    contiguous_stride,
-)
+from polyak.checkpoints._base import Contents, Layout, StoredTensor, TensorInfo
+from polyak.checkpoints._checkpoint import STEP_KEYS
 from polyak.checkpoints._io import DataFile
-from polyak.checkpoints._tree import STEP_KEYS
 from polyak.errors import CheckpointError, OutputExistsError, name_list
 
 __all__ = ["write_sharded"]
@@ -64,7 +56,7 @@ class DcpFormat(_base.Format):
 
     name = "dcp"
     looks = "a folder of torch.distributed.checkpoint"
-    own_files = ("*.distcp", _METADATA, SIDECAR)
+    own_files = ("*.distcp", _METADATA, _base.SIDECAR)
 
     def recognises(self, path: Path, start: bytes) -> bool:
         return (path / _METADATA).is_file()
@@ -86,9 +78,9 @@ class DcpFormat(_base.Format):
                 f"{path / _METADATA} is damaged ({error!r:.200}); use another copy"
             ) from error
         opened = tuple(files.values())
-        if not (path / SIDECAR).is_file():
+        if not (path / _base.SIDECAR).is_file():
             return Contents(tree, files=opened)
-        sidecar = _base.read_sidecar(path, (path / SIDECAR).read_bytes())
+        sidecar = _base.read_sidecar(path, (path / _base.SIDECAR).read_bytes())
         tree |= {tied: tree[name] for tied, name in sidecar["ties"].items() if name in tree}
         return Contents(tree, sidecar["metadata"], files=opened)
 
@@ -224,7 +216,7 @@ class ChunkedTensor(StoredTensor):
         )
 
     @property
-    def location(self) -> Location | None:
+    def location(self) -> _base.Location | None:
         return self._chunks[0].stored.location if len(self._chunks) == 1 else None
 
     def read_into(self, start: int, out: Tensor) -> None:
@@ -251,7 +243,7 @@ class ChunkedTensor(StoredTensor):
                 first = np.argmax(inside)
                 run_start = sum(
                     int(axis[first]) * step
-                    for axis, step in zip(local, contiguous_stride(chunk.info.shape), strict=True)
+                    for axis, step in zip(local, _base.contiguous_stride(chunk.info.shape), strict=True)
                 )
                 run = torch.empty(int(inside.sum()), dtype=self.info.dtype)
                 chunk.stored.read_into(run_start, run)
@@ -276,4 +268,4 @@ class DcpWriter(_base.SpooledWriter):
             except CheckpointException as error:
                 reason, _ = next(iter(error.failures.values()))
                 raise OSError(str(reason)) from error
-        (target / SIDECAR).write_text(_base.sidecar_text(self.layout))
+        (target / _base.SIDECAR).write_text(_base.sidecar_text(self.layout))

@@ -24,16 +24,8 @@ import torch
 from torch import Tensor
 
 from polyak._torch import reason_not_loaded
-from polyak.checkpoints._base import (
-    Contents,
-    Format,
-    Layout,
-    LoadedTensor,
-    SpooledWriter,
-    StoredTensor,
-    StridedRegion,
-    TensorInfo,
-)
+from polyak.checkpoints import _base
+from polyak.checkpoints._base import Contents, Format, Layout, StoredTensor, TensorInfo
 from polyak.checkpoints._io import DataFile
 from polyak.errors import CheckpointError
 
@@ -434,7 +426,7 @@ class _Archive:
 
     def __init__(self, file: DataFile, members: Mapping[str, Member]) -> None:
         self._file, self._members = file, members
-        self._regions: dict[SavedTensor, StridedRegion] = {}
+        self._regions: dict[SavedTensor, _base.StridedRegion] = {}
 
     def state(self) -> Any:
         """The object that was saved."""
@@ -459,7 +451,9 @@ class _Archive:
         if tensor not in self._regions:
             member, info = self._members[tensor.storage.key], TensorInfo(tensor.shape, tensor.dtype)
             begin = member.offset + tensor.offset * tensor.dtype.itemsize
-            self._regions[tensor] = StridedRegion(self._file, begin, info, tensor.stride, limit=member.end)
+            self._regions[tensor] = _base.StridedRegion(
+                self._file, begin, info, tensor.stride, limit=member.end
+            )
         return self._regions[tensor]
 
 
@@ -468,13 +462,13 @@ class _Loaded:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._tensors: dict[tuple, LoadedTensor] = {}
+        self._tensors: dict[tuple, _base.LoadedTensor] = {}
 
     def stored(self, tensor: Tensor) -> StoredTensor:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
             raise _unusual_error(self._path, tuple(tensor.shape))
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        return self._tensors.setdefault(place, LoadedTensor(tensor.detach()))
+        return self._tensors.setdefault(place, _base.LoadedTensor(tensor.detach()))
 
 
 def _load_legacy(file: DataFile) -> Any:
@@ -516,7 +510,7 @@ def _metadata(state: Mapping) -> dict[str, str]:
     return found
 
 
-class PickledWriter(SpooledWriter):
+class PickledWriter(_base.SpooledWriter):
     """``torch.save`` of a flat dict of tensors; ties share their storage."""
 
     def _save(self, tensors: dict[str, Tensor], target: Path) -> None:

@@ -14,17 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.checkpoints._base import (
-    Contents,
-    Format,
-    Layout,
-    Location,
-    StoredTensor,
-    StridedRegion,
-    TensorInfo,
-    Writer,
-    byte_view,
-)
+from polyak.checkpoints import _base
+from polyak.checkpoints._base import Contents, Format, Layout, StoredTensor, TensorInfo
 from polyak.checkpoints._io import AtomicOutput, DataFile, Observer
 from polyak.errors import CheckpointError, StructureError, name_list
 
@@ -87,7 +78,7 @@ def read_file(file: DataFile) -> Contents:
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
     _check_coverage(path, spans, file.size - data_start)
     tree: dict[str, StoredTensor] = {
-        name: StridedRegion(file, data_start + begin, info, limit=file.size)
+        name: _base.StridedRegion(file, data_start + begin, info, limit=file.size)
         for name, (info, begin, _) in spans.items()
     }
     ties = {tied: name for tied, name in metadata.items() if name in tree and tied not in {_FRAMEWORK, *tree}}
@@ -165,7 +156,7 @@ def _check_coverage(path: Path, spans: dict[str, tuple[TensorInfo, int, int]], d
         )
 
 
-class SafetensorsWriter(Writer):
+class SafetensorsWriter(_base.Writer):
     """Writes slices at their places in the file; any process may do so at ``location``.
 
     ``observe`` is called with the offset and the bytes of all that is written here.
@@ -186,10 +177,10 @@ class SafetensorsWriter(Writer):
             raise
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
-        self._file.write(self._offsets[name] + start * values.element_size(), byte_view(values))
+        self._file.write(self._offsets[name] + start * values.element_size(), _base.byte_view(values))
 
-    def location(self, name: str) -> Location:
-        return Location(self._file.path, self._offsets[name])
+    def location(self, name: str) -> _base.Location:
+        return _base.Location(self._file.path, self._offsets[name])
 
     def commit(self) -> None:
         self._file.close()

@@ -32,7 +32,7 @@ def expanded(inputs: list[str], profile_option: str) -> list[Path]:
 
     ``profile_option`` is where the command takes profiles, which are no paths.
     """
-    from polyak.checkpoints._formats import natural_order
+    from polyak.checkpoints._checkpoint import natural_order
 
     paths: list[Path] = []
     for text in inputs:
@@ -152,7 +152,7 @@ def average(
     A profile takes the inputs in the order of their training steps. The output says what it was made of, and
     appears whole or not at all. BatchNorm statistics of an average must be computed anew: polyak.update_bn.
     """
-    from polyak.checkpoints._formats import is_recording
+    from polyak.checkpoints._checkpoint import is_recording
     from polyak.combine import Plan
 
     paths = expanded(inputs, "--profile")

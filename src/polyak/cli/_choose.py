@@ -202,7 +202,7 @@ def select(
     newest checkpoint, or those that the recorder kept. Modules are looked for in the working directory too,
     and run: this command executes your code, never code in a checkpoint.
     """
-    from polyak.checkpoints._formats import format_for
+    from polyak.checkpoints._checkpoint import format_for
     from polyak.checkpoints._io import AtomicOutput
 
     if output is not None:

@@ -1,16 +1,7 @@
 """Averaging checkpoints: the streaming engine, and ``average_checkpoints`` on top of it."""
 
 from polyak.combine._engine import MemoryWriter, Progress, combine
-from polyak.combine._inputs import (
-    Span,
-    coefficients,
-    common_layout,
-    in_step_order,
-    known_steps,
-    open_inputs,
-    refuse_partly_known,
-    spans_of_steps,
-)
+from polyak.combine._inputs import Span, coefficients, common_layout, is_averaged
 from polyak.combine._offline import (
     AverageReport,
     Plan,
@@ -18,7 +9,6 @@ from polyak.combine._offline import (
     batchnorm_statistics,
     is_statistic,
 )
-from polyak.combine._running import is_averaged
 
 __all__ = [
     "AverageReport",
@@ -31,11 +21,6 @@ __all__ = [
     "coefficients",
     "combine",
     "common_layout",
-    "in_step_order",
     "is_averaged",
     "is_statistic",
-    "known_steps",
-    "open_inputs",
-    "refuse_partly_known",
-    "spans_of_steps",
 ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
+import math
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -19,104 +18,177 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
-from polyak.combine import _running
-from polyak.errors import OptionError
+from polyak.combine._inputs import BUFFERS_BESIDE_SUMS, Budget, is_averaged
+from polyak.errors import NonFiniteError, OptionError
 
-__all__ = ["Budget", "MemoryWriter", "Progress", "combine", "parse_bytes"]
+__all__ = ["MemoryWriter", "Progress", "accumulation_dtype", "as_reals", "combine"]
 
-# How the memory that ``combine`` may take is spent: buffers for slices, threads, and a reserve for the rest.
+# The running mean m -= (a_k/A_k)(m - x_k), A_k = a_1 + … + a_k: its steps, its inner loop, and what may go wrong.
+#
+# It gives Σ a_k x_k / Σ a_k and leaves identical inputs as they are, bit for bit in every dtype, which a plain sum
+# of products does not.
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
-
-# A slice and its running sum stay in the cache while every input passes through; larger ones bring nothing more.
-_BEST_SLICE_BYTES = 1 << 22
-_LEAST_SLICE_BYTES = 1 << 16
-# More threads than this wait for memory, not for each other's turn.
-_BEST_WORKERS = 2
-# Modules loaded on first use, thread stacks, the allocator's slack.
-_RESERVE_BYTES = 16_000_000
-# What the description of one tensor takes in an opened checkpoint and while headers are compared.
-_BYTES_PER_DESCRIPTION = 1_000
-# Per worker and beside one sum per output: values as read, as summed, as written.
-_BUFFERS_BESIDE_SUMS = 3
-
-
-def parse_bytes(size: int | str) -> int:
-    """A number of bytes, from a number or from text such as ``"512MB"`` (10**6) or ``"2GiB"`` (2**30).
-
-    Raises ``OptionError`` for anything else.
-
-    >>> parse_bytes("512MB"), parse_bytes("1.5 GiB"), parse_bytes(4096)
-    (512000000, 1610612736, 4096)
-    """
-    if isinstance(size, int) and not isinstance(size, bool):
-        return size
-    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if found is None:
-        raise OptionError(f"cannot read {size!r} as a size in bytes: write 512MB, 2GiB or a whole number")
-    return int(float(found[1]) * (_UNITS | _BINARY_UNITS)[found[2].upper()])
+_SUM_TOLERANCE = 1e-6
+# One operation instead of two, which takes 1 - ratio instead of the ratio: the rounding of that is as large as the
+# ratio's own share of it, and lost beside a large ratio only.
+_LEAST_LERP_RATIO = 1 / 8
+# From 32,768 elements on (its GRAIN_SIZE) torch shares a call out to threads of its own. They would take what is summed
+# out of the cache of the core that works on it, and the elements where their shares end may be rounded differently.
+# Setting their number to one would reach other threads: torch keeps it for all that begin meanwhile.
+_RUN_NUMEL = 32_768 - 64
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How many threads take how large slices, and the memory that this and everything beside it comes to.
+class Fold:
+    """One input that is read, and the ratios a_k/A_k at which it goes into each output that counts it.
 
     Attributes:
-        workers: threads that read, sum and write.
-        slice_bytes: size of each of a worker's buffers.
-        total_bytes: the most memory in use, at or below what was allowed.
+        index: which input.
+        ratios: pairs of output and ratio.
     """
 
-    workers: int
-    slice_bytes: int
-    total_bytes: int
-
-    @classmethod
-    def within(
-        cls,
-        max_memory: int | str,
-        inputs: Sequence[Checkpoint],
-        n_outputs: int,
-        most_workers: int | None = None,
-    ) -> Budget:
-        """The fastest that fits. Raises ``OptionError``, with the least possible, where nothing does."""
-        buffers = n_outputs + _BUFFERS_BESIDE_SUMS
-        fixed_bytes = _RESERVE_BYTES + sum(map(_held_bytes, inputs))
-        max_bytes = parse_bytes(max_memory)
-        workers = min(most_workers or _BEST_WORKERS, _usable_cores())
-        slice_bytes = _BEST_SLICE_BYTES
-        while fixed_bytes + workers * buffers * slice_bytes > max_bytes:
-            if slice_bytes > _LEAST_SLICE_BYTES:
-                slice_bytes //= 2
-            elif workers > 1:
-                workers -= 1
-            else:
-                least = (fixed_bytes + buffers * slice_bytes) // 10**6 + 1
-                raise OptionError(
-                    f"a memory of {max_memory} is too little for {len(inputs)} inputs and {n_outputs} "
-                    f"outputs: allow {least}MB or more{_cause(inputs)}"
-                )
-        return cls(workers, slice_bytes, fixed_bytes + workers * buffers * slice_bytes)
+    index: int
+    ratios: tuple[tuple[int, float], ...]
 
 
-def _held_bytes(checkpoint: Checkpoint) -> int:
-    values = 0 if checkpoint.is_lazy else sum(info.nbytes for info in checkpoint.tensors.values())
-    return values + _BYTES_PER_DESCRIPTION * len(checkpoint.tensors)
+def folds(coefficients: Sequence[Sequence[float]], n_inputs: int) -> list[Fold]:
+    """The reads and ratios that give every output its combination.
+
+    Zero coefficients are left out. Positive ones come before negative ones, so that A_k never crosses zero; an
+    input is read twice only where outputs disagree about its sign.
+
+    Args:
+        coefficients: for each output one number per input, which sum to 1.
+        n_inputs: how many inputs there are.
+
+    Raises ``OptionError`` for coefficients of another number, or that are not finite or do not sum to 1.
+
+    >>> folds([[0.5, 0.0, 0.5], [2.0, 0.0, -1.0]], n_inputs=3)
+    [Fold(index=0, ratios=((0, 1.0), (1, 1.0))),
+     Fold(index=2, ratios=((0, 0.5),)), Fold(index=2, ratios=((1, -1.0),))]
+    """
+    for row in coefficients:
+        _check(row, n_inputs)
+    sums = [0.0] * len(coefficients)
+    steps = []
+    for sign in (1, -1):
+        for index in range(n_inputs):
+            ratios = []
+            for output, row in enumerate(coefficients):
+                if row[index] * sign > 0:
+                    sums[output] += row[index]
+                    ratios.append((output, float(row[index] / sums[output])))
+            if ratios:
+                steps.append(Fold(index, tuple(ratios)))
+    return steps
 
 
-def _cause(inputs: Sequence[Checkpoint]) -> str:
-    whole = [str(checkpoint.path) for checkpoint in inputs if not checkpoint.is_lazy]
-    if not whole:
-        return ""
-    return f" ({whole[0]} is in an old torch format that must be loaded whole: save it again with torch.save)"
+def _check(row: Sequence[float], n_inputs: int) -> None:
+    if len(row) != n_inputs:
+        raise OptionError(f"{len(row)} coefficients for {n_inputs} inputs: give one for each")
+    if not math.isclose(sum(row), 1, abs_tol=_SUM_TOLERANCE * max(1, *map(abs, row))):
+        raise OptionError(f"coefficients must be finite and sum to 1, got {sum(row)}")
 
 
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def runs(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A 1-D tensor in runs that torch leaves to the thread that calls it."""
+    return tensor.split(_RUN_NUMEL) if len(tensor) > _RUN_NUMEL else (tensor,)
+
+
+def fold(mean: Sequence[Tensor], values: Sequence[Tensor], ratio: float) -> None:
+    """``mean -= ratio * (mean - values)`` in place, run by run; ratio 1 replaces ``mean``.
+
+    Where both are equal the result is ``mean`` to the bit, the sign of zero included: in each form a multiple of
+    their difference is added whose sign makes a zero of it -0.0, and adding that changes nothing.
+    """
+    replaces = ratio > 0.5 and torch.tensor(ratio, dtype=mean[0].dtype) == 1
+    for m, x in zip(mean, values, strict=True):
+        if replaces:
+            m.copy_(x)
+        elif ratio > 0.5 or ratio < 0:
+            m.lerp_(x, ratio)
+        elif ratio >= _LEAST_LERP_RATIO:
+            torch.lerp(x, m, 1 - ratio, out=m)
+        else:
+            m.sub_(m - x, alpha=ratio)
+
+
+def copy(values: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    """Fill ``target`` with ``values``, converted, run by run."""
+    for x, place in zip(values, target, strict=True):
+        place.copy_(x)
+
+
+def accumulation_dtype(dtype: torch.dtype, wanted: torch.dtype | None = None) -> torch.dtype:
+    """The real dtype in which the parts of a ``dtype`` are summed: float32, or float64 if it or ``wanted`` is.
+
+    >>> accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.complex128)
+    (torch.float32, torch.float64)
+    """
+    return torch.float64 if torch.float64 in (dtype.to_real(), wanted) else torch.float32
+
+
+def as_reals(values: Tensor) -> Tensor:
+    """A 1-D tensor as it is, a complex one as twice as many real numbers in the same memory."""
+    return torch.view_as_real(values).view(-1) if values.is_complex() else values
+
+
+# What becomes of a slice whose result is not finite or does not fit: the slow path.
+
+
+def fits(mean: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether every number of the runs of ``mean`` is finite and in the range of ``dtype``."""
+    limit = torch.finfo(dtype).max
+    # Comparing with NaN is False, and NaN is what the extremes of numbers with a NaN are.
+    return all(bool(m.amax() <= limit) and bool(m.amin() >= -limit) for m in mean)
+
+
+def restore_infinities(mean: Tensor, sources: Iterable[tuple[Path, Tensor]], name: str) -> Tensor:
+    """Put the infinities that all sources share into ``mean``, where summing has left NaN.
+
+    Args:
+        mean: the result, 1-D; changed in place.
+        sources: path and values of each input that counts, one at a time: the values may share one buffer.
+        name: of the tensor, for messages.
+
+    Returns:
+        A mask of the places that are infinite.
+
+    Raises ``NonFiniteError``, naming file and tensor, for NaN and for infinities that not all sources share.
+    """
+    shared, first = None, None
+    for path, values in sources:
+        if values.isnan().any():
+            raise NonFiniteError(f"{path}: tensor {name!r} holds NaN; leave this checkpoint out")
+        infinities = torch.where(values.isinf(), values, 0)
+        if shared is None:
+            shared, first = infinities, path
+        elif not torch.equal(shared, infinities):
+            holder = path if infinities.count_nonzero() >= shared.count_nonzero() else first
+            raise NonFiniteError(
+                f"{holder}: tensor {name!r} holds infinities that are not in every input; "
+                f"leave this checkpoint out"
+            )
+    assert shared is not None, "every output counts at least one input"
+    mask = shared != 0
+    mean[mask] = shared[mask]
+    return mask
+
+
+def refuse_overflow(values: Tensor, infinite: Tensor, mean: Tensor, name: str) -> None:
+    """Raise ``NonFiniteError`` if ``values``, which is ``mean`` as it will be written, has lost large numbers.
+
+    ``infinite`` masks the infinities that belong there.
+    """
+    written, finfo = values.to(mean.dtype), torch.finfo(values.dtype)
+    # Some conversions give infinity or NaN for what is too large, others the largest number there is.
+    is_near = (written - mean).abs() <= finfo.eps * mean.abs()
+    kept = torch.where(infinite, written.isinf(), (mean.abs() <= finfo.max) | is_near)
+    if not kept.all():
+        raise NonFiniteError(
+            f"the average of tensor {name!r} is too large for {values.dtype}, it comes out as "
+            f"{mean[~kept][0].item():.3g}: choose a wider dtype"
+        )
 
 
 # Cutting tensors into slices, sharing the slices out, and taking small ones together.
@@ -328,7 +400,7 @@ class MemoryWriter(Writer):
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
         place = self.tensors[name].view(-1)[start : start + values.numel()]
-        _running.copy(_running.runs(values), _running.runs(place))
+        copy(runs(values), runs(place))
 
     def location(self, name: str) -> None:
         return None
@@ -430,7 +502,7 @@ class _Job:
         self.inputs = inputs
         self.writers = writers
         self.accumulate = accumulate
-        self.folds = _running.folds(coefficients, len(inputs))
+        self.folds = folds(coefficients, len(inputs))
         self.counted = [[index for index, a in enumerate(row) if a != 0] for row in coefficients]
         self.differing: set[str] = set()
 
@@ -444,19 +516,19 @@ class _Job:
         """Bytes an element takes in the widest buffer it passes through."""
         source = self.source_dtype(name)
         widths = [dtype.itemsize for dtype in (source, *self.output_dtypes(name))]
-        if _running.is_averaged(source):
-            widths.append(_reals_in(source) * _running.accumulation_dtype(source, self.accumulate).itemsize)
+        if is_averaged(source):
+            widths.append(_reals_in(source) * accumulation_dtype(source, self.accumulate).itemsize)
         return max(widths)
 
     def kind(self, name: str) -> tuple[torch.dtype, ...] | None:
         """What tensors that are summed together have in common; None for those that are copied."""
         source = self.source_dtype(name)
-        return (source, *self.output_dtypes(name)) if _running.is_averaged(source) else None
+        return (source, *self.output_dtypes(name)) if is_averaged(source) else None
 
     def traffic(self, bundle: Bundle) -> int:
         """Bytes read and written for a bundle."""
         source = self.source_dtype(bundle.name)
-        reads = len(self.folds) if _running.is_averaged(source) else len(set().union(*self.counted))
+        reads = len(self.folds) if is_averaged(source) else len(set().union(*self.counted))
         written = sum(dtype.itemsize for dtype in self.output_dtypes(bundle.name))
         return sum(piece.count for piece in bundle.slices) * (reads * source.itemsize + written)
 
@@ -489,7 +561,7 @@ class _Buffer:
     def runs(self, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
         """The same in runs, which are made once: most bundles are of one size."""
         if (dtype, count) not in self._runs:
-            self._runs[dtype, count] = _running.runs(self.part(dtype, count))
+            self._runs[dtype, count] = runs(self.part(dtype, count))
         return self._runs[dtype, count]
 
 
@@ -499,11 +571,11 @@ class _Worker:
     def __init__(self, job: _Job, buffer_bytes: int, tally: _Tally) -> None:
         self._job, self._tally = job, tally
         self._read, self._values, self._written, *self._means = (
-            _Buffer(buffer_bytes) for _ in range(_BUFFERS_BESIDE_SUMS + len(job.writers))
+            _Buffer(buffer_bytes) for _ in range(BUFFERS_BESIDE_SUMS + len(job.writers))
         )
 
     def __call__(self, bundle: Bundle) -> None:
-        if _running.is_averaged(self._job.source_dtype(bundle.name)):
+        if is_averaged(self._job.source_dtype(bundle.name)):
             self._average(bundle)
         else:
             for piece in bundle.slices:
@@ -513,7 +585,7 @@ class _Worker:
     def _average(self, bundle: Bundle) -> None:
         job = self._job
         source = job.source_dtype(bundle.name)
-        dtype = _running.accumulation_dtype(source, job.accumulate)
+        dtype = accumulation_dtype(source, job.accumulate)
         n_reals = bundle.count * _reals_in(source)
         means = [buffer.runs(dtype, n_reals) for buffer in self._means]
         for step in job.folds:
@@ -524,14 +596,14 @@ class _Worker:
                 continue
             values = self._load(step.index, bundle, dtype, self._read).runs(dtype, n_reals)
             for output, ratio in step.ratios:
-                _running.fold(means[output], values, ratio)
+                fold(means[output], values, ratio)
         for output, target in enumerate(job.output_dtypes(bundle.name)):
             # What lies between the slices may be anything; then each is looked at by itself.
-            all_fit = _running.fits(means[output], target.to_real())
+            all_fit = fits(means[output], target.to_real())
             mean = self._means[output].part(dtype, n_reals)
             for piece, place in bundle.places:
                 part = mean[place * _reals_in(source) :][: piece.count * _reals_in(source)]
-                fit = all_fit or _running.fits(_running.runs(part), target.to_real())
+                fit = all_fit or fits(runs(part), target.to_real())
                 self._write(output, piece, part, fit)
 
     def _load(self, index: int, bundle: Bundle, dtype: torch.dtype, buffer: _Buffer) -> _Buffer:
@@ -543,7 +615,7 @@ class _Worker:
         if source.to_real() == dtype:
             return buffer
         n_reals = bundle.count * _reals_in(source)
-        _running.copy(buffer.runs(source.to_real(), n_reals), self._values.runs(dtype, n_reals))
+        copy(buffer.runs(source.to_real(), n_reals), self._values.runs(dtype, n_reals))
         return self._values
 
     def _write(self, output: int, piece: Slice, mean: Tensor, fit: bool) -> None:
@@ -552,14 +624,14 @@ class _Worker:
         infinite = None
         if not fit:
             sources = self._sources(self._job.counted[output], piece, mean.dtype)
-            infinite = _running.restore_infinities(mean, sources, piece.name)
+            infinite = restore_infinities(mean, sources, piece.name)
         if mean.dtype == dtype.to_real():
             values = mean.view(dtype)  # numbers in pairs are complex again
         else:
             values = self._written.part(dtype, piece.count)
-            _running.copy(_running.runs(mean), _running.runs(_running.as_reals(values)))
+            copy(runs(mean), runs(as_reals(values)))
         if infinite is not None:
-            _running.refuse_overflow(_running.as_reals(values), infinite, mean, piece.name)
+            refuse_overflow(as_reals(values), infinite, mean, piece.name)
         writer.write(piece.name, piece.start, values)
 
     def _sources(self, indices: list[int], piece: Slice, dtype: torch.dtype) -> Iterator[tuple[Path, Tensor]]:

@@ -1,9 +1,11 @@
-"""The inputs of an average: opened, of one layout, in step order, each with the steps it stands for."""
+"""The inputs of an average: opened, of one layout, in step order, each with the steps it stands for,
+and the memory that a pass over them may take."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,26 +18,21 @@ import torch
 from polyak import checkpoints
 from polyak._checks import Difference
 from polyak._version import __version__
-from polyak.checkpoints import Checkpoint, Layout, TensorInfo
-from polyak.checkpoints._formats import (
-    checkpoint_paths,
-    is_checkpoint_folder,
-    is_recording,
-    natural_order,
-    recognise,
-)
-from polyak.combine._running import is_averaged
+from polyak.checkpoints import Checkpoint, Layout, TensorInfo, _checkpoint
 from polyak.errors import CheckpointError, OptionError, StructureError, name_list
 from polyak.profiles import Profile
 
 __all__ = [
+    "Budget",
     "Span",
     "coefficients",
     "common_layout",
     "in_step_order",
     "input_names",
+    "is_averaged",
     "known_steps",
     "open_inputs",
+    "parse_bytes",
     "provenance",
     "refuse_partly_known",
     "spans_of_steps",
@@ -210,8 +207,8 @@ def common_layout(
     another shape or of another dtype than in the first.
     """
     first = inputs[0]
-    found = {other.path: Difference.of(first.tensors, other.tensors) for other in inputs[1:]}
-    if problems := [f"{path} {difference}" for path, difference in found.items() if difference]:
+    others = [other for other in inputs[1:] if other.tensors != first.tensors]
+    if problems := [f"{other.path} {Difference.of(first.tensors, other.tensors)}" for other in others]:
         raise StructureError(
             f"the inputs do not hold the same tensors: compared with {first.path}, {'; '.join(problems)}. "
             "Average checkpoints of one model, or choose the right weights with ",
@@ -282,23 +279,24 @@ def _refuse_average_of_others(siblings: Sequence[Checkpoint]) -> None:
         made_of = names.intersection(Path(name).name for name in averaged_inputs(checkpoint))
         if made_of - {checkpoint.path.name}:
             raise OptionError(
-                f"{checkpoint.path} is itself an average, of {name_list(sorted(made_of, key=natural_order))} beside "
-                "it: move it to another folder, or name the checkpoints to average"
+                f"{checkpoint.path} is itself an average, of "
+                f"{name_list(sorted(made_of, key=_checkpoint.natural_order))} beside it: move it to another folder, or "
+                "name the checkpoints to average"
             )
 
 
 def _expanded(path: Path) -> list[Path]:
-    if not path.is_dir() or is_checkpoint_folder(path):
+    if not path.is_dir() or _checkpoint.is_checkpoint_folder(path):
         return [path]
-    if is_recording(path):
+    if _checkpoint.is_recording(path):
         raise OptionError(
             f"{path} is a recorded run, whose blocks stand for unlike numbers of samples: take averages of it alone, ",
             f"by polyak.Trajectory({str(path)!r}).write, or let polyak.select choose one",
             "by polyak average, or let polyak select choose one",
         )
-    files = checkpoint_paths(path)
+    files = _checkpoint.checkpoint_paths(path)
     if not files:
-        recognise(path)  # says what the folder holds instead
+        _checkpoint.recognise(path)  # says what the folder holds instead
     return files
 
 
@@ -379,3 +377,103 @@ def refuse_partly_known(inputs: Sequence[Checkpoint]) -> None:
             f"no training step is known of {name_list(without)}, as it is of the others: leave those out, for example "
             "by a pattern such as 'run/epoch_*.pt'"
         )
+
+
+def is_averaged(dtype: torch.dtype) -> bool:
+    """Whether tensors of this dtype are averaged; integer and bool ones are copied."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
+# How the memory that ``combine`` may take is spent: buffers for slices, threads, and a reserve for the rest.
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
+
+# A slice and its running sum stay in the cache while every input passes through; larger ones bring nothing more.
+_BEST_SLICE_BYTES = 1 << 22
+_LEAST_SLICE_BYTES = 1 << 16
+# More threads than this wait for memory, not for each other's turn.
+_BEST_WORKERS = 2
+# Modules loaded on first use, thread stacks, the allocator's slack.
+_RESERVE_BYTES = 16_000_000
+# What the description of one tensor takes in an opened checkpoint and while headers are compared.
+_BYTES_PER_DESCRIPTION = 1_000
+# Per worker and beside one sum per output: values as read, as summed, as written.
+BUFFERS_BESIDE_SUMS = 3
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes, from a number or from text such as ``"512MB"`` (10**6) or ``"2GiB"`` (2**30).
+
+    Raises ``OptionError`` for anything else.
+
+    >>> parse_bytes("512MB"), parse_bytes("1.5 GiB"), parse_bytes(4096)
+    (512000000, 1610612736, 4096)
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        return size
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if found is None:
+        raise OptionError(f"cannot read {size!r} as a size in bytes: write 512MB, 2GiB or a whole number")
+    return int(float(found[1]) * (_UNITS | _BINARY_UNITS)[found[2].upper()])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many threads take how large slices, and the memory that this and everything beside it comes to.
+
+    Attributes:
+        workers: threads that read, sum and write.
+        slice_bytes: size of each of a worker's buffers.
+        total_bytes: the most memory in use, at or below what was allowed.
+    """
+
+    workers: int
+    slice_bytes: int
+    total_bytes: int
+
+    @classmethod
+    def within(
+        cls,
+        max_memory: int | str,
+        inputs: Sequence[Checkpoint],
+        n_outputs: int,
+        most_workers: int | None = None,
+    ) -> Budget:
+        """The fastest that fits. Raises ``OptionError``, with the least possible, where nothing does."""
+        buffers = n_outputs + BUFFERS_BESIDE_SUMS
+        fixed_bytes = _RESERVE_BYTES + sum(map(_held_bytes, inputs))
+        max_bytes = parse_bytes(max_memory)
+        workers = min(most_workers or _BEST_WORKERS, _usable_cores())
+        slice_bytes = _BEST_SLICE_BYTES
+        while fixed_bytes + workers * buffers * slice_bytes > max_bytes:
+            if slice_bytes > _LEAST_SLICE_BYTES:
+                slice_bytes //= 2
+            elif workers > 1:
+                workers -= 1
+            else:
+                least = (fixed_bytes + buffers * slice_bytes) // 10**6 + 1
+                raise OptionError(
+                    f"a memory of {max_memory} is too little for {len(inputs)} inputs and {n_outputs} "
+                    f"outputs: allow {least}MB or more{_cause(inputs)}"
+                )
+        return cls(workers, slice_bytes, fixed_bytes + workers * buffers * slice_bytes)
+
+
+def _held_bytes(checkpoint: Checkpoint) -> int:
+    values = 0 if checkpoint.is_lazy else sum(info.nbytes for info in checkpoint.tensors.values())
+    return values + _BYTES_PER_DESCRIPTION * len(checkpoint.tensors)
+
+
+def _cause(inputs: Sequence[Checkpoint]) -> str:
+    whole = [str(checkpoint.path) for checkpoint in inputs if not checkpoint.is_lazy]
+    if not whole:
+        return ""
+    return f" ({whole[0]} is in an old torch format that must be loaded whole: save it again with torch.save)"
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

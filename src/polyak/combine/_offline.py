@@ -18,10 +18,10 @@ import torch.distributed as dist
 from polyak import checkpoints
 from polyak._distributed import RankGroup
 from polyak.checkpoints import _base, _io
-from polyak.checkpoints._formats import format_for
+from polyak.checkpoints._checkpoint import format_for
 from polyak.combine import _inputs
-from polyak.combine._engine import Budget, Progress, combine
-from polyak.combine._running import is_averaged
+from polyak.combine._engine import Progress, combine
+from polyak.combine._inputs import Budget, is_averaged
 from polyak.errors import OptionError, PolyakError, name_list
 from polyak.profiles import Profile, Uniform, Weights, as_profile
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
-from polyak.checkpoints._formats import checkpoint_paths, is_checkpoint_folder, is_recording, recognise
+from polyak.checkpoints._checkpoint import checkpoint_paths, is_checkpoint_folder, is_recording, recognise
 from polyak.combine._inputs import steps_in_names
 from polyak.errors import OptionError, PolyakError
 from polyak.inspection import _measure

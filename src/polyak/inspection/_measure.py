@@ -13,7 +13,8 @@ from torch import Tensor
 
 from polyak._checks import Difference
 from polyak.checkpoints import Checkpoint
-from polyak.combine._running import as_reals, is_averaged
+from polyak.combine import is_averaged
+from polyak.combine._engine import as_reals
 from polyak.errors import StructureError, name_list
 
 __all__ = [

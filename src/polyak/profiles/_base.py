@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from polyak._checks import within
 from polyak.errors import OptionError
 
 Unit = Literal["steps", "samples", "blocks"]
@@ -108,7 +107,8 @@ class Profile(ABC):
         >>> polyak.Uniform().cumulative([0, 1, 4], total=4)
         array([0.  , 0.25, 1.  ])
         """
-        total = within("(0, inf)", "total", total)
+        if not 0 < total < np.inf:
+            raise OptionError(f"total must be a number in (0, inf), got {total!r}")
         t = np.asarray(t, dtype=np.float64)
         if not np.all((t >= 0) & (t <= total)):
             raise OptionError(f"t must lie in [0, {written(total)}], the run, got {t}")

@@ -12,20 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from polyak import _terminal
+from polyak import _evaluate, _terminal
 from polyak._distributed import is_main_rank
-from polyak._evaluate import (
-    Mode,
-    Score,
-    ScoreFunction,
-    badness,
-    live_weights,
-    paired_intervals,
-    refuse_no_trajectory,
-    refuse_one_pass,
-    refuse_unknown_mode,
-    try_weights,
-)
+from polyak._evaluate import Mode, Score
 from polyak._mean import mean_dtype
 from polyak.errors import OptionError
 from polyak.profiles import Profile, Tail, Weights, as_profile, registered
@@ -178,11 +167,11 @@ def select(
     trajectory: Trajectory,
     model: nn.Module,
     *,
-    score: ScoreFunction,
+    score: _evaluate.ScoreFunction,
     mode: Mode = "min",
     profiles: Iterable[Profile | str] | None = None,
     recalibrate: Iterable[Any] | None = None,
-    holdout: ScoreFunction | None = None,
+    holdout: _evaluate.ScoreFunction | None = None,
     progress: bool = True,
 ) -> Selection:
     """Score many averages of a run, and the live weights, and say which is best and how surely.
@@ -235,9 +224,9 @@ def select(
     2.0
     >>> folder.cleanup()
     """
-    refuse_unknown_mode(mode)
-    refuse_one_pass(recalibrate)
-    refuse_no_trajectory(trajectory)
+    _evaluate.refuse_unknown_mode(mode)
+    _evaluate.refuse_one_pass(recalibrate)
+    _evaluate.refuse_no_trajectory(trajectory)
     steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
     tried = _distinct(trajectory, coarse_grid(steps)) if profiles is None else _given(trajectory, profiles)
     with _terminal.progress_bar("candidates", shown=progress and is_main_rank()) as bar:
@@ -245,10 +234,11 @@ def select(
         def try_all(explained: Sequence[Explanation]) -> Scores:
             scores: Scores = {}
             for profile, weights in bar.over(averages(trajectory, explained), len(explained)):
-                scores[profile] = try_weights(model, weights, score, recalibrate)
+                scores[profile] = _evaluate.try_weights(model, weights, score, recalibrate)
             return scores
 
-        scores: Scores = {None: try_weights(model, live_weights(trajectory), score)} | try_all(tried)
+        live = _evaluate.try_weights(model, _evaluate.live_weights(trajectory), score)
+        scores: Scores = {None: live} | try_all(tried)
         if profiles is None:
             near = _distinct(trajectory, fine_grid(_best_average(scores, mode), steps), known=tried)
             scores |= try_all(near)
@@ -293,12 +283,12 @@ def _rounded_weights(explained: Explanation) -> tuple[float, ...]:
 
 def _best_average(scores: Scores, mode: Mode) -> Profile:
     averages = [profile for profile in scores if profile is not None]
-    return min(averages, key=lambda profile: badness(scores[profile].value, mode))
+    return min(averages, key=lambda profile: _evaluate.badness(scores[profile].value, mode))
 
 
 def _candidates(scores: Scores, explained: Mapping[Profile, Explanation]) -> list[Candidate]:
     live = scores[None]
-    intervals = paired_intervals(list(scores.values()), live)
+    intervals = _evaluate.paired_intervals(list(scores.values()), live)
     return [
         Candidate(
             name=LIVE if profile is None else str(profile),
@@ -319,12 +309,12 @@ def _check(
     trajectory: Trajectory,
     model: nn.Module,
     best: Profile,
-    holdout: ScoreFunction,
+    holdout: _evaluate.ScoreFunction,
     recalibrate: Iterable[Any] | None,
 ) -> HoldoutCheck:
-    live = try_weights(model, live_weights(trajectory), holdout)
-    score = try_weights(model, trajectory.average(best), holdout, recalibrate)
-    (interval,) = paired_intervals([score], live)
+    live = _evaluate.try_weights(model, _evaluate.live_weights(trajectory), holdout)
+    score = _evaluate.try_weights(model, trajectory.average(best), holdout, recalibrate)
+    (interval,) = _evaluate.paired_intervals([score], live)
     return HoldoutCheck(
         best_score=score.value,
         live_score=live.value,

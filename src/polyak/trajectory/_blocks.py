@@ -20,7 +20,7 @@ from polyak._model import Binding, ModelTensors, NamedTensor, is_sharded, local
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer, _safetensors
 from polyak.checkpoints import open as open_checkpoint
 from polyak.checkpoints._base import on_host, written_together
-from polyak.checkpoints._formats import RECORDING_NAME
+from polyak.checkpoints._checkpoint import RECORDING_NAME
 from polyak.checkpoints._io import DataFile, Observer, write_file
 from polyak.combine import combine
 from polyak.errors import CheckpointError, OptionError

@@ -8,7 +8,7 @@ import torch
 import polyak
 from polyak import checkpoints
 from polyak.checkpoints._base import Contents, LoadedTensor
-from polyak.checkpoints._tree import find_weights
+from polyak.checkpoints._checkpoint import find_weights
 from polyak.errors import CheckpointError, OptionError
 
 PATH = Path("run.pt")
@@ -121,7 +121,7 @@ def test_two_tensors_of_one_name_are_an_error():
 
 
 def test_damaged_nesting_ends(monkeypatch):
-    monkeypatch.setattr("polyak.checkpoints._tree._MAX_ENTRIES", 10_000)
+    monkeypatch.setattr("polyak.checkpoints._checkpoint._MAX_ENTRIES", 10_000)
     endless: dict = {"w": torch.zeros(1)}
     endless["again"] = endless
     with pytest.raises(CheckpointError, match="nested too deeply"):
