@@ -282,8 +282,9 @@ def matched(model: nn.Module, weights: Mapping[str, Tensor]) -> list[tuple[Named
     canonical = tensors.all_names()
     values = {canonical.get(name, name): value for name, value in weights.items()}
     wanted = {e.name: e.tensor for e in tensors.values() if e.tensor.requires_grad or e.name in values}
-    shapes = ({name: tuple(value.shape) for name, value in named.items()} for named in (wanted, values))
-    if unfit := Difference.of(*shapes):
+    asked, given = ({name: tuple(value.shape) for name, value in named.items()} for named in (wanted, values))
+    if asked != given:
+        unfit = Difference.of(asked, given)
         raise StructureError(
             f"the averaged weights do not fit this model: what was given {unfit}. Give the model that was "
             "trained; this one was left as it is"

@@ -462,12 +462,8 @@ def update_bn(
     >>> model[0].running_mean, model[0].running_var
     (tensor([4.]), tensor([18.6667]))
     """
-    passes = whole_within("[1, inf)", "passes", passes)
-    if passes > 1 and isinstance(loader, Iterator):
-        raise BatchError(
-            f"passes is {passes}, but the loader is a {type(loader).__name__}, which can be iterated only "
-            "once; give a list or a DataLoader, or set passes=1"
-        )
+    if passes != 1:
+        passes = _checked_passes(passes, loader)
     network = bare_model(model)  # DistributedDataParallel would wait for the other ranks in every forward
     layers = layers_to_refresh(network, keep_frozen=network.training)
     if not layers:
@@ -490,6 +486,16 @@ def update_bn(
                 layer.normalise_by(mean, variance)
             moments = _measure(layers, loader, run, normalise_by_batch=False)
     store(moments, layers)
+
+
+def _checked_passes(passes: int, loader: Iterable[Any]) -> int:
+    passes = whole_within("[1, inf)", "passes", passes)
+    if passes > 1 and isinstance(loader, Iterator):
+        raise BatchError(
+            f"passes is {passes}, but the loader is a {type(loader).__name__}, which can be iterated only "
+            "once; give a list or a DataLoader, or set passes=1"
+        )
+    return passes
 
 
 def _measure(

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from difflib import get_close_matches
+from numbers import Real
 from types import ModuleType, UnionType
 from typing import Any, ClassVar, Literal, Self
 
@@ -107,8 +108,9 @@ class Profile(ABC):
         >>> polyak.Uniform().cumulative([0, 1, 4], total=4)
         array([0.  , 0.25, 1.  ])
         """
-        if not 0 < total < np.inf:
+        if not (isinstance(total, Real) and 0 < total < np.inf):
             raise OptionError(f"total must be a number in (0, inf), got {total!r}")
+        total = float(total)
         t = np.asarray(t, dtype=np.float64)
         if not np.all((t >= 0) & (t <= total)):
             raise OptionError(f"t must lie in [0, {written(total)}], the run, got {t}")
