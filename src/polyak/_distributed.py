@@ -143,6 +143,7 @@ class RankGroup:
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of ``tensor`` over all ranks, with the same bits on every rank; a collective call.
 
+    >>> import torch
     >>> sum_over_ranks(torch.tensor([1.0, 2.0]))
     tensor([1., 2.])
     """
@@ -181,6 +182,7 @@ def refuse_unplaced(tensors: Mapping[str, Tensor]) -> None:
     Raises:
         StructureError: naming the first of them.
 
+    >>> import torch
     >>> refuse_unplaced({"weight": torch.ones(1)})
     """
     sharded: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
@@ -207,6 +209,7 @@ def shard_runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[in
         whole: a DTensor, or a plain tensor, of which every rank holds a copy.
         is_first: whether this is the rank that gives out plain tensors.
 
+    >>> import torch
     >>> [(start, values.tolist()) for start, values in shard_runs(torch.ones(2, 2), torch.ones(2, 2), is_first=True)]
     [(0, [1.0, 1.0, 1.0, 1.0])]
     """
