@@ -27,7 +27,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 import harness
 import polyak
-from polyak._evaluate import averaged, evaluation
+from polyak._evaluate import trial
 from polyak.batchnorm import tracks_statistics
 from polyak.demo._study import Difference, Scoring, mean_and_error, paired_difference, train
 from polyak.demo._tasks import TASKS, Examples, digits
@@ -122,12 +122,11 @@ def of_blocks(
     return torch.stack(each).mean(dim=0)
 
 
-@torch.no_grad()
 def with_weights(
     model: nn.Module, weights: dict[str, Tensor], function: Callable[[nn.Module], Tensor], batches: Any
 ) -> Tensor:
     """What ``function`` says of the model with ``weights`` in it."""
-    with averaged(model, weights, batches), evaluation(model):
+    with trial(model, weights, batches):
         return function(model)
 
 

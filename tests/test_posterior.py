@@ -229,7 +229,7 @@ def test_models_without_numbers(tmp_path):
     assert [weights["w"].shape for weights in polyak.SWAG(run, "uniform").samples(2)] == [(0, 3)] * 2
 
 
-def test_a_recording_that_went_on_says_so(tmp_path):
+def test_a_recording_that_went_on_is_drawn_from_as_it_was_or_says_so(tmp_path, monkeypatch):
     model = nn.Linear(2, 1)
 
     def go_on(steps, step):
@@ -240,7 +240,15 @@ def test_a_recording_that_went_on_says_so(tmp_path):
         return run.trajectory
 
     posterior = polyak.SWAG(go_on(8, 0), "uniform")
-    go_on(30, 8)
+    before = next(posterior.samples(1))
+    go_on(30, 8)  # replaces the files, which the trajectory holds open
+    assert torch.equal(next(posterior.samples(1))["weight"], before["weight"])
+
+    monkeypatch.setattr(
+        "polyak.checkpoints._io._MAX_OPEN_FILES", 1
+    )  # as of a trajectory of hundreds of blocks
+    posterior = polyak.SWAG(polyak.Trajectory(tmp_path / "run"), "uniform")
+    go_on(30, 38)
     with pytest.raises(CheckpointError, match="recorded further since this trajectory was opened"):
         next(posterior.samples(1))
 

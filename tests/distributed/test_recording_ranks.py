@@ -236,7 +236,7 @@ def failing_by_ranks(folder):
         def full(*_):
             raise CheckpointError("no space left")
 
-        checkpoints._writer._PartWriter._write = full
+        checkpoints._base._PartWriter._write = full
     kinds = []
     for call in (lambda: train(model, run, 8, after=8), run.close):
         try:
