@@ -8,6 +8,7 @@ import inspect
 import io
 import pkgutil
 import tokenize
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,21 @@ def code_lines(text: str) -> set[int]:
 def import_lines(text: str) -> set[int]:
     imports = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom))
     return {line for node in imports for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    def name_of(path: Path) -> str:
+        parts = ("polyak", *path.relative_to(SOURCE).with_suffix("").parts)
+        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+    trees = {name_of(path): ast.parse(path.read_text()) for path in SOURCE.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for name, tree in trees.items():
+        found = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module in trees]
+        imported = {f"{node.module}.{alias.name}": node.module for node in found for alias in node.names}
+        graph[name] = {full if full in trees else str(module) for full, module in imported.items()}
+    # An order in which each file comes after all that it imports; there is none where some go in a circle.
+    assert len(list(TopologicalSorter(graph).static_order())) == len(trees)
 
 
 def test_a_file_is_one_subject_that_a_reader_opens_once() -> None:
