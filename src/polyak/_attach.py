@@ -192,6 +192,7 @@ class _Steps:
         if (optimizer := self._optimizer()) is not None:
             del vars(optimizer)[_STEPS]
 
+    @uncompiled
     def update(self) -> None:
         """One step was taken."""
         for follower in self.followers:

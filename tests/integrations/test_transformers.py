@@ -390,7 +390,11 @@ def test_training_by_another_loop_is_refused(tmp_path, monkeypatch):
     """Where it resumes from would not be seen, and the average would begin anew without a word."""
     trainer, steps = trainer_for(tmp_path)
     Averaging(trainer, polyak.Uniform())
-    monkeypatch.setattr(Trainer, "train", lambda self: Trainer._inner_training_loop(self, args=self.args))
+
+    def train(self):
+        Trainer._inner_training_loop(self, batch_size=self.args.train_batch_size, args=self.args)
+
+    monkeypatch.setattr(Trainer, "train", train)
     with pytest.raises(PolyakError, match=r"does not train by Trainer\._inner_training_loop\(\)"):
         trainer.train()
     assert not steps.weights
