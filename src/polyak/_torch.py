@@ -6,10 +6,11 @@ Where a release of torch lacks one of these, a slower public way takes its place
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from itertools import repeat, starmap
@@ -44,6 +45,7 @@ __all__ = [
     "is_persistent",
     "is_wrapped",
     "on_host",
+    "on_one_core",
     "optimizer_hooks",
     "parameters_of",
     "reason_not_loaded",
@@ -143,6 +145,43 @@ def device_of_collectives() -> torch.device:
     if accelerator is None or "cpu:" in dist.get_backend_config():
         return torch.device("cpu")
     return torch.device(accelerator.type)
+
+
+# Threads
+
+
+@cache
+def _openmp_setting() -> Callable[[int], object] | None:
+    """How OpenMP is told how many threads to take; of the runtime that torch itself uses, None where it shows none."""
+    try:
+        return ctypes.CDLL(torch._C.__file__).omp_set_num_threads
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """torch's operations of the thread that is inside stay on that thread; those of others go on as they did.
+
+    ``torch.set_num_threads`` is also kept for all threads that begin later, OpenMP's own setting is not. Where that
+    cannot be reached torch's is taken, which threads that begin meanwhile then see.
+
+    >>> before = torch.get_num_threads()
+    >>> with on_one_core():
+    ...     torch.get_num_threads()
+    1
+    >>> torch.get_num_threads() == before
+    True
+    """
+    before = (
+        torch.get_num_threads()
+    )  # which also has torch look at what it keeps for new threads, once and first
+    setting = _openmp_setting() or torch.set_num_threads
+    setting(1)
+    try:
+        yield
+    finally:
+        setting(before)
 
 
 # Modules

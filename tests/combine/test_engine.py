@@ -275,7 +275,8 @@ THREADS = """
 
     with MemoryWriter(common_layout(inputs, torch.float64)) as writer:
         combine(inputs, [[0.7, 0.2, 0.1]], [writer], progress=look, workers=1)
-    print(more, of_others, torch.get_num_threads())
+    # A thread that has just ended may still be counted; torch would start four.
+    print(max(more) <= 1, of_others, torch.get_num_threads())
 """
 
 
@@ -287,7 +288,7 @@ def test_torch_keeps_its_threads_and_starts_none(tmp_path):
         checkpoints.write(paths[-1], {"w": random(torch.bfloat16, seed, (3_000_000,))})
     script = [sys.executable, "-c", textwrap.dedent(THREADS), *map(str, paths)]
     result = subprocess.run(script, check=True, capture_output=True, text=True)
-    assert result.stdout == "{0} {5} 5\n"
+    assert result.stdout == "True {5} 5\n"
 
 
 def test_an_interrupt_stops_it(tmp_path):

@@ -13,7 +13,7 @@ from polyak.errors import NonFiniteError
 
 def folded(mean, values, ratio, dtype=torch.float32, numel=37):
     result = torch.full((numel,), mean, dtype=dtype)
-    fold([result], [torch.full((numel,), values, dtype=dtype)], ratio)
+    fold(result, torch.full((numel,), values, dtype=dtype), ratio, torch.empty(numel, dtype=dtype))
     return result
 
 
@@ -35,9 +35,9 @@ def test_small_ratios_count_in_full(ratio):
 
 def test_a_thousand_inputs_are_as_exact_as_a_few():
     inputs = torch.randn(1_000, 4_096, generator=torch.Generator().manual_seed(0))
-    mean = torch.empty(4_096)
+    mean, scratch = torch.empty(4_096), torch.empty(4_096)
     for index, values in enumerate(inputs):
-        fold([mean], [values], 1 / (index + 1))
+        fold(mean, values, 1 / (index + 1), scratch)
     assert (mean.double() - inputs.double().mean(0)).abs().max() < 2e-7
 
 

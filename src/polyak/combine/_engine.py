@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from polyak import _torch
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
 from polyak.combine._inputs import BUFFERS_BESIDE_SUMS, Budget, is_averaged
 from polyak.errors import NonFiniteError, OptionError
@@ -32,10 +33,6 @@ _SUM_TOLERANCE = 1e-6
 # One operation instead of two, which takes 1 - ratio instead of the ratio: the rounding of that is as large as the
 # ratio's own share of it, and lost beside a large ratio only.
 _LEAST_LERP_RATIO = 1 / 8
-# From 32,768 elements on (its GRAIN_SIZE) torch shares a call out to threads of its own. They would take what is summed
-# out of the cache of the core that works on it, and the elements where their shares end may be rounded differently.
-# Setting their number to one would reach other threads: torch keeps it for all that begin meanwhile.
-_RUN_NUMEL = 32_768 - 64
 
 
 @dataclass(frozen=True)
@@ -90,33 +87,20 @@ def _check(row: Sequence[float], n_inputs: int) -> None:
         raise OptionError(f"coefficients must be finite and sum to 1, got {sum(row)}")
 
 
-def runs(tensor: Tensor) -> tuple[Tensor, ...]:
-    """A 1-D tensor in runs that torch leaves to the thread that calls it."""
-    return tensor.split(_RUN_NUMEL) if len(tensor) > _RUN_NUMEL else (tensor,)
-
-
-def fold(mean: Sequence[Tensor], values: Sequence[Tensor], ratio: float) -> None:
-    """``mean -= ratio * (mean - values)`` in place, run by run; ratio 1 replaces ``mean``.
+def fold(mean: Tensor, values: Tensor, ratio: float, scratch: Tensor) -> None:
+    """``mean -= ratio * (mean - values)`` in place, with ``scratch`` of the same shape; ratio 1 replaces ``mean``.
 
     Where both are equal the result is ``mean`` to the bit, the sign of zero included: in each form a multiple of
     their difference is added whose sign makes a zero of it -0.0, and adding that changes nothing.
     """
-    replaces = ratio > 0.5 and torch.tensor(ratio, dtype=mean[0].dtype) == 1
-    for m, x in zip(mean, values, strict=True):
-        if replaces:
-            m.copy_(x)
-        elif ratio > 0.5 or ratio < 0:
-            m.lerp_(x, ratio)
-        elif ratio >= _LEAST_LERP_RATIO:
-            torch.lerp(x, m, 1 - ratio, out=m)
-        else:
-            m.sub_(m - x, alpha=ratio)
-
-
-def copy(values: Sequence[Tensor], target: Sequence[Tensor]) -> None:
-    """Fill ``target`` with ``values``, converted, run by run."""
-    for x, place in zip(values, target, strict=True):
-        place.copy_(x)
+    if ratio > 0.5 and torch.tensor(ratio, dtype=mean.dtype) == 1:
+        mean.copy_(values)
+    elif ratio > 0.5 or ratio < 0:
+        mean.lerp_(values, ratio)
+    elif ratio >= _LEAST_LERP_RATIO:
+        torch.lerp(values, mean, 1 - ratio, out=mean)
+    else:
+        mean.sub_(torch.sub(mean, values, out=scratch), alpha=ratio)
 
 
 def accumulation_dtype(dtype: torch.dtype, wanted: torch.dtype | None = None) -> torch.dtype:
@@ -136,11 +120,11 @@ def as_reals(values: Tensor) -> Tensor:
 # What becomes of a slice whose result is not finite or does not fit: the slow path.
 
 
-def fits(mean: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether every number of the runs of ``mean`` is finite and in the range of ``dtype``."""
+def fits(mean: Tensor, dtype: torch.dtype) -> bool:
+    """Whether every number of ``mean`` is finite and in the range of ``dtype``."""
     limit = torch.finfo(dtype).max
     # Comparing with NaN is False, and NaN is what the extremes of numbers with a NaN are.
-    return all(bool(m.amax() <= limit) and bool(m.amin() >= -limit) for m in mean)
+    return bool(mean.amax() <= limit) and bool(mean.amin() >= -limit)
 
 
 def restore_infinities(mean: Tensor, sources: Iterable[tuple[Path, Tensor]], name: str) -> Tensor:
@@ -329,9 +313,11 @@ def run_on_threads(make_worker: Callable[[], Callable[[Item], None]], items: Ite
     shared = _Shared(items, stop)
 
     def work() -> None:
-        worker = make_worker()
-        for item in shared:
-            worker(item)
+        # A slice fits a core's cache; more threads inside torch would take it out again.
+        with _torch.on_one_core():
+            worker = make_worker()
+            for item in shared:
+                worker(item)
 
     if n == 1:
         work()
@@ -399,8 +385,7 @@ class MemoryWriter(Writer):
         self.tensors |= {tied: self.tensors[name] for tied, name in layout.ties.items()}
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
-        place = self.tensors[name].view(-1)[start : start + values.numel()]
-        copy(runs(values), runs(place))
+        self.tensors[name].view(-1)[start : start + values.numel()] = values
 
     def location(self, name: str) -> None:
         return None
@@ -547,32 +532,17 @@ class _Tally:
                 self._progress(self._done, self._total)
 
 
-class _Buffer:
-    """Memory that is seen as numbers of one dtype after the other."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._bytes = torch.empty(nbytes, dtype=torch.uint8)
-        self._runs: dict[tuple[torch.dtype, int], tuple[Tensor, ...]] = {}
-
-    def part(self, dtype: torch.dtype, count: int) -> Tensor:
-        """The first ``count`` of them."""
-        return self._bytes[: count * dtype.itemsize].view(dtype)
-
-    def runs(self, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
-        """The same in runs, which are made once: most bundles are of one size."""
-        if (dtype, count) not in self._runs:
-            self._runs[dtype, count] = runs(self.part(dtype, count))
-        return self._runs[dtype, count]
-
-
 class _Worker:
     """One thread's buffers, used for one slice after the other."""
 
     def __init__(self, job: _Job, buffer_bytes: int, tally: _Tally) -> None:
+        def buffer() -> Tensor:
+            return torch.empty(buffer_bytes, dtype=torch.uint8)
+
         self._job, self._tally = job, tally
-        self._read, self._values, self._written, *self._means = (
-            _Buffer(buffer_bytes) for _ in range(BUFFERS_BESIDE_SUMS + len(job.writers))
-        )
+        beside = (buffer() for _ in range(BUFFERS_BESIDE_SUMS))
+        self._read, self._values, self._scratch, self._written = beside
+        self._means = [buffer() for _ in job.writers]
 
     def __call__(self, bundle: Bundle) -> None:
         if is_averaged(self._job.source_dtype(bundle.name)):
@@ -587,36 +557,31 @@ class _Worker:
         source = job.source_dtype(bundle.name)
         dtype = accumulation_dtype(source, job.accumulate)
         n_reals = bundle.count * _reals_in(source)
-        means = [buffer.runs(dtype, n_reals) for buffer in self._means]
+        means = [_part(buffer, dtype, n_reals) for buffer in self._means]
+        scratch = _part(self._scratch, dtype, n_reals)
         for step in job.folds:
             (output, ratio), *others = step.ratios
             # What only replaces a mean is read into it: one copy less.
             if ratio == 1 and not others and source.to_real() == dtype:
-                self._load(step.index, bundle, dtype, self._means[output])
+                self._values_of(step.index, bundle, dtype, self._means[output])
                 continue
-            values = self._load(step.index, bundle, dtype, self._read).runs(dtype, n_reals)
+            values = self._values_of(step.index, bundle, dtype, self._read)
             for output, ratio in step.ratios:
-                fold(means[output], values, ratio)
-        for output, target in enumerate(job.output_dtypes(bundle.name)):
+                fold(means[output], values, ratio, scratch)
+        for output, (mean, target) in enumerate(zip(means, job.output_dtypes(bundle.name), strict=True)):
             # What lies between the slices may be anything; then each is looked at by itself.
-            all_fit = fits(means[output], target.to_real())
-            mean = self._means[output].part(dtype, n_reals)
+            all_fit = fits(mean, target.to_real())
             for piece, place in bundle.places:
                 part = mean[place * _reals_in(source) :][: piece.count * _reals_in(source)]
-                fit = all_fit or fits(runs(part), target.to_real())
-                self._write(output, piece, part, fit)
+                self._write(output, piece, part, all_fit or fits(part, target.to_real()))
 
-    def _load(self, index: int, bundle: Bundle, dtype: torch.dtype, buffer: _Buffer) -> _Buffer:
-        """Read a bundle of one input as real numbers of ``dtype``, to ``buffer`` or, converted, to another; which."""
-        source = self._job.source_dtype(bundle.name)
-        read = buffer.part(source, bundle.count)
+    def _values_of(self, index: int, bundle: Bundle, dtype: torch.dtype, buffer: Tensor) -> Tensor:
+        """A bundle of one input as real numbers of ``dtype``, in ``buffer`` or, if converted, in one kept for that."""
+        read = _part(buffer, self._job.source_dtype(bundle.name), bundle.count)
         for piece, place in bundle.places:
             self._job.inputs[index].read_into(piece.name, piece.start, read[place : place + piece.count])
-        if source.to_real() == dtype:
-            return buffer
-        n_reals = bundle.count * _reals_in(source)
-        copy(buffer.runs(source.to_real(), n_reals), self._values.runs(dtype, n_reals))
-        return self._values
+        reals = as_reals(read)
+        return reals if reals.dtype == dtype else _part(self._values, dtype, len(reals)).copy_(reals)
 
     def _write(self, output: int, piece: Slice, mean: Tensor, fit: bool) -> None:
         writer = self._job.writers[output]
@@ -625,11 +590,11 @@ class _Worker:
         if not fit:
             sources = self._sources(self._job.counted[output], piece, mean.dtype)
             infinite = restore_infinities(mean, sources, piece.name)
-        if mean.dtype == dtype.to_real():
-            values = mean.view(dtype)  # numbers in pairs are complex again
-        else:
-            values = self._written.part(dtype, piece.count)
-            copy(runs(mean), runs(as_reals(values)))
+        # Seen as bytes, numbers in pairs are complex again.
+        written = mean.view(torch.uint8) if mean.dtype == dtype.to_real() else self._written
+        values = _part(written, dtype, piece.count)
+        if mean.dtype != dtype.to_real():
+            as_reals(values).copy_(mean)
         if infinite is not None:
             refuse_overflow(as_reals(values), infinite, mean, piece.name)
         writer.write(piece.name, piece.start, values)
@@ -637,17 +602,17 @@ class _Worker:
     def _sources(self, indices: list[int], piece: Slice, dtype: torch.dtype) -> Iterator[tuple[Path, Tensor]]:
         count = piece.count * _reals_in(self._job.source_dtype(piece.name))
         for index in indices:
-            values = self._load(index, Bundle((piece,)), dtype, self._read)
-            yield self._job.inputs[index].path, values.part(dtype, count)
+            values = self._values_of(index, Bundle((piece,)), dtype, self._read)
+            yield self._job.inputs[index].path, values[:count]
 
     def _copy(self, piece: Slice) -> None:
         job = self._job
         dtype = job.source_dtype(piece.name)
-        values = self._read.part(dtype, piece.count)
+        values = _part(self._read, dtype, piece.count)
         for writer, counted in zip(job.writers, job.counted, strict=True):
             job.inputs[counted[-1]].read_into(piece.name, piece.start, values)
             writer.write(piece.name, piece.start, values)
-        other = self._values.part(dtype, piece.count)
+        other = _part(self._values, dtype, piece.count)
         for index in sorted(set().union(*job.counted)):
             if piece.name in job.differing:
                 return
@@ -658,3 +623,7 @@ class _Worker:
 
 def _reals_in(dtype: torch.dtype) -> int:
     return dtype.itemsize // dtype.to_real().itemsize
+
+
+def _part(buffer: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    return buffer[: count * dtype.itemsize].view(dtype)

@@ -399,8 +399,8 @@ _BEST_WORKERS = 2
 _RESERVE_BYTES = 16_000_000
 # What the description of one tensor takes in an opened checkpoint and while headers are compared.
 _BYTES_PER_DESCRIPTION = 1_000
-# Per worker and beside one sum per output: values as read, as summed, as written.
-BUFFERS_BESIDE_SUMS = 3
+# Per worker and beside one sum per output: values as read, as summed, their difference, as written.
+BUFFERS_BESIDE_SUMS = 4
 
 
 def parse_bytes(size: int | str) -> int:
