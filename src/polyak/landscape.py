@@ -28,7 +28,7 @@ from polyak._distributed import is_main_rank
 from polyak._evaluate import Mode, ScoreFunction
 from polyak._mean import mean_dtype
 from polyak._model import ModelTensors
-from polyak.checkpoints._checkpoint import bare_names
+from polyak.checkpoints._tree import bare_names
 from polyak.errors import OptionError, StructureError
 
 if TYPE_CHECKING:

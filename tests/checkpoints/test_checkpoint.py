@@ -8,7 +8,7 @@ import torch
 import polyak
 from polyak import checkpoints
 from polyak.checkpoints._base import Contents, LoadedTensor
-from polyak.checkpoints._checkpoint import find_weights
+from polyak.checkpoints._tree import find_weights
 from polyak.errors import CheckpointError, OptionError
 
 PATH = Path("run.pt")
@@ -34,7 +34,7 @@ def tensors(*names):
         ({"model": {"a": {"model": tensors("w")}, "b": torch.zeros(1)}}, "model", ["a.model.w", "b"]),
         ({"module": tensors("w"), "dp_world_size": 8}, "module", ["w"]),
         ({"encoder": tensors("w"), "decoder": tensors("w")}, None, ["encoder.w", "decoder.w"]),
-        ({"net": tensors("w"), "opt": {"state": tensors("m")}, "d_optimizer": tensors("m")}, None, ["net.w"]),
+        ({"net": tensors("w"), "opt": {"state": tensors("m")}, "d_optimizer": tensors("m")}, "net", ["w"]),
         ({"optimizer": {"model": tensors("m")}, "w": torch.zeros(1)}, None, ["w"]),
         (
             {"shadow_params": [torch.zeros(1), torch.ones(1)]},
@@ -78,7 +78,7 @@ def test_prefixes_of_wrappers_are_left_out(names, plain):
         ({"w": torch.zeros(1)}, None),
         ({"w": torch.zeros(1), "epoch": 3}, 3),
         ({"w": torch.zeros(1), "epoch": 3, "global_step": 400}, 400),
-        ({"ema": {"shadow_params": [torch.zeros(1)], "optimization_step": 9}, "epoch": 2}, 2),
+        ({"ema": {"shadow_params": [torch.zeros(1)], "optimization_step": 9}, "epoch": 2}, 9),
         ({"ema": {"shadow_params": [torch.zeros(1)], "optimization_step": 9}}, 9),
         ({"w": torch.zeros(1), "step": "7"}, None),
         ({"w": torch.zeros(1), "step": True}, None),
@@ -110,7 +110,8 @@ def test_what_is_left_out_is_listed_by_branch():
 
 def test_nothing_to_find_is_an_error():
     with pytest.raises(
-        CheckpointError, match=r"run\.pt holds no weights; its entries are 'optimizer', 'epoch'"
+        CheckpointError,
+        match=r"run\.pt holds the state of an optimizer and no weights; its entries are 'optimizer', 'epoch'",
     ):
         find({"optimizer": {"state": tensors("m")}, "epoch": 2})
 
@@ -121,7 +122,7 @@ def test_two_tensors_of_one_name_are_an_error():
 
 
 def test_damaged_nesting_ends(monkeypatch):
-    monkeypatch.setattr("polyak.checkpoints._checkpoint._MAX_ENTRIES", 10_000)
+    monkeypatch.setattr("polyak.checkpoints._tree._MAX_ENTRIES", 10_000)
     endless: dict = {"w": torch.zeros(1)}
     endless["again"] = endless
     with pytest.raises(CheckpointError, match="nested too deeply"):
@@ -140,5 +141,8 @@ def test_the_state_of_an_average_holds_its_weights_under_their_names(tmp_path):
     saved = {"model": model.state_dict(), "ema": ema.state_dict()}
     torch.save(saved, tmp_path / "run.pt")
     found = checkpoints.open(tmp_path / "run.pt")
-    assert set(found.tensors) == {"0.weight", "0.bias", "1.weight", "1.bias"}
-    assert "weights found under 'ema.average'" in found.note
+    assert set(found.tensors) == set(model.state_dict())
+    assert found.note.startswith("weights found under 'ema.average'")
+    assert "what that lacks, '1.running_mean'" in found.note and "is taken from 'model'" in found.note
+    alone = checkpoints.open(tmp_path / "run.pt", "ema.average")
+    assert set(alone.tensors) == {name for name, _ in model.named_parameters()}

@@ -27,6 +27,7 @@ __all__ = [
     "FORMATS",
     "SIDECAR",
     "Contents",
+    "ConvertedTensor",
     "Format",
     "Layout",
     "LoadedTensor",
@@ -115,6 +116,19 @@ class LoadedTensor(StoredTensor):
 
     def read_into(self, start: int, out: Tensor) -> None:
         out.copy_(self._flat[start : start + out.numel()])
+
+
+class ConvertedTensor(StoredTensor):
+    """A tensor that is read in another dtype than it has."""
+
+    def __init__(self, stored: StoredTensor, dtype: torch.dtype) -> None:
+        self.info = TensorInfo(stored.info.shape, dtype)
+        self._stored = stored
+
+    def read_into(self, start: int, out: Tensor) -> None:
+        own = torch.empty(out.numel(), dtype=self._stored.info.dtype)
+        self._stored.read_into(start, own)
+        out.copy_(own)
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

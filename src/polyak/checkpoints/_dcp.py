@@ -21,7 +21,7 @@ from torch import Tensor
 from polyak import _distributed
 from polyak.checkpoints import _base, _pt
 from polyak.checkpoints._base import Contents, Layout, StoredTensor, TensorInfo
-from polyak.checkpoints._checkpoint import STEP_KEYS
+from polyak.checkpoints._dialects import STEP_KEYS
 from polyak.checkpoints._io import DataFile
 from polyak.errors import CheckpointError, OutputExistsError, name_list
 

@@ -9,9 +9,10 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,17 +25,57 @@ if TYPE_CHECKING:
     from polyak import combine
     from polyak.trajectory import Explanation
 
-# What is to be read: paths as people write them.
+# What is to be read: paths as people write them, and how they are read.
+
+KeyOption = Annotated[
+    str | None,
+    typer.Option(help="Nested key of the weights, or a prefix of names; by default the best known."),
+]
+StepsOption = Annotated[
+    str | None, typer.Option(help="The training step of each checkpoint, in the order given: 100,200,300")
+]
+LastOption = Annotated[int | None, typer.Option(help="Take only the newest so many checkpoints.")]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A type that a file may hold beside tensors, read as data; no code is run. May be repeated."
+    ),
+]
 
 
-def expanded(inputs: list[str], profile_option: str) -> list[Path]:
-    """Paths, patterns replaced by what they match, in the order people count.
+@dataclass(frozen=True)
+class HowToRead:
+    """The options of reading checkpoints that several commands have, as they are typed."""
+
+    key: str | None = None
+    steps: str | None = None
+    last: int | None = None
+    allow: list[str] | None = None
+
+    def keywords(self) -> dict[str, Any]:
+        """The same as keywords of ``read_inputs``."""
+        steps = None if self.steps is None else _whole_numbers(self.steps)
+        return {"key": self.key, "steps": steps, "last": self.last, "allow": tuple(self.allow or ())}
+
+
+def _whole_numbers(steps: str) -> list[int]:
+    try:
+        return [int(number) for number in steps.split(",")]
+    except ValueError:
+        raise OptionError(
+            f"--steps takes whole numbers between commas, such as 100,200; got {steps!r}"
+        ) from None
+
+
+def expanded(inputs: list[str], profile_option: str) -> tuple[list[Path], set[Path]]:
+    """Paths, patterns replaced by what they match, in the order people count; and those that a pattern matched.
 
     ``profile_option`` is where the command takes profiles, which are no paths.
     """
     from polyak.checkpoints._checkpoint import natural_order
 
     paths: list[Path] = []
+    found: set[Path] = set()
     for text in inputs:
         if not Path(text).exists():
             _refuse_profile(text, profile_option)
@@ -45,7 +86,8 @@ def expanded(inputs: list[str], profile_option: str) -> list[Path]:
         if not matches:
             raise CheckpointError(f"nothing matches the pattern {text}")
         paths += map(Path, matches)
-    return paths
+        found |= set(map(Path, matches))
+    return paths, found
 
 
 def _refuse_profile(text: str, option: str) -> None:
@@ -125,9 +167,10 @@ def average(
     max_memory: Annotated[
         str, typer.Option(help="The most memory, whatever the sizes of models and tensors.")
     ] = "256MB",
-    key: Annotated[
-        str | None, typer.Option(help="Nested key of the weights; by default the best known.")
-    ] = None,
+    key: KeyOption = None,
+    steps: StepsOption = None,
+    last: LastOption = None,
+    allow: AllowOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the headers, say what would be done, and stop.")
     ] = False,
@@ -141,6 +184,7 @@ def average(
     polyak average a.pt b.safetensors hf_folder/ -o average.safetensors
     polyak average run/ -o average.pt                        all checkpoints in a folder
     polyak average 'run/step-*.pt' -o average.pt --profile tail:0.4
+    polyak average run/ -o average.pt --last 5               the newest five checkpoints
     polyak average run/ -o average.pt --profile ema:half_life=2000
     polyak average a.pt b.pt -o average.pt --weights 3,1     three parts a, one part b
     polyak average run/ -o average.pt --dry-run              what would be read, written, averaged
@@ -155,9 +199,20 @@ def average(
     from polyak.checkpoints._checkpoint import is_recording
     from polyak.combine import Plan
 
-    paths = expanded(inputs, "--profile")
+    paths, found = expanded(inputs, "--profile")
     if len(paths) == 1 and is_recording(paths[0]):
-        _refuse(paths[0], {"--weights": weights, "--key": key, "--dtype": dtype, "--hash": hashes or None})
+        _refuse(
+            paths[0],
+            {
+                "--weights": weights,
+                "--key": key,
+                "--steps": steps,
+                "--last": last,
+                "--allow": allow,
+                "--dtype": dtype,
+                "--hash": hashes or None,
+            },
+        )
         if _is_first_process():  # blocks are few: one process is enough
             average_run(
                 paths[0],
@@ -176,9 +231,10 @@ def average(
         profile=profile,
         dtype=dtype,
         max_memory=max_memory,
-        key=key,
         overwrite=force,
         hashes=hashes,
+        found=found,
+        **HowToRead(key, steps, last, allow).keywords(),
     )
     started = time.monotonic()
     report = plan.report() if dry_run else _run(plan)
@@ -239,6 +295,8 @@ def _ended_cleanly() -> Iterator[None]:
 def _show(report: combine.AverageReport, seconds: float | None) -> None:
     console = _terminal.console()
     console.print(_inputs(report))
+    if report.left_out:
+        console.print(_terminal.printable(report.left_out), soft_wrap=True)
     for line in (*report.notes, *_tensors(report), _bytes(report, seconds)):
         console.print(_terminal.printable(line), soft_wrap=True)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polyak import _terminal
-from polyak.cli._average import expanded
+from polyak.cli._average import AllowOption, HowToRead, KeyOption, LastOption, StepsOption, expanded
 from polyak.errors import OptionError, PolyakError
 
 if TYPE_CHECKING:
@@ -87,9 +87,6 @@ RecalibrateOption = Annotated[
     typer.Option(help="package.module:function that returns batches for BatchNorm statistics."),
 ]
 HoldoutOption = Annotated[str | None, typer.Option(help="Like --score, on data that nothing is chosen on.")]
-KeyOption = Annotated[
-    str | None, typer.Option(help="Nested key of the checkpoints' weights; by default the best known.")
-]
 
 
 @dataclass(frozen=True)
@@ -138,20 +135,28 @@ def answered(trajectory: polyak.Trajectory, questions: Questions) -> Answers:
     return Answers(network, score, batches, choice)
 
 
-def opened(paths: list[Path], key: str | None) -> polyak.Trajectory:
-    """A recorded run, or checkpoints as one."""
+def opened(inputs: list[str], how: HowToRead) -> polyak.Trajectory:
+    """A recorded run, or checkpoints as one; what is left out of these is said."""
     from polyak import Trajectory
-    from polyak.combine._inputs import open_inputs
+    from polyak.combine._reading import read_inputs
     from polyak.trajectory._blocks import Manifest
 
+    paths, found = expanded(inputs, "--profiles")
+
     if Manifest.exists(paths[0]):
-        if len(paths) > 1 or key is not None:
-            raise OptionError(f"{paths[0]} is a recorded run: give it alone, and no --key")
+        if len(paths) > 1 or how != HowToRead():
+            raise OptionError(
+                f"{paths[0]} is a recorded run: give it alone, and no --key, --steps, --last, --allow"
+            )
         return Trajectory(paths[0])
     run = next((path.parent for path in paths if path.is_file() and Manifest.exists(path.parent)), None)
     if run is not None:
         raise OptionError(f"{paths[0]} is a part of a recorded run: give {run} alone")
-    return Trajectory.from_checkpoints([each.path for each in open_inputs(paths, key)], key=key)
+    reading = read_inputs(paths, found=found, **how.keywords()).required()
+    reading.refuse_shared_steps()
+    if reading.left_out:
+        typer.echo(_terminal.printable(reading.left_out), err=True)
+    return Trajectory._of_reading(reading)
 
 
 def _built(text: str, build: Any) -> Any:
@@ -182,6 +187,9 @@ def select(
     recalibrate: RecalibrateOption = None,
     holdout: HoldoutOption = None,
     key: KeyOption = None,
+    steps: StepsOption = None,
+    last: LastOption = None,
+    allow: AllowOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the model with the best weights here.")
     ] = None,
@@ -209,7 +217,7 @@ def select(
         format_for(output, None)
         AtomicOutput(output, overwrite=force)  # refused before anything is scored
     questions = Questions(model, score, mode, profiles, recalibrate, holdout)
-    choice = answered(opened(expanded(inputs, "--profiles"), key), questions).choice
+    choice = answered(opened(inputs, HowToRead(key, steps, last, allow)), questions).choice
     if output is not None:
         choice.write(output, overwrite=force)
     if as_json:
@@ -244,6 +252,9 @@ def report(
     recalibrate: RecalibrateOption = None,
     holdout: HoldoutOption = None,
     key: KeyOption = None,
+    steps: StepsOption = None,
+    last: LastOption = None,
+    allow: AllowOption = None,
     title: Annotated[str | None, typer.Option(help="The heading; by default the folder's name.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a page that is there.")] = False,
 ) -> None:
@@ -268,7 +279,7 @@ def report(
             "--mode, --profiles, --recalibrate and --holdout are about scores: give --model and --score"
         )
     refuse_output(output, overwrite=force)
-    trajectory = opened(expanded(inputs, "--profiles"), key)
+    trajectory = opened(inputs, HowToRead(key, steps, last, allow))
     selection = line = None
     if model is not None and score is not None:
         answers = answered(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import timedelta
@@ -22,6 +22,7 @@ from polyak.checkpoints._checkpoint import format_for
 from polyak.combine import _inputs
 from polyak.combine._engine import Progress, combine
 from polyak.combine._inputs import Budget, is_averaged
+from polyak.combine._reading import Paths, Reading, read_inputs
 from polyak.errors import OptionError, PolyakError, name_list
 from polyak.profiles import Profile, Uniform, Weights, as_profile
 
@@ -65,8 +66,6 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 # An offline average as a plan: everything that headers can tell, checked before a weight is read.
 
-Paths = Iterable[str | PathLike[str]] | str | PathLike[str]
-
 
 @dataclass(frozen=True)
 class AverageReport:
@@ -77,6 +76,8 @@ class AverageReport:
         inputs: names of the checkpoints, in the order of ``coefficients``.
         coefficients: how much each counts; they sum to 1.
         steps: the training step of each; None if not known for all.
+        plan: for everything that was found: name, whether it is taken, why not, step, key.
+        left_out: one line about what was found and not taken, and why; empty where all was.
         averaged: names of the tensors that are averaged, tied ones once.
         copied: names of the integer and bool tensors, copied from the last input that counts.
         differing: those of ``copied`` that differ between inputs; empty before anything was read.
@@ -90,6 +91,8 @@ class AverageReport:
     inputs: tuple[str, ...]
     coefficients: tuple[float, ...]
     steps: tuple[int, ...] | None
+    left_out: str
+    plan: tuple[dict[str, Any], ...]
     averaged: tuple[str, ...]
     copied: tuple[str, ...]
     differing: tuple[str, ...]
@@ -127,10 +130,14 @@ class Plan:
     key: str | None = None
     overwrite: bool = False
     hashes: bool = False
+    steps: Sequence[int] | None = None
+    last: int | None = None
+    found: Collection[Path] = ()
+    allow: Sequence[str] = ()
 
+    reading: Reading = field(init=False)
     opened: list[checkpoints.Checkpoint] = field(init=False)
     coefficients: list[float] = field(init=False)
-    steps: list[int] | None = field(init=False)
     layout: checkpoints.Layout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,17 +147,25 @@ class Plan:
             )
         self.output = Path(self.output)
         format_for(self.output, None)
-        self.opened = _inputs.open_inputs(self.inputs, self.key)
+        self.reading = read_inputs(
+            self.inputs,
+            self.key,
+            found=self.found,
+            steps=self.steps,
+            last=self.last,
+            all_count=self.weights is not None,
+            allow=self.allow,
+        ).required()
+        self.opened, self.steps = self.reading.checkpoints, self.reading.steps
         _refuse_input_as_output(self.opened, self.output)
         # Refuses what must not be overwritten, and touches nothing.
         _io.AtomicOutput(self.output, self.overwrite)
         if self.profile is None:
             chosen = Uniform() if self.weights is None else Weights(self.weights)
-            self.steps = _inputs.known_steps(self.opened)
             spans = _inputs.spans_of_steps(range(1, len(self.opened) + 1))
         else:
             chosen = self.profile = as_profile(self.profile)
-            self.opened, self.steps = _inputs.in_step_order(self.opened)
+            self.reading.refuse_shared_steps()
             spans = _inputs.spans_of_steps(self.steps or range(1, len(self.opened) + 1))
         self.dtype = None if self.dtype is None else parse_dtype(self.dtype)
         self.coefficients = _inputs.coefficients(chosen, spans)
@@ -166,11 +181,17 @@ class Plan:
             inputs=tuple(_inputs.input_names(self.opened)),
             coefficients=tuple(self.coefficients),
             steps=None if self.steps is None else tuple(self.steps),
+            left_out=self.reading.left_out,
+            plan=tuple(item.to_dict() for item in self.reading.items),
             averaged=tuple(name for name, info in tensors.items() if is_averaged(info.dtype)),
             copied=tuple(name for name, info in tensors.items() if not is_averaged(info.dtype)),
             differing=tuple(differing),
             ignored=tuple(dict.fromkeys(entry for one in self.opened for entry in one.ignored)),
-            notes=(*_notes(self.opened), *(_batchnorm_note(tensors) if counted > 1 else ())),
+            notes=(
+                *_notes(self.opened),
+                *_single_note(counted),
+                *(_batchnorm_note(tensors) if counted > 1 else ()),
+            ),
             bytes_read=counted * sum(info.nbytes for info in tensors.values()),
             bytes_written=sum(info.nbytes for info in self.layout.tensors.values()),
             memory_bytes=self._memory_bytes(),
@@ -205,6 +226,11 @@ class Plan:
 
     def _memory_bytes(self) -> int:
         return Budget.within(self.max_memory, self.opened, n_outputs=1).total_bytes
+
+
+def _single_note(counted: int) -> Iterator[str]:
+    if counted == 1:
+        yield "only one checkpoint counts: what is written are its weights"
 
 
 def _notes(inputs: Sequence[checkpoints.Checkpoint]) -> list[str]:
@@ -304,6 +330,9 @@ def average_checkpoints(
     overwrite: bool = False,
     progress: Progress | None = None,
     hashes: bool = False,
+    steps: Sequence[int] | None = None,
+    last: int | None = None,
+    allow: Sequence[str] = (),
 ) -> AverageReport:
     """Average checkpoints of any size and format in bounded memory: Σ_k a_k · input_k.
 
@@ -326,6 +355,9 @@ def average_checkpoints(
         overwrite: replace an output that is there.
         progress: called with bytes done and bytes in all.
         hashes: note the SHA-256 of the inputs in the output.
+        steps: the training step of each checkpoint that is taken, in the order given; by default they are read.
+        last: take only the newest so many checkpoints.
+        allow: types that a torch file may hold beside tensors, see :func:`polyak.checkpoints.open`.
 
     Returns:
         What was averaged, copied and ignored, and the coefficient of each input.
@@ -356,8 +388,13 @@ def average_checkpoints(
         key=key,
         overwrite=overwrite,
         hashes=hashes,
+        steps=steps,
+        last=last,
+        allow=allow,
     )
     report = plan.run(progress)
+    if report.left_out:
+        warnings.warn(report.left_out, stacklevel=2)
     if report.differing:
         warnings.warn(
             f"integer and bool tensors were copied from the last input, though the inputs differ in "

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
-from polyak.checkpoints._checkpoint import checkpoint_paths, is_checkpoint_folder, is_recording, recognise
-from polyak.combine._inputs import steps_in_names
-from polyak.errors import OptionError, PolyakError
+from polyak.checkpoints._checkpoint import is_checkpoint_folder, is_recording
+from polyak.checkpoints._tree import NoWeightsError
+from polyak.combine._reading import Item, read_inputs
+from polyak.errors import OptionError
 from polyak.inspection import _measure
 from polyak.trajectory import Block, Trajectory
 
@@ -33,6 +34,9 @@ class FolderRow:
         nbytes: of all tensors.
         dtypes: the dtypes, most bytes first.
         layout: how it differs from the folder's ``reference``.
+        taken: whether an average of the folder takes it.
+        why: why it does not.
+        key: the nested key of its weights.
     """
 
     name: str
@@ -44,6 +48,9 @@ class FolderRow:
     nbytes: int = 0
     dtypes: tuple[str, ...] = ()
     layout: _measure.LayoutDifference | None = None
+    taken: bool = True
+    why: str = ""
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,14 @@ class FolderSummary:
         reference: the name of the checkpoint that the others' layouts are compared with; None if none is readable.
         rows: one for each checkpoint.
         movement: how the readable ones lie to each other; None unless it was asked for.
+        refusal: why no average of the folder is made; None where one can be.
     """
 
     path: str
     reference: str | None
     rows: tuple[FolderRow, ...]
     movement: _measure.Movement | None = None
+    refusal: str | None = None
 
     @property
     def readable(self) -> tuple[FolderRow, ...]:
@@ -84,12 +93,20 @@ class FolderSummary:
             "path": self.path,
             "reference": self.reference,
             "same_layout": self.same_layout,
+            "refusal": self.refusal,
             "checkpoints": [asdict(row) for row in self.rows],
             "movement": self.movement.to_dict() if self.movement else None,
         }
 
 
-def summarise_folder(path: Path, key: str | None = None, *, movement: bool = False) -> FolderSummary:
+def summarise_folder(
+    path: Path,
+    key: str | None = None,
+    *,
+    movement: bool = False,
+    steps: Sequence[int] | None = None,
+    allow: Sequence[str] = (),
+) -> FolderSummary:
     """Describe every checkpoint in a folder; those that cannot be read are named with the reason.
 
     Args:
@@ -108,52 +125,43 @@ def summarise_folder(path: Path, key: str | None = None, *, movement: bool = Fal
     ([('20.pt', 20, 12), ('100.pt', 100, 12)], True)
     >>> folder.cleanup()
     """
-    paths = checkpoint_paths(path)
-    if not paths:
-        recognise(path)  # says what the folder holds instead
-    rows = list(_rows(paths, key))
-    reference = next((row.name for row in rows if row.error is None), None)
-    rows = _in_step_order(_with_steps(rows))
-    opened = [checkpoints.open(path / row.name, key) for row in rows if movement and row.error is None]
+    reading = read_inputs(path, key, steps=steps, allow=allow, keep_going=True)
+    rows = list(_rows(reading.items))
+    if not rows:
+        reading.required()
+    reference = next((row.name for row in rows if row.taken and row.error is None), None)
+    opened = reading.checkpoints if movement and reading.refusal is None else []
     return FolderSummary(
-        str(path), reference, tuple(rows), _measure.measure_movement(opened) if opened else None
+        str(path),
+        reference,
+        tuple(rows),
+        _measure.measure_movement(opened) if opened else None,
+        None if reading.refusal is None else reading.refusal.for_command,
     )
 
 
-def _rows(paths: list[Path], key: str | None) -> Iterator[FolderRow]:
+def _rows(items: Sequence[Item]) -> Iterator[FolderRow]:
     reference: Checkpoint | None = None
-    for path in paths:
-        try:
-            with checkpoints.open(path, key) as checkpoint:
-                reference = reference or checkpoint
-                yield _row(checkpoint, reference)
-        except PolyakError as error:
-            yield FolderRow(path.name, " ".join(str(error).split()))
+    for item in items:
+        if item.checkpoint is not None:
+            reference = reference or item.checkpoint
+            yield _row(item, item.checkpoint, reference)
+        else:
+            is_broken = item.error is not None and not isinstance(item.error, NoWeightsError)
+            error = " ".join(str(item.error).split()) if is_broken else None
+            yield FolderRow(item.name, error, taken=item.taken, why=item.why)
 
 
-def _with_steps(rows: list[FolderRow]) -> list[FolderRow]:
-    """Where the checkpoints do not say their steps, those in the names, as averaging reads them."""
-    readable = [row for row in rows if row.error is None]
-    if any(row.step is not None for row in readable):
-        return rows
-    steps = steps_in_names([Path(row.name) for row in readable])
-    known = {} if steps is None else dict(zip((row.name for row in readable), steps, strict=True))
-    return [replace(row, step=known.get(row.name)) for row in rows]
-
-
-def _in_step_order(rows: list[FolderRow]) -> list[FolderRow]:
-    if any(row.step is None for row in rows if row.error is None):
-        return rows
-    return sorted(rows, key=lambda row: (row.step is None, row.step))
-
-
-def _row(checkpoint: Checkpoint, reference: Checkpoint) -> FolderRow:
+def _row(item: Item, checkpoint: Checkpoint, reference: Checkpoint) -> FolderRow:
     summary = _measure.summarise_checkpoint(checkpoint)
     return FolderRow(
-        name=checkpoint.path.name,
+        name=item.name,
+        taken=item.taken,
+        why=item.why,
+        key=checkpoint.key,
         format=checkpoint.format,
         note=checkpoint.note,
-        step=checkpoint.step,
+        step=item.step,
         tensors=len(summary.stored),
         nbytes=summary.nbytes,
         dtypes=tuple(summary.dtypes),

@@ -16,6 +16,7 @@ from torch import Tensor
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
 from polyak.combine import MemoryWriter, _inputs, batchnorm_statistics, combine, common_layout, is_averaged
+from polyak.combine._reading import Reading, read_inputs
 from polyak.errors import CheckpointError, NotStartedError, OptionError, name_list
 from polyak.profiles import Profile, Weights, as_profile
 from polyak.trajectory._blocks import FROZEN_NAME, Block, Manifest, copied_names, refuse_damaged
@@ -26,53 +27,22 @@ __all__ = ["Trajectory"]
 # In which order checkpoints of other tools were saved, and at which optimizer steps.
 
 
-def checkpoint_steps(
-    inputs: Sequence[Checkpoint], steps: Sequence[int] | None, ordered: bool
-) -> list[tuple[int, Checkpoint]]:
-    """Checkpoints with the optimizer step of each, by step.
-
-    Steps are those given, which should order the checkpoints as their names do; or those that all checkpoints say
-    in their metadata; or those in the names, if all have one; or 1, 2, … in the order given.
-
-    Raises:
-        OptionError: steps of another number than the checkpoints, or the same one twice; or steps known of some
-            only; or no steps, and paths whose order means nothing.
-    """
-    chosen = list(steps) if steps is not None else _inputs.known_steps(inputs)
-    if chosen is None:
-        _inputs.refuse_partly_known(inputs)
-    if chosen is None and not ordered:
-        raise OptionError(
-            f"no step is known for {name_list([c.path.name for c in inputs])}, and the paths come in no order: give "
-            "steps, or a list from the oldest to the newest"
-        )
-    chosen = chosen or list(range(1, len(inputs) + 1))
-    if len(chosen) != len(inputs):
-        raise OptionError(f"{len(chosen)} steps were given for {len(inputs)} checkpoints: give one for each")
-    if steps is not None:
-        _warn_of_other_order(inputs, chosen)
-    found = sorted(zip(chosen, inputs, strict=True), key=lambda pair: pair[0])
-    for (step, first), (other, second) in pairwise(found):
-        if step == other:
-            raise OptionError(
-                f"{first.path} and {second.path} are both of step {step}: give steps, or one of them"
-            )
-    return found
-
-
-def _warn_of_other_order(inputs: Sequence[Checkpoint], steps: Sequence[int]) -> None:
+def _warn_of_other_order(
+    reading: Reading, steps: Sequence[int], paths: Sequence[str | PathLike[str]]
+) -> None:
     """Paths sorted as text put epoch-10 before epoch-9, and then the steps given are those of other files."""
-    known = _inputs.known_steps(inputs)
-    if known is None:
+    known = read_inputs(paths).steps
+    if known is None or len(known) != len(reading.taken):
         return
-    pairs = sorted(zip(known, steps, inputs, strict=True), key=lambda pair: pair[0])
+    told = {item.path: step for item, step in zip(read_inputs(paths).taken, known, strict=True)}
+    pairs = sorted((told.get(item.path, 0), item.step or 0, item.name) for item in reading.taken)
     for (number, step, first), (other, later, second) in pairwise(pairs):
         if number < other and step > later:
             warnings.warn(
-                f"steps say that {first.path.name} is of step {step} and {second.path.name} of {later}, which is not "
-                "the order of their names or metadata: give one step for each path, in the order of paths",
+                f"steps say that {first} is of step {step} and {second} of {later}, which is not the order of "
+                "their names or metadata: give one step for each path, in the order of paths",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
             return
 
@@ -214,7 +184,9 @@ class Trajectory:
         steps: Sequence[int] | None = None,
         *,
         key: str | None = None,
-    ) -> Trajectory:
+        last: int | None = None,
+        allow: Sequence[str] = (),
+    ) -> Self:
         """Checkpoints of any tool as a trajectory: each is a block with one sample.
 
         One saved at step s stands for the steps since the one before; the first takes the length of the next
@@ -225,6 +197,11 @@ class Trajectory:
             steps: the optimizer step of each; None: as the checkpoints say, or else the number in each name
                 (the one after "step", or the last), or else 1, 2, … in the order of ``paths``.
             key: the nested key that holds the weights; None: the best known.
+            last: take only the newest so many.
+            allow: types that a torch file may hold beside tensors, see :func:`polyak.checkpoints.open`.
+
+        What lies at the paths and is not taken (a link to another, the best beside a numbered series, the live weights
+        beside their average) is named in a warning.
 
         Raises:
             OptionError: no paths; steps that do not fit; or none known, and paths in no order, as from a glob.
@@ -236,18 +213,34 @@ class Trajectory:
                 f"paths must be a list, got {str(paths)!r}: write [...] or Path({str(paths)!r}).glob('*.pt')"
             )
         ordered = isinstance(paths, Sequence)
-        inputs = [checkpoints.open(path, key) for path in paths]
-        if not inputs:
+        paths = [Path(path) for path in paths]
+        if not paths:
             raise OptionError("there are no checkpoints: paths is empty")
-        found = checkpoint_steps(inputs, steps, ordered)
+        found = () if ordered else paths
+        reading = read_inputs(paths, key, found=found, steps=steps, last=last, allow=allow).required()
+        reading.refuse_shared_steps()
+        if not (ordered or reading.order_known):
+            raise OptionError(
+                f"no step is known for {name_list([item.name for item in reading.taken])}, and the paths come in "
+                "no order: give steps, or a list from the oldest to the newest"
+            )
+        if steps is not None:
+            _warn_of_other_order(reading, steps, paths)
+        if reading.left_out:
+            warnings.warn(reading.left_out, UserWarning, stacklevel=2)
+        return cls._of_reading(reading)
+
+    @classmethod
+    def _of_reading(cls, reading: Reading) -> Self:
+        inputs = reading.checkpoints
         trajectory = cls.__new__(cls)
         trajectory._place = str(inputs[0].path.parent)
-        trajectory._inputs = [checkpoint for _, checkpoint in found]
-        spans = _inputs.spans_of_steps([step for step, _ in found])
+        trajectory._inputs = list(inputs)
+        spans = _inputs.spans_of_steps(reading.steps or range(1, len(inputs) + 1))
         trajectory.blocks = tuple(Block(span.start, span.stop, span.count) for span in spans)
         trajectory.damaged, trajectory._unchecked = {}, set()
         trajectory._frozen = trajectory._frozen_checksum = None
-        trajectory._live = Weights([float(index == len(found) - 1) for index in range(len(found))])
+        trajectory._live = Weights([float(index == len(inputs) - 1) for index in range(len(inputs))])
         common_layout(inputs)  # refuses checkpoints of different models
         return trajectory
 

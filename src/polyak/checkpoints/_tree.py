@@ -1,0 +1,412 @@
+"""Finding the weights in what a training script saved beside them.
+
+A checkpoint is a tree: a flat ``state_dict`` at best, often one or several of them among optimizer state, step counters
+and settings. ``find_weights`` chooses one, says which, and leaves the wrappers' prefixes out of names. Where tools keep
+what is data in ``_dialects``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from polyak.checkpoints._base import Contents, StoredTensor
+from polyak.checkpoints._dialects import DIALECTS, STEP_KEYS, STEP_PATHS, Dialect, key_rank
+from polyak.errors import CheckpointError, OptionError, name_list
+
+__all__ = ["FoundWeights", "NoWeightsError", "bare_names", "find_weights"]
+
+_Path = tuple[str, ...]
+Value = TypeVar("Value")
+Named = dict[str, _Path]
+
+_NOT_WEIGHTS = re.compile(r"opt|.*optim.*|.*sched.*|.*scaler.*|.*rng.*")
+# What optimizers keep for each parameter, in whatever their state is called.
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "acc_delta"}
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_MODULE = "module."
+# A damaged pickle may hold itself, or the same list many times over.
+_MAX_DEPTH = 32
+_MAX_ENTRIES = 1_000_000
+
+
+class NoWeightsError(CheckpointError):
+    """A file that is whole and holds no weights, as that of an optimizer."""
+
+
+@dataclass
+class FoundWeights:
+    """The tensors chosen, the key they lay under and the keys there were, what was left out, and the step.
+
+    ``kind`` is ``"averaged"`` or ``"live"`` where the checkpoint says so by its keys, else the empty string.
+    """
+
+    tensors: dict[str, StoredTensor]
+    key: str | None
+    found_keys: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    dropped_prefix: str = ""
+    step: int | None = None
+    step_key: str | None = None
+    kind: str = ""
+    completed: str = ""
+
+    @property
+    def note(self) -> str:
+        """One sentence for the user, or the empty string where there was nothing to choose.
+
+        >>> FoundWeights({}, "state_dict_ema", ("state_dict_ema", "state_dict")).note
+        "weights found under 'state_dict_ema'; also present: 'state_dict'"
+        """
+        parts = []
+        if self.key is not None:
+            parts.append(f"weights found under {self.key!r}")
+            others = [key for key in self.found_keys if key != self.key]
+            if others:
+                parts.append(f"also present: {name_list(others)}")
+        if self.completed:
+            parts.append(self.completed)
+        if self.dropped_prefix:
+            parts.append(f"the prefix {self.dropped_prefix!r} was left out of the names")
+        return "; ".join(parts)
+
+
+def find_weights(contents: Contents, key: str | None, path: Path) -> FoundWeights:
+    """Choose the weights of a checkpoint.
+
+    Args:
+        contents: what the format's reader found.
+        key: a key to choose, dotted where it is nested, or a prefix of names; by default the best known one, else the
+            whole tree. Averaged weights that lack tensors of the live ones beside them are completed by these.
+        path: the file, for messages.
+
+    Raises ``OptionError`` for a key that is not there, and where a file holds several averages and none was chosen;
+    ``CheckpointError`` if there are no weights at all.
+    """
+    entries = dict(_walk(contents.tree, path))
+    optimizers = _optimizers(entries)
+    tensor_paths = [
+        parts
+        for parts, leaf in entries.items()
+        if isinstance(leaf, contents.leaf_types) and not _is_moment(parts, optimizers)
+    ]
+    found = _places(entries, tensor_paths)
+    place, name_prefix = _chosen(key, tensor_paths, found, path)
+    named = _named(tensor_paths, place, path)
+    if not named:
+        raise _no_weights(contents, optimizers, path)
+    named, kind, prefix = _of_prefix(named, name_prefix)
+    named, wrappers = _without_wrappers(named)
+    kind = kind or _kind(place, found)
+    completed = ""
+    if key is None and kind == "averaged" and not prefix:
+        named, completed = _completed(named, tensor_paths, found, contents, entries)
+    step, step_key = _step(entries, place)
+    return FoundWeights(
+        tensors={name: contents.stored(entries[parts]) for name, parts in named.items()},
+        key=".".join(place) or None,
+        found_keys=tuple(".".join(other.parts) for other in found),
+        ignored=_ignored(entries, set(named.values())),
+        dropped_prefix=prefix + wrappers,
+        step=step,
+        step_key=step_key,
+        kind=kind,
+        completed=completed,
+    )
+
+
+def _no_weights(contents: Contents, optimizers: set[_Path], path: Path) -> NoWeightsError:
+    there = name_list([*map(str, contents.tree)])
+    if optimizers or any(_NOT_WEIGHTS.fullmatch(str(entry)) for entry in contents.tree):
+        return NoWeightsError(
+            f"{path} holds the state of an optimizer and no weights; its entries are {there}: "
+            "name the file that holds the model"
+        )
+    return NoWeightsError(f"{path} holds no weights; its entries are {there}")
+
+
+def _walk(tree: Mapping[Any, Any], path: Path) -> Iterator[tuple[_Path, Any]]:
+    stack: list[tuple[_Path, Any]] = [((), tree)]
+    for _ in range(_MAX_ENTRIES):
+        if not stack:
+            return
+        parts, node = stack.pop()
+        if isinstance(node, Mapping):
+            children = list(node.items())
+        elif isinstance(node, list | tuple):
+            children = list(enumerate(node))
+        else:
+            yield parts, node
+            continue
+        if len(parts) == _MAX_DEPTH:
+            break
+        stack.extend(((*parts, str(name)), child) for name, child in reversed(children))
+    raise CheckpointError(f"{path} is nested too deeply or too widely to be a checkpoint: it is damaged")
+
+
+def _optimizers(entries: Mapping[_Path, Any]) -> set[_Path]:
+    """Where the state dicts of optimizers lie, whatever their key is called."""
+    return {parts[: parts.index("param_groups")] for parts in entries if "param_groups" in parts[:-1]}
+
+
+def _is_moment(parts: _Path, optimizers: set[_Path]) -> bool:
+    if len(parts) > 1 and (parts[-1] in _MOMENTS or parts[-1].rpartition(".")[2] in _MOMENTS):
+        return True
+    return any(parts[: len(place) + 1] == (*place, "state") for place in optimizers)
+
+
+# Which of several sets of weights.
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A place in the tree that holds weights, and of which kind its key says that they are."""
+
+    parts: _Path
+    is_live: bool
+
+
+def _places(entries: Mapping[_Path, Any], tensor_paths: list[_Path]) -> list[_Place]:
+    """The places that hold tensors under keys that promise weights, the best first."""
+    for dialect in DIALECTS:
+        if dialect.marks and all(_is_there(mark, entries) for mark in dialect.marks):
+            keys = [(key, False) for key in dialect.averaged] + [(key, True) for key in dialect.live]
+            marked = [_Place(tuple(key.split(".")), is_live) for key, is_live in keys]
+            return [place for place in marked if _holds(place.parts, tensor_paths)]
+    ranked: dict[_Path, tuple[bool, int]] = {}
+    for parts in tensor_paths:
+        length, rank = _known_length(parts)
+        if rank is not None:
+            ranked.setdefault(parts[:length], rank)
+    order = sorted(ranked, key=lambda place: (ranked[place], len(place)))
+    return [_Place(place, ranked[place][0]) for place in order]
+
+
+def _is_there(key: str, entries: Mapping[_Path, Any]) -> bool:
+    parts = tuple(key.split("."))
+    return any(entry[: len(parts)] == parts for entry in entries)
+
+
+def _holds(place: _Path, tensor_paths: list[_Path]) -> bool:
+    return any(len(parts) > len(place) and parts[: len(place)] == place for parts in tensor_paths)
+
+
+def _known_length(parts: _Path) -> tuple[int, tuple[bool, int] | None]:
+    """How many parts lead to the first known key, and on through those right below it, and the best of their ranks."""
+    length, best = 0, None
+    for depth, part in enumerate(parts[:-1], 1):
+        rank = key_rank(part)
+        if rank is not None:
+            length, best = depth, rank if best is None else min(best, rank)
+        elif length or _NOT_WEIGHTS.fullmatch(part):
+            break
+    return length, best
+
+
+def _chosen(
+    key: str | None, tensor_paths: list[_Path], found: list[_Place], path: Path
+) -> tuple[_Path, str | None]:
+    """The place to take weights from, and the prefix of names that was asked for."""
+    if key is None:
+        _refuse_several_averages(found, tensor_paths, path)
+        return (found[0].parts if found else _only_key(tensor_paths)), None
+    for parts in tensor_paths:
+        for length in range(1, len(parts)):
+            if ".".join(parts[:length]) == key:
+                inner = next((place.parts for place in found if place.parts[:length] == parts[:length]), None)
+                return (inner or parts[:length]), None
+    default = found[0].parts if found else ()
+    prefix = key.removesuffix(".") + "."
+    if any(parts[-1].startswith(prefix) for parts in tensor_paths if parts[: len(default)] == default):
+        return default, prefix
+    there = name_list([".".join(place.parts) for place in found])
+    cure = f"choose from {there}" if found else "leave the key out, the weights are at the top"
+    raise OptionError(f"{path} has no weights under {key!r}: {cure}")
+
+
+def _only_key(tensor_paths: list[_Path]) -> _Path:
+    """The one key under which all weights lie, where there is just one, whatever it is called."""
+    tops = {
+        parts[:1] for parts in tensor_paths if not any(_NOT_WEIGHTS.fullmatch(part) for part in parts[:-1])
+    }
+    is_one = len(tops) == 1 and all(len(parts) == 2 for parts in tensor_paths if parts[:1] in tops)
+    (top,) = tops.pop() if is_one else ("",)
+    return () if top.isdecimal() or not top else (top,)
+
+
+def _refuse_several_averages(found: list[_Place], tensor_paths: list[_Path], path: Path) -> None:
+    """Two averages of one model, as of two rates, and nothing says which is meant."""
+    averages = [place.parts for place in found if not place.is_live]
+    names = [
+        {parts[len(place) :] for parts in tensor_paths if parts[: len(place)] == place} for place in averages
+    ]
+    alike = [".".join(place) for place, those in zip(averages, names, strict=True) if those == names[0]]
+    if len(alike) > 1:
+        raise OptionError(
+            f"{path} holds several averages of one model, {name_list(alike)}: choose one, ",
+            f"key={alike[0]!r}",
+            f"--key {alike[0]}",
+        )
+
+
+def _kind(place: _Path, found: list[_Place]) -> str:
+    for known in found:
+        if known.parts == place:
+            return "live" if known.is_live else "averaged"
+    return ""
+
+
+def _completed(
+    named: Named,
+    tensor_paths: list[_Path],
+    found: list[_Place],
+    contents: Contents,
+    entries: Mapping[_Path, Any],
+) -> tuple[Named, str]:
+    """Averaged weights, and what they lack of the live ones beside them: an average of parameters has no buffers."""
+    for place in found:
+        if not place.is_live:
+            continue
+        live, _ = _without_wrappers(_inside(tensor_paths, place.parts))
+        lacking = [name for name in live if name not in named]
+        same = all(
+            name in live
+            and contents.stored(entries[live[name]]).info.shape == contents.stored(entries[parts]).info.shape
+            for name, parts in named.items()
+        )
+        if same and lacking:
+            note = f"what that lacks, {name_list(lacking)}, is taken from {'.'.join(place.parts)!r}"
+            return {name: named.get(name, parts) for name, parts in live.items()}, note
+    return named, ""
+
+
+# The names of weights.
+
+
+def _inside(tensor_paths: list[_Path], place: _Path) -> Named:
+    return {".".join(parts[len(place) :]): parts for parts in tensor_paths if parts[: len(place)] == place}
+
+
+def _named(tensor_paths: list[_Path], place: _Path, path: Path) -> Named:
+    named: Named = {}
+    # An ordered list has no names of its own: its key makes them readable.
+    skip = len(place) - (place[-1:] == ("shadow_params",))
+    for parts in tensor_paths:
+        inside = parts[: len(place)] == place
+        if not inside or (not place and any(_NOT_WEIGHTS.fullmatch(part) for part in parts[:-1])):
+            continue
+        name = ".".join(parts[skip:])
+        if name in named:
+            raise CheckpointError(
+                f"{path} has two tensors named {name!r}; choose one set of weights with a key"
+            )
+        named[name] = parts
+    return named
+
+
+def _of_prefix(named: Named, asked: str | None) -> tuple[Named, str, str]:
+    """Of a flat dict that holds averaged and live weights under prefixes, the averaged ones; their kind; the prefix."""
+    if asked is not None:
+        chosen = {name.removeprefix(asked): parts for name, parts in named.items() if name.startswith(asked)}
+        return chosen, "averaged" if _is_averaged_prefix(asked) else "", asked
+    for dialect in (*(one for one in DIALECTS if one.averaged_prefix), *_mirrored(named)):
+        taken = _of_dialect(named, dialect)
+        if taken is not None:
+            return taken, "averaged", "" if dialect.without_dots else dialect.averaged_prefix
+    return named, "", ""
+
+
+def _is_averaged_prefix(prefix: str) -> bool:
+    rank = key_rank(prefix.removesuffix("."))
+    return rank is not None and not rank[0]
+
+
+def _mirrored(named: Named) -> Iterator[Dialect]:
+    """Prefixes of the names where there is ``net_ema.`` beside ``net.``, whatever ``net`` is."""
+    tops = dict.fromkeys(name.partition(".")[0] for name in named if "." in name)
+    for top in tops:
+        for averaged in (f"{top}_ema", f"ema_{top}", f"{top}_averaged"):
+            if averaged in tops:
+                yield Dialect("", averaged_prefix=f"{averaged}.", live_prefix=f"{top}.")
+
+
+def _of_dialect(named: Named, dialect: Dialect) -> Named | None:
+    """The averaged weights where the names are just those that the dialect tells of, else None."""
+    start, live_start = dialect.averaged_prefix, dialect.live_prefix
+    averaged = {
+        name.removeprefix(start): parts
+        for name, parts in named.items()
+        if name.startswith(start) and name not in dialect.counters
+    }
+    if not averaged:
+        return None
+    live = {
+        name.removeprefix(live_start)
+        for name in named
+        if name.startswith(live_start) and not name.startswith(start)
+    }
+    if dialect.without_dots:
+        dotted = {name.replace(".", ""): live_start + name for name in live}
+        if not all(name in dotted for name in averaged):
+            return None
+        rest = {name: parts for name, parts in named.items() if not name.startswith(start)}
+        return rest | {dotted[name]: parts for name, parts in averaged.items()}
+    others = [
+        name for name in named if name not in dialect.counters and not name.startswith((start, live_start))
+    ]
+    is_whole = not others and (live == set(averaged) or (not live and dialect.counters))
+    return averaged if is_whole else None
+
+
+def _without_wrappers(named: dict[str, Value]) -> tuple[dict[str, Value], str]:
+    """Leave out the prefixes of DDP, ``torch.compile``, FSDP and ``AveragedModel``, with its counter."""
+    plain = {_WRAPPERS.sub("", name): parts for name, parts in named.items()}
+    if len(plain) < len(named):
+        plain = dict(named)
+    dropped = ""
+    while True:
+        weights = [name for name in plain if name != "n_averaged"]
+        if not weights or not all(name.startswith(_MODULE) for name in weights):
+            return plain, dropped
+        plain = {name.removeprefix(_MODULE): plain[name] for name in weights}
+        dropped += _MODULE
+
+
+def bare_names(named: Mapping[str, Value]) -> dict[str, Value]:
+    """The entries of a state dict, without wrappers' prefixes and without modules' extra state.
+
+    >>> bare_names({"_orig_mod.module.weight": 1, "_orig_mod.module._extra_state": 2})
+    {'weight': 1}
+    """
+    kept = {name: value for name, value in named.items() if name.rpartition(".")[2] != "_extra_state"}
+    plain, _ = _without_wrappers(kept)
+    return plain
+
+
+def _ignored(entries: dict[_Path, Any], taken: set[_Path]) -> tuple[str, ...]:
+    """What was not taken, each branch by its top."""
+    shared = {parts[:length] for parts in taken for length in range(1, len(parts))}
+    tops: dict[str, None] = {}
+    for parts in entries:
+        if parts not in taken:
+            length = next(n for n in range(1, len(parts) + 1) if parts[:n] not in shared)
+            tops[".".join(parts[:length])] = None
+    return tuple(tops)
+
+
+def _step(entries: dict[_Path, Any], place: _Path) -> tuple[int, str] | tuple[None, None]:
+    levels = [(*place[:depth], key) for depth in range(len(place) + 1) for key in STEP_KEYS]
+    known = [tuple(path.split(".")) for path in STEP_PATHS]
+    # Counts of epochs are coarser than those of steps, wherever these stand.
+    for parts in sorted([*levels[: len(STEP_KEYS)], *known, *levels[len(STEP_KEYS) :]], key=_counts_epochs):
+        value = entries.get(parts)
+        if type(value) is int and value >= 0:
+            return value, ".".join(parts[-1:])
+    return None, None
+
+
+def _counts_epochs(parts: _Path) -> bool:
+    return parts[-1].endswith("epoch")
