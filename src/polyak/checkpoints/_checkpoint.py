@@ -259,7 +259,7 @@ class Checkpoint:
 def _refuse_empty(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse what DeepSpeed ZeRO-3 leaves where the weights were: tensors without a value, in their place."""
     empty = [name for name, info in tensors.items() if info.shape == (0,)]
-    if 2 * len(empty) > len(tensors):
+    if len(tensors) > 1 and 2 * len(empty) > len(tensors):
         raise CheckpointError(
             f"{path} holds empty tensors in place of weights ({name_list(empty)}), as DeepSpeed ZeRO-3 leaves them: "
             "gather the weights first, with the zero_to_fp32.py that it puts beside its checkpoints"

@@ -88,11 +88,9 @@ def find_weights(contents: Contents, key: str | None, path: Path) -> FoundWeight
     """
     entries = dict(_walk(contents.tree, path))
     optimizers = _optimizers(entries)
-    tensor_paths = [
-        parts
-        for parts, leaf in entries.items()
-        if isinstance(leaf, contents.leaf_types) and not _is_moment(parts, optimizers)
-    ]
+    tensor_paths = [parts for parts, leaf in entries.items() if isinstance(leaf, contents.leaf_types)]
+    if key is None:
+        tensor_paths = [parts for parts in tensor_paths if not _is_moment(parts, optimizers)]
     found = _places(entries, tensor_paths)
     place, name_prefix = _chosen(key, tensor_paths, found, path)
     named = _named(tensor_paths, place, path)

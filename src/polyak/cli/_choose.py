@@ -153,7 +153,7 @@ def opened(inputs: list[str], how: HowToRead) -> polyak.Trajectory:
     if run is not None:
         raise OptionError(f"{paths[0]} is a part of a recorded run: give {run} alone")
     reading = read_inputs(paths, found=found, **how.keywords()).required()
-    reading.refuse_shared_steps()
+    reading.refuse_unordered()
     if reading.left_out:
         typer.echo(_terminal.printable(reading.left_out), err=True)
     return Trajectory._of_reading(reading)

@@ -165,7 +165,7 @@ class Plan:
             spans = _inputs.spans_of_steps(range(1, len(self.opened) + 1))
         else:
             chosen = self.profile = as_profile(self.profile)
-            self.reading.refuse_shared_steps()
+            self.reading.refuse_unordered()
             spans = _inputs.spans_of_steps(self.steps or range(1, len(self.opened) + 1))
         self.dtype = None if self.dtype is None else parse_dtype(self.dtype)
         self.coefficients = _inputs.coefficients(chosen, spans)

@@ -102,14 +102,14 @@ class Reading:
         steps: the training step of each that is taken; None where they are not known for all.
         refusal: why nothing can be decided; None where it is.
         order_known: whether the items are in the order of training by their own word.
-        shared: two names of one step, where several runs are averaged; then no profile has a meaning.
+        unordered: why no profile has a meaning, as there is no order; empty where one has.
     """
 
     items: list[Item] = field(default_factory=list)
     steps: list[int] | None = None
     refusal: PolyakError | None = None
     order_known: bool = False
-    shared: tuple[str, str] | None = None
+    unordered: str = ""
 
     @property
     def taken(self) -> list[Item]:
@@ -136,15 +136,10 @@ class Reading:
         parts = [f"{name_list(names)} ({why})" for why, names in reasons.items()]
         return f"left out: {'; '.join(parts)}" if parts else ""
 
-    def refuse_shared_steps(self) -> None:
-        """Raise ``OptionError`` where several runs were given, in which no step comes before the others."""
-        if self.shared is not None:
-            raise OptionError(
-                f"{self.shared[0]} and {self.shared[1]} are of one step, as of several runs: a profile is about one "
-                "run, so leave it out, or give the step of each with ",
-                "steps",
-                "--steps",
-            )
+    def refuse_unordered(self) -> None:
+        """Raise ``OptionError`` where no order is known: a profile is about one run."""
+        if self.unordered:
+            raise OptionError(self.unordered, "steps", "--steps")
 
     def required(self) -> Reading:
         """Itself; raises the refusal where there is one."""
@@ -463,21 +458,23 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         raise OptionError(f"{len(steps)} steps were given for {len(items)} checkpoints: give one for each")
     known = list(steps) if steps is not None else _saved_steps(items)
     order: Sequence[int] | None = None
-    if known is None and not all_count:
+    if known is None:
         named = steps_in_names([item.path for item in items])
         if named is None:
-            _refuse_partly_known(items)
+            reading.unordered = _partly_known(items)
+            if reading.unordered and not all(item.given for item in items):
+                reading.refuse_unordered()
         else:
             order, known = named.order, None if named.values is None else list(named.values)
     if known is not None and len(set(known)) < len(known):
-        reading.shared = _sharing(items, known)
+        reading.unordered = _sharing(items, known)
         known = None
     for item, step in zip(items, known or [None] * len(items), strict=True):
         item.step = step
     if known is not None and not all_count:
         order = sorted(range(len(items)), key=known.__getitem__)
     reading.order_known = order is not None or all_count
-    if order is not None:
+    if order is not None and not all_count:
         ordered = [items[index] for index in order]
         reading.items = [*ordered, *(item for item in reading.items if not item.taken)]
         known = None if known is None else [known[index] for index in order]
@@ -555,19 +552,23 @@ def _same_weights(one: Item, other: Item) -> bool:
     )
 
 
-def _sharing(items: list[Item], steps: list[int]) -> tuple[str, str]:
+def _sharing(items: list[Item], steps: list[int]) -> str:
     first = next(index for index, step in enumerate(steps) if steps.count(step) > 1)
     other = steps.index(steps[first], first + 1)
-    return items[first].name, items[other].name
+    return (
+        f"{items[first].name} and {items[other].name} are both of step {steps[first]}, as of two runs, and a profile is "
+        "about one: leave it out, or give the step of each with "
+    )
 
 
-def _refuse_partly_known(items: list[Item]) -> None:
+def _partly_known(items: list[Item]) -> str:
     without = [item.name for item in items if item.step is None and number_in_name(item.path.stem) is None]
-    if 0 < len(without) < len(items):
-        raise OptionError(
-            f"no training step is known of {name_list(without)}, as it is of the others: leave those out, for example "
-            "by a pattern such as 'run/epoch_*.pt'"
-        )
+    if not 0 < len(without) < len(items):
+        return ""
+    return (
+        f"no training step is known of {name_list(without)}, as it is of the others: leave those out, for example by a "
+        "pattern such as 'run/epoch_*.pt', or give the step of each with "
+    )
 
 
 def _take_last(reading: Reading, last: int | None) -> None:

@@ -218,7 +218,7 @@ class Trajectory:
             raise OptionError("there are no checkpoints: paths is empty")
         found = () if ordered else paths
         reading = read_inputs(paths, key, found=found, steps=steps, last=last, allow=allow).required()
-        reading.refuse_shared_steps()
+        reading.refuse_unordered()
         if not (ordered or reading.order_known):
             raise OptionError(
                 f"no step is known for {name_list([item.name for item in reading.taken])}, and the paths come in "
