@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -19,6 +19,7 @@ from polyak import checkpoints
 from polyak._checks import Difference
 from polyak._version import __version__
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, _checkpoint
+from polyak.combine._steps import counted_from_one, number_in_name, steps_in_names
 from polyak.errors import CheckpointError, OptionError, StructureError, name_list
 from polyak.profiles import Profile
 
@@ -31,6 +32,7 @@ __all__ = [
     "input_names",
     "is_averaged",
     "known_steps",
+    "known_steps_if_clear",
     "open_inputs",
     "parse_bytes",
     "provenance",
@@ -242,13 +244,6 @@ def averaged_names(tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 # Which checkpoints are averaged, and at which training steps they were saved.
 
-# A number after one of these words, the first that all names have; else one that stands by itself, not in 0.90.
-_AFTER_WORDS = [
-    re.compile(rf"{word}\D?(\d{{1,18}})(?!\d)", re.IGNORECASE) for word in ("step", "iter(?:ation)?", "epoch")
-]
-_AFTER_EPOCH = _AFTER_WORDS[-1]
-_NUMBER = re.compile(r"(?<!\d)(?<!\d\.)\d{1,18}(?!\d)(?!\.\d)")
-
 
 def open_inputs(
     paths: Iterable[str | PathLike[str]] | str | PathLike[str], key: str | None = None
@@ -304,64 +299,41 @@ def known_steps(inputs: Sequence[Checkpoint]) -> list[int] | None:
     """The training step of each checkpoint, or None where they are not known for all, or not all different.
 
     They are taken from the checkpoints themselves, else from their names.
+
+    Raises ``OptionError`` where the names contradict themselves.
     """
     saved = [checkpoint.step for checkpoint in inputs]
     known = [step for step in saved if step is not None]
     if len(known) == len(saved) == len(set(known)):
-        return _counted_from_one(known, any(checkpoint.step_key != "epoch" for checkpoint in inputs))
-    return steps_in_names([checkpoint.path for checkpoint in inputs])
+        unit = "epoch" if all(checkpoint.step_key == "epoch" for checkpoint in inputs) else "step"
+        return list(counted_from_one(known, unit))
+    named = steps_in_names([checkpoint.path for checkpoint in inputs])
+    if named is None or named.values is None or len(set(named.values)) < len(inputs):
+        return None
+    return list(named.values)
 
 
-def steps_in_names(paths: Sequence[Path]) -> list[int] | None:
-    """The number that tells the names apart: after ``step``, ``iter`` or ``epoch``, else the last that always differs.
-
-    A name without numbers, such as ``model.safetensors``, is taken with that of its folder. Where epochs, or
-    numbers that nothing says to be steps, begin at 0, the first stands for one that was trained: they are
-    counted from 1.
-
-    >>> steps_in_names([Path("epoch=1-step=500.ckpt"), Path("epoch=2-step=1000.ckpt")])
-    [500, 1000]
-    >>> steps_in_names([Path("epoch1_loss0.90.pt"), Path("epoch2_loss0.50.pt")])
-    [1, 2]
-    >>> steps_in_names([Path("run/9/model_bf16.pt"), Path("run/10/model_bf16.pt")])
-    [9, 10]
-    >>> steps_in_names([Path("epoch0.pt"), Path("epoch1.pt")])
-    [1, 2]
-    >>> steps_in_names([Path("best.pt"), Path("last.pt")])
-    """
-    for names in ([path.stem for path in paths], [path.absolute().parent.name for path in paths]):
-        for column, are_steps in _columns(names):
-            numbers = [int(number) for number in column]
-            if len(set(numbers)) == len(numbers):
-                return _counted_from_one(numbers, are_steps)
-    return None
-
-
-def _counted_from_one(numbers: list[int], are_steps: bool) -> list[int]:
-    return numbers if are_steps or min(numbers) > 0 else [number + 1 for number in numbers]
-
-
-def _columns(names: Sequence[str]) -> Iterator[tuple[Sequence[str], bool]]:
-    """Numbers that all ``names`` have, those that most likely are steps first, and whether a word says so."""
-    for word in _AFTER_WORDS:
-        found = [match[1] for name in names if (match := word.search(name))]
-        if len(found) == len(names):
-            yield found, word is not _AFTER_EPOCH
-    numbers = [_NUMBER.findall(name) for name in names]
-    if len({len(found) for found in numbers}) == 1:
-        for column in reversed(list(zip(*numbers, strict=True))):
-            yield column, False
+def known_steps_if_clear(inputs: Sequence[Checkpoint]) -> list[int] | None:
+    """Known steps, for where nothing depends on them: None also where the names contradict themselves."""
+    try:
+        return known_steps(inputs)
+    except OptionError:
+        return None
 
 
 def in_step_order(inputs: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[int] | None]:
-    """Checkpoints by rising step, with the steps; in the order given, with None, where they are not known.
+    """Checkpoints by rising step, with the steps; with None where they are not known, in the order that the names say.
+
+    It is the order given where they say none.
 
     Raises ``OptionError`` where they are known of some only.
     """
     steps = known_steps(inputs)
     if steps is None:
         refuse_partly_known(inputs)
-        return list(inputs), None
+        named = steps_in_names([checkpoint.path for checkpoint in inputs])
+        order = range(len(inputs)) if named is None else named.order
+        return [inputs[index] for index in order], None
     order = sorted(range(len(steps)), key=steps.__getitem__)
     return [inputs[index] for index in order], [steps[index] for index in order]
 
@@ -371,7 +343,7 @@ def refuse_partly_known(inputs: Sequence[Checkpoint]) -> None:
 
     A ``best.pt`` beside ``epoch_1.pt``, ``epoch_2.pt``, … has no place in their order.
     """
-    without = [c.path.name for c in inputs if c.step is None and not _NUMBER.search(c.path.stem)]
+    without = [c.path.name for c in inputs if c.step is None and number_in_name(c.path.name) is None]
     if 0 < len(without) < len(inputs):
         raise OptionError(
             f"no training step is known of {name_list(without)}, as it is of the others: leave those out, for example "

@@ -146,7 +146,7 @@ class Plan:
         _io.AtomicOutput(self.output, self.overwrite)
         if self.profile is None:
             chosen = Uniform() if self.weights is None else Weights(self.weights)
-            self.steps = _inputs.known_steps(self.opened)
+            self.steps = _inputs.known_steps_if_clear(self.opened)
             spans = _inputs.spans_of_steps(range(1, len(self.opened) + 1))
         else:
             chosen = self.profile = as_profile(self.profile)

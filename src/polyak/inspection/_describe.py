@@ -11,7 +11,7 @@ from typing import Any
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
 from polyak.checkpoints._checkpoint import checkpoint_paths, is_checkpoint_folder, is_recording, recognise
-from polyak.combine._inputs import steps_in_names
+from polyak.combine._steps import steps_in_names
 from polyak.errors import OptionError, PolyakError
 from polyak.inspection import _measure
 from polyak.trajectory import Block, Trajectory
@@ -136,8 +136,13 @@ def _with_steps(rows: list[FolderRow]) -> list[FolderRow]:
     readable = [row for row in rows if row.error is None]
     if any(row.step is not None for row in readable):
         return rows
-    steps = steps_in_names([Path(row.name) for row in readable])
-    known = {} if steps is None else dict(zip((row.name for row in readable), steps, strict=True))
+    try:
+        named = steps_in_names([Path(row.name) for row in readable])
+    except OptionError:
+        return rows
+    if named is None or named.values is None:
+        return rows
+    known = dict(zip((row.name for row in readable), named.values, strict=True))
     return [replace(row, step=known.get(row.name)) for row in rows]
 
 

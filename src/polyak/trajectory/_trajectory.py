@@ -62,7 +62,7 @@ def checkpoint_steps(
 
 def _warn_of_other_order(inputs: Sequence[Checkpoint], steps: Sequence[int]) -> None:
     """Paths sorted as text put epoch-10 before epoch-9, and then the steps given are those of other files."""
-    known = _inputs.known_steps(inputs)
+    known = _inputs.known_steps_if_clear(inputs)
     if known is None:
         return
     pairs = sorted(zip(known, steps, inputs, strict=True), key=lambda pair: pair[0])
