@@ -90,6 +90,12 @@ NAMES = [
     (["10_3f9a1c2e.pt", "20_77e01ab4.pt"], [10, 20], "number"),
     (["10-3k9x2abc.pt", "20-7pq1zz0d.pt"], [10, 20], "number"),
     (["model-00001-of-00003_5.pt", "model-00001-of-00003_6.pt"], [5, 6], "number"),
+    (["step.100.0.91.pt", "step.200.0.95.pt"], [100, 200], "step"),
+    (["model.10.0.91.pt", "model.20.0.9.pt"], [10, 20], "number"),
+    (["epoch1of10.pt", "epoch2of10.pt"], [1, 2], "epoch"),
+    (["lora_r16_10.pt", "lora_r8_20.pt"], [10, 20], "number"),
+    (["round_1.pt", "round_2.pt"], [1, 2], "number"),
+    (["stage1-step100", "stage2-step200"], [100, 200], "step"),  # OLMo
     # names of folders
     (["9/model.pt", "10/model.pt"], [9, 10], "number"),
     (["7/1.pt", "8/1.pt"], [7, 8], "number"),
@@ -143,6 +149,9 @@ def test_steps(names, values, unit):
         (["20240501-105841.pt", "20240501-095959.pt"], [1, 0], "time"),
         (["20240501105841.pt", "20240430105842.pt"], [1, 0], "time"),
         (["model_2024-05-01.pt", "model_2024-04-30.pt"], [1, 0], "time"),
+        (["2024-05-02/10-58-41/model.pt", "2024-05-01/11-00-00/model.pt"], [1, 0], "time"),  # Hydra
+        (["10-58-41.pt", "09-59-42.pt"], [1, 0], "time"),
+        (["model_1714561999.pt", "model_1714561121.pt"], [1, 0], "time"),
         (["model_2024-05-01T10:58:41.pt", "model_2024-04-30T11:00:00.pt"], [1, 0], "time"),
     ],
     ids=str,
@@ -170,6 +179,9 @@ def test_order_without_values(names, order, unit):
         ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"],
         ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
         ["llama-7b.pt", "llama-13b.pt"],
+        ["lora_r8.pt", "lora_r16.pt"],
+        ["run_1/model.pt", "run_2/model.pt"],
+        ["model_1_of_2.pt", "model_2_of_2.pt"],
         [],
     ],
     ids=str,
@@ -186,6 +198,7 @@ def test_no_order(names):
         ["10/3.pt", "20/2.pt"],
         ["model_2024-05-01_7.pt", "model_2024-05-02_5.pt"],
         ["01-05-2024.pt", "30-04-2024.pt"],
+        ["stage1-step5000", "stage2-step1000"],
         ["iter_5_step_10.pt", "iter_6_step_9.pt"],
     ],
     ids=str,
@@ -260,7 +273,7 @@ def test_permuted_names_give_permuted_steps(series, data):
     assert [names[positions[index]] for index in found.order] == [names[index] for index in whole.order]
 
 
-NUMBERS = st.lists(st.integers(1, 10**12), min_size=2, max_size=8, unique=True)
+NUMBERS = st.lists(st.integers(1, 10**9), min_size=2, max_size=8, unique=True)
 FORMS = st.sampled_from(["{}", "model_{}", "step-{}", "epoch{}", "epoch=1-step={}", "{}_steps", "ckpt.{}"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -40,7 +40,7 @@ def steps_in_names(paths: Sequence[Path]) -> NamedSteps | None:
     files say less. Metrics, rates, hashes, seeds, ranks, versions and sizes are no steps. Where epochs, or numbers
     that nothing says to be steps, begin at 0, they are counted from 1.
 
-    Raises ``OptionError`` where numbers contradict each other about the order and no word says which of them counts.
+    Raises ``OptionError`` where numbers contradict each other about the order and nothing says which of them counts.
 
     >>> steps_in_names([Path("epoch=1-step=500.ckpt"), Path("epoch=2-step=1000.ckpt")]).values
     (500, 1000)
@@ -54,16 +54,21 @@ def steps_in_names(paths: Sequence[Path]) -> NamedSteps | None:
     """
     if not paths:
         return None
-    levels = [_columns(names) for names in _names_by_level(paths)]
+    moments, levels = _without_moments([_last_names(path) for path in paths])
+    levels = [_columns(names) for names in levels]
     if len(paths) == 1:
         columns = [*levels[0], *(column for level in levels[1:] for column in level if column.word in _WORDS)]
     else:
-        columns = [column for level in levels for column in level if not column.is_constant]
+        columns = [column for level in [*levels, moments] for column in level if not column.is_constant]
     steps = [column for word in _STEP_WORDS for column in columns if column.word == word]
     epochs = [column for column in columns if column.word == "epoch"]
+    # Steps and epochs may begin again in each stage of a training.
+    for stage in (column for column in columns if column.word == "stage"):
+        for column in (*steps, *epochs):
+            _refuse_contradiction(column, stage, paths)
     if steps:
         return _of_steps(steps, epochs, paths)
-    numbers = [column for column in columns if column.word == "number"]
+    numbers = [column for column in columns if column.word in ("number", "stage")]
     if epochs:
         return _of_epochs(epochs, numbers, paths)
     return _of_numbers(numbers, [column for column in columns if column.word == "time"], paths)
@@ -79,10 +84,9 @@ def number_in_name(name: str) -> int | None:
     """
     stem = _stem(name)
     for moment in _MOMENTS:
-        stem = moment.sub("/", stem)
+        stem = moment.sub(_BLANK, stem)
     found = _readings(stem)
-    words = [*_STEP_WORDS, "epoch"]
-    said = [number for word in words for number in reversed(found) if number.word == word]
+    said = [number for word in _WORDS for number in reversed(found) if number.word == word]
     if not said:
         stands_apart = _APART.search(stem) is not None
         said = [
@@ -127,7 +131,7 @@ class _Column:
     def unit(self) -> str:
         if self.word in _STEP_WORDS or self.has_units:
             return "step"
-        return self.word
+        return "number" if self.word == "stage" else self.word
 
     def named_steps(self, paths: Sequence[Path]) -> NamedSteps:
         order = _order(self.values, paths)
@@ -139,7 +143,12 @@ class _Column:
 
 
 def _order(values: Sequence[Any], paths: Sequence[Path]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(paths)), key=lambda index: (values[index], str(paths[index]))))
+    def rank(index: int) -> tuple[Any, ...]:
+        # Equal ones by name, the plain one before its -v1.
+        path = paths[index]
+        return values[index], str(path.parent / _stem(path.name)), path.name
+
+    return tuple(sorted(range(len(paths)), key=rank))
 
 
 def _of_steps(steps: Sequence[_Column], epochs: Sequence[_Column], paths: Sequence[Path]) -> NamedSteps:
@@ -206,7 +215,7 @@ def _refuse_contradiction(first: _Column, second: _Column, paths: Sequence[Path]
     ]
     raise OptionError(
         f"the numbers in the names contradict each other: {paths[index]} comes before {paths[other]} by "
-        f"{says[0]}, and after it by {says[1]}, and no word says which of them is the training step: ",
+        f"{says[0]}, and after it by {says[1]}, and nothing says which of them is the training step: ",
         "give one for each checkpoint with steps=[…]",
         "give one for each checkpoint with --steps",
     )
@@ -225,18 +234,35 @@ def _refuse_equal(pairs: _Column, paths: Sequence[Path]) -> None:
 
 
 def _shown(value: Any) -> str:
-    return "-".join(value) if isinstance(value, tuple) else str(value)
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 # From names to columns.
 
 
-def _names_by_level(paths: Sequence[Path]) -> Iterator[list[str]]:
-    """Names of the files, of the folders they are in, and of the folders above those."""
-    absolute = [path.absolute() for path in paths]
-    yield [_stem(path.name) for path in absolute]
-    yield [path.parent.name for path in absolute]
-    yield [path.parent.parent.name for path in absolute]
+def _last_names(path: Path) -> str:
+    """The name of a file after those of the two folders above it."""
+    path = path.absolute()
+    return f"{path.parent.parent.name}/{path.parent.name}/{_stem(path.name)}"
+
+
+def _without_moments(names: Sequence[str]) -> tuple[list[_Column], list[list[str]]]:
+    """Dates and times that all names have, and the rest of the names: of the files, and of each folder above."""
+    columns: list[_Column] = []
+    for moment in _MOMENTS:
+        found = [list(moment.finditer(name)) for name in names]
+        if all(found):
+            matched = zip(*([_parts(match) for match in matches] for matches in found), strict=False)
+            columns = [_Column("time", column) for column in reversed(list(matched))]
+            # A date may be the name of a folder, and the time that of one in it.
+            names = [moment.sub(lambda match: _BLANK + "/" * match[0].count("/") + _BLANK, n) for n in names]
+            break
+    levels = zip(*(reversed(name.split("/")) for name in names), strict=True)
+    return columns, [list(level) for level in levels]
+
+
+def _parts(moment: re.Match[str]) -> tuple[int, ...]:
+    return tuple(int(part) for part in moment.groups() if part and part.isdecimal())
 
 
 def _stem(name: str) -> str:
@@ -246,15 +272,8 @@ def _stem(name: str) -> str:
 
 def _columns(names: Sequence[str]) -> list[_Column]:
     columns = []
-    for moment in _MOMENTS:
-        found = [moment.search(name) for name in names]
-        moments = [tuple(part for part in match.groups() if part) for match in found if match]
-        if len(moments) == len(names):
-            columns.append(_Column("time", tuple(moments)))
-            names = [moment.sub("/", name) for name in names]
-            break
     read = [_readings(name) for name in names]
-    for word in (*_STEP_WORDS, "epoch"):
+    for word in _WORDS:
         columns += _aligned(word, [[number for number in found if number.word == word] for found in read])
     numbers = [[number for number in found if number.word == "number"] for found in read]
     if len({len(found) for found in numbers}) == 1:
@@ -292,15 +311,19 @@ _STEP_WORDS = {
 }
 _WORDS = {
     word: re.compile(pattern, re.IGNORECASE)
-    for word, pattern in {**_STEP_WORDS, "epoch": r".*epochs?|ep|e"}.items()
+    for word, pattern in {
+        **_STEP_WORDS,
+        "epoch": r".*epochs?|ep|e",
+        "stage": r"stage|phase|cycle|round|task",
+    }.items()
 }
 # What numbers after these words are: metrics, hyper-parameters, sizes, dtypes, versions, one of several runs or ranks.
 _OTHER_WORDS = re.compile(
     r"loss|acc|accuracy|wer|cer|bleu|rouge|ppl|perplexity|auc|miou|iou|dice|psnr|ssim|lpips|fid|mse|mae|rmse|err|error"
     r"|score|reward|return|metric|recall|precision|nll|kl|elbo|bpc"
-    r"|lr|wd|decay|dropout|beta|gamma|alpha|temp|bs|layers?|dim|hidden|heads|size|res|tokens"
+    r"|lr|wd|decay|dropout|beta|gamma|alpha|temp|bs|r|layers?|dim|hidden|heads|size|res|tokens"
     r"|fp|bf|tf|f|u?int|float|q|v|ver|version|rev"
-    r"|seed|rank|fold|worker|gpu|shard|replica",
+    r"|seed|rank|fold|worker|gpu|shard|replica|run|trial|exp|experiment",
     re.IGNORECASE,
 )
 # Names of single checkpoints, outside a series.
@@ -313,19 +336,30 @@ _SUFFIX = re.compile(r"(?:\.(?!(?:steps?|epochs?|iters?|ep|it)$)(?:[A-Za-z_]+|h5
 
 _DATE = r"(?<!\d)((?:19|20)\d\d)([-_.]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])"
 _CLOCK = (
-    r"(?:[-_+T. ]{0,3}([01]\d|2[0-3])([-:_.h]?)([0-5]\d)\6([0-5]\d)(?:[+.](\d{1,6}))?"
-    r"|[-_+T. ]{1,3}([01]\d|2[0-3])[-:_.h]([0-5]\d))"
+    r"(?:[-_+T. /]{0,3}([01]\d|2[0-3])([-:_.h]?)([0-5]\d)\6([0-5]\d)(?:[+.](\d{1,6}))?"
+    r"|[-_+T. /]{1,3}([01]\d|2[0-3])[-:_.h]([0-5]\d))"
 )
+# A time alone, and seconds or milliseconds since 1970.
+_CLOCK_ALONE = r"(?<!\d)([01]\d|2[0-3])([-:])([0-5]\d)\2([0-5]\d)"
+_SINCE_1970 = r"(?<!\d)(1[4-9]\d{8}(?:\d{3})?)"
 _NO_STEP_BEFORE = r"(?<!step)(?<!step[-_=.])(?<!iter)(?<!iter[-_=.])(?<!epoch)(?<!epoch[-_=.])"
-_MOMENTS = [re.compile(rf"{_NO_STEP_BEFORE}{_DATE}{clock}(?!\d)", re.IGNORECASE) for clock in (_CLOCK, "")]
+_MOMENTS = [
+    re.compile(rf"{_NO_STEP_BEFORE}{moment}(?!\d)", re.IGNORECASE)
+    for moment in (_DATE + _CLOCK, _DATE, _CLOCK_ALONE, _SINCE_1970)
+]
 
-# Blanked before numbers are read: hashes and other identifiers, rates, versions, k-of-n, names of metrics.
+# Put in the place of what is no number to be read: hashes, rates, versions, k of n, names of metrics, moments.
+_BLANK = "\0"
 _HASH = (
     r"(?<![0-9a-z])(?!(?:(?:ba|e)\d+|\d{1,3}e\d\d?)(?![0-9a-z]))"
     r"(?=[0-9a-f]*\d)(?=\d*[a-f])[0-9a-f]{6,}(?![0-9a-z])"
 )
 _BLANKED = re.compile(
-    rf"{_HASH}|\d+(?:\.\d+)?e-\d{{1,2}}(?!\d)|\d+(?:\.\d+){{2,}}|\d+-of-\d+|\d{{19,}}"
+    rf"{_HASH}|\d+(?:\.\d+)?e-\d{{1,2}}(?!\d)|\d{{19,}}"
+    # The metric in 10.0.91, and versions.
+    r"|(?<=\d)\.0\.\d+(?![.\d])|\d+(?!\.0\.\d+(?![.\d]))(?:\.\d+){2,}"
+    # Shards, and the number of all epochs.
+    rf"|{_NO_STEP_BEFORE}(?<!\d)\d+[-_]?of[-_]?\d+|(?<=\d)[-_]?of[-_]?\d+"
     r"|(?<![a-z])(?:f1|r2|top[-_]?[15]|map[-@]?50(?:-95)?)(?!\d)",
     re.IGNORECASE,
 )
@@ -337,11 +371,11 @@ _TOKEN = re.compile(
 _CAMEL = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _UNITS = {"k": 10**3, "m": 10**6}
 # More signs than this between a word and a number, as in a blank, and they do not belong together.
-_MOST_SIGNS = 2
+_MOST_SIGNS = 3
 
 
 def _readings(stem: str) -> list[_Number]:
-    tokens = [(match.lastgroup or "", match[0]) for match in _TOKEN.finditer(_BLANKED.sub("/", stem))]
+    tokens = [(match.lastgroup or "", match[0]) for match in _TOKEN.finditer(_BLANKED.sub(_BLANK, stem))]
     words_follow = _words_follow(tokens)
     found = (
         _reading(tokens, index, words_follow) for index, (kind, _) in enumerate(tokens) if kind == "number"
@@ -383,7 +417,7 @@ def _neighbour(tokens: Sequence[tuple[str, str]], index: int, side: int) -> tupl
     if kind == "word":
         return text, True
     at += side
-    if "/" in text or len(text) > _MOST_SIGNS or not 0 <= at < len(tokens) or tokens[at][0] != "word":
+    if _BLANK in text or len(text) > _MOST_SIGNS or not 0 <= at < len(tokens) or tokens[at][0] != "word":
         return "", False
     return tokens[at][1], False
 
