@@ -1,7 +1,5 @@
 """Which inputs, in which order, at which coefficients."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,34 +12,9 @@ from polyak.combine._inputs import (
     open_inputs,
     parse_bytes,
     spans_of_steps,
-    steps_in_names,
 )
 from polyak.combine._offline import parse_dtype
 from polyak.errors import CheckpointError, OptionError
-
-
-@pytest.mark.parametrize(
-    ("names", "steps"),
-    [
-        (["10.pt", "9.pt"], [10, 9]),
-        (["model-00010.safetensors", "model-00009.safetensors"], [10, 9]),
-        (["checkpoint-500", "checkpoint-1500"], [500, 1500]),
-        (["checkpoint-500/model.safetensors", "checkpoint-1500/model.safetensors"], [500, 1500]),
-        (["epoch=3-step=300.ckpt", "epoch=10-step=400-v1.ckpt"], [300, 400]),
-        (["step_100_bf16.pt", "step_200_bf16.pt"], [100, 200]),
-        (["gpt2-100.pt", "gpt2-200.pt"], [100, 200]),
-        (["gpt2-a.pt", "gpt2-b.pt"], None),
-        (["epoch_0.pt", "epoch_1.pt"], [1, 2]),
-        (["model0.pt", "model1.pt"], [1, 2]),
-        (["step0.pt", "step50.pt"], [0, 50]),
-        (["best.pt", "last.pt"], None),
-        (["1.pt", "last.pt"], None),
-        (["7/1.pt", "8/1.pt"], [7, 8]),
-        (["1" * 30 + ".pt", "2" * 30 + ".pt"], None),
-    ],
-)
-def test_steps_in_names(names, steps):
-    assert steps_in_names([Path("run") / name for name in names]) == steps
 
 
 def save(path, step=None):
