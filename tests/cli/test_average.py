@@ -38,7 +38,7 @@ def weight(path):
     [
         (["ckpts"], 10),
         (["ckpts/*.pt"], 10),
-        (["ckpts/step1?.pt", "ckpts/step9.pt", "ckpts/step9.pt"], 9.75),
+        (["ckpts/step1?.pt", "ckpts/step9.pt", "ckpts/step9.pt"], 10.0),  # named twice, it counts once
         (["ckpts", "--profile", "tail:steps=1"], 11),
         (["ckpts", "--weights", "0,0,1"], 11),
         (["ckpts/step11.pt", "ckpts/step9.pt", "--weights", "3,1"], 10.5),

@@ -8,12 +8,11 @@ from polyak import checkpoints
 from polyak.combine import Span, coefficients
 from polyak.combine._inputs import (
     Budget,
-    in_step_order,
-    open_inputs,
     parse_bytes,
     spans_of_steps,
 )
 from polyak.combine._offline import parse_dtype
+from polyak.combine._reading import read_inputs
 from polyak.errors import CheckpointError, OptionError
 
 
@@ -24,25 +23,22 @@ def save(path, step=None):
 def test_saved_steps_come_before_names(tmp_path):
     for name, step in (("epoch1", 30), ("epoch2", 20), ("epoch3", 100)):
         save(tmp_path / f"{name}.pt", step)
-    inputs, steps = in_step_order(open_inputs(tmp_path))
-    assert steps == [20, 30, 100] and [opened.path.stem for opened in inputs] == [
-        "epoch2",
-        "epoch1",
-        "epoch3",
-    ]
+    reading = read_inputs(tmp_path)
+    assert reading.steps == [20, 30, 100]
+    assert [item.name for item in reading.taken] == ["epoch2.pt", "epoch1.pt", "epoch3.pt"]
 
 
 def test_names_serve_where_saved_steps_are_missing_or_equal(tmp_path):
     for name, step in (("10", 5), ("9", 5)):
         save(tmp_path / f"{name}.pt", step)
-    assert in_step_order(open_inputs(tmp_path))[1] == [9, 10]
+    assert read_inputs(tmp_path).required().steps == [9, 10]
 
 
 def test_the_given_order_stays_where_no_steps_are_known(tmp_path):
     for name in ("b", "a"):
         save(tmp_path / f"{name}.pt")
-    inputs, steps = in_step_order(open_inputs([tmp_path / "b.pt", tmp_path / "a.pt"]))
-    assert steps is None and [opened.path.stem for opened in inputs] == ["b", "a"]
+    reading = read_inputs([tmp_path / "b.pt", tmp_path / "a.pt"])
+    assert reading.steps is None and [item.name for item in reading.taken] == ["b.pt", "a.pt"]
 
 
 def test_folders_of_checkpoints_and_folders_that_are_checkpoints(tmp_path):
@@ -50,15 +46,16 @@ def test_folders_of_checkpoints_and_folders_that_are_checkpoints(tmp_path):
     save(tmp_path / "9.pt")
     (tmp_path / "notes.txt").write_text("none")
     checkpoints.write(tmp_path / "11", {"w": torch.ones(1)})
-    names = [opened.path.name for opened in open_inputs([tmp_path, tmp_path / "11"])]
-    assert names == ["9.pt", "10.pt", "11", "11"]
+    reading = read_inputs([tmp_path, tmp_path / "11"])
+    assert [item.path.name for item in reading.taken] == ["9.pt", "10.pt", "11"]
+    assert "the same file as" in reading.left_out
 
 
 def test_nothing_to_average(tmp_path):
     with pytest.raises(OptionError, match="nothing to average"):
-        open_inputs([])
+        read_inputs([]).required()
     with pytest.raises(CheckpointError, match="it is empty"):
-        open_inputs(tmp_path)
+        read_inputs(tmp_path).required()
 
 
 def test_a_checkpoint_stands_for_the_steps_since_the_one_before():
@@ -108,7 +105,7 @@ def test_sizes_that_are_none(size):
 @pytest.mark.parametrize("max_memory", [0, -5, "1kB", "10MB"])
 def test_too_little_memory_says_how_much_is_needed(tmp_path, max_memory):
     save(tmp_path / "1.pt")
-    inputs = open_inputs(tmp_path)
+    inputs = read_inputs(tmp_path).checkpoints
     with pytest.raises(OptionError, match=r"allow (\d+)MB or more") as caught:
         Budget.within(max_memory, inputs, 1)
     least = str(caught.value).partition("allow ")[2].partition(" ")[0]
@@ -117,7 +114,7 @@ def test_too_little_memory_says_how_much_is_needed(tmp_path, max_memory):
 
 def test_many_outputs_make_the_slices_smaller(tmp_path):
     save(tmp_path / "1.pt")
-    inputs = open_inputs(tmp_path)
+    inputs = read_inputs(tmp_path).checkpoints
     roomy, tight = Budget.within("1GB", inputs, 40), Budget.within("20MB", inputs, 40)
     assert tight.slice_bytes < roomy.slice_bytes and tight.total_bytes <= 20_000_000 < roomy.total_bytes
 
@@ -136,51 +133,15 @@ def test_dtypes_that_cannot_be_asked_for(dtype):
         parse_dtype(dtype)
 
 
-def test_an_average_among_what_it_was_made_of_is_refused(tmp_path):
+def test_an_average_among_what_it_was_made_of_is_left_out(tmp_path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     run.mkdir(), elsewhere.mkdir()
     for step in (1, 2):
         checkpoints.write(run / f"step{step}.safetensors", {"w": torch.full((2,), float(step))})
     polyak.average_checkpoints(run, elsewhere / "average.safetensors")
-    polyak.average_checkpoints(run, run / "average.safetensors")
-    with pytest.raises(
-        OptionError, match=r"average\.safetensors is itself an average, of 'step1\.safetensors'"
-    ):
-        polyak.average_checkpoints(run, tmp_path / "again.safetensors")
-    polyak.average_checkpoints(elsewhere, tmp_path / "again.safetensors")
-
-
-def test_an_average_that_is_named_is_taken(tmp_path):
-    for step in (1, 2):
-        checkpoints.write(tmp_path / f"step{step}.safetensors", {"w": torch.full((2,), float(step))})
-    named = [tmp_path / "step1.safetensors", tmp_path / "average.safetensors"]
-    polyak.average_checkpoints(tmp_path, named[1])
-    report = polyak.average_checkpoints(named, tmp_path / "between.safetensors")
-    assert report.coefficients == (0.5, 0.5)
-
-
-def test_epochs_from_zero_count_from_one(tmp_path):
-    for epoch in range(3):
-        torch.save({"model": {"w": torch.ones(2)}, "epoch": epoch}, tmp_path / f"{epoch}.pt")
-    report = polyak.average_checkpoints(tmp_path, tmp_path / "average.pt", profile="ema:half_life=1")
-    assert report.steps == (1, 2, 3) and report.coefficients == pytest.approx((1 / 7, 2 / 7, 4 / 7))
-
-
-def test_steps_that_only_some_have_are_refused(tmp_path):
-    for name in ("epoch_1", "epoch_2", "best"):
-        torch.save({"w": torch.ones(2)}, tmp_path / f"{name}.pt")
-    paths = sorted(tmp_path.iterdir())
-    with pytest.raises(OptionError, match=r"no training step is known of 'best\.pt'"):
-        polyak.average_checkpoints(tmp_path, tmp_path / "average.pt", profile="tail:0.5")
-    with pytest.raises(OptionError, match=r"no training step is known of 'best\.pt'"):
-        polyak.Trajectory.from_checkpoints(paths)
-    assert len(polyak.Trajectory.from_checkpoints(paths, steps=[3, 1, 2]).blocks) == 3
-    polyak.average_checkpoints(tmp_path, tmp_path / "average.pt")  # without a profile order means nothing
-
-
-def test_batchnorm_statistics_are_told(tmp_path):
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    for step in (1, 2):
-        torch.save(model.state_dict(), tmp_path / f"step{step}.pt")
-    report = polyak.average_checkpoints(tmp_path, tmp_path / "average.pt")
-    assert any("'1.running_mean'" in note and "update_bn" in note for note in report.notes)
+    polyak.average_checkpoints(run, run / "mine.safetensors")
+    with pytest.warns(UserWarning, match=r"left out: 'mine\.safetensors' \(itself an average, of 'step1"):
+        report = polyak.average_checkpoints(run, tmp_path / "again.safetensors")
+    assert report.inputs == ("step1.safetensors", "step2.safetensors")
+    report = polyak.average_checkpoints(elsewhere, tmp_path / "copy.safetensors")
+    assert "only one checkpoint counts: what is written are its weights" in report.notes

@@ -489,7 +489,7 @@ def _saved_steps(items: list[Item]) -> list[int] | None:
     if len(known) < len(steps) or len(set(epochs)) > 1:
         return None
     if len(set(known)) == len(known):
-        return counted_from_one(known, "epoch" if epochs[0] else "step")
+        return list(counted_from_one(known, "epoch" if epochs[0] else "step"))
     # Where several are of one epoch, or all of one step, the names may say more.
     try:
         named = steps_in_names([item.path for item in items])
@@ -508,7 +508,7 @@ def _leave_out_copies(items: list[Item]) -> None:
             by_step[item.path.parent, item.step].append(item)
     if len(by_step) < 2:
         shared = next(iter(by_step.values()), [])
-        for item in shared[1:]:
+        for item in [] if _are_numbered(items) else shared[1:]:
             if any(_same_weights(one, item) for one in shared if one.taken and one is not item):
                 item.why = f"the same weights as {shared[0].name}"
         return
@@ -527,6 +527,12 @@ def _leave_out_copies(items: list[Item]) -> None:
                     "--steps",
                 )
             item.why = f"the same weights as {kept.name}"
+
+
+def _are_numbered(items: list[Item]) -> bool:
+    """Whether the names have numbers that tell them apart."""
+    numbers = [number_in_name(item.path.stem) for item in items]
+    return None not in numbers and len(set(numbers)) == len(numbers)
 
 
 def _tell_apart(items: list[Item]) -> bool:
