@@ -1,0 +1,170 @@
+"""Every tool's run of checkpoints: the right files, the right weights and the right steps, by every command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dialect_makers  # noqa: F401 - both make their dialects known
+import dialect_tools  # noqa: F401
+from dialects import MAKERS, Expectation
+from polyak import Trajectory
+from polyak.cli import main
+from polyak.errors import PolyakError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk, with what is right for it."""
+
+    folder: Path
+    expected: Expectation
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.expected.folder
+
+    @property
+    def inputs(self) -> list[str]:
+        return [str(self.folder / text) for text in self.expected.inputs] or [str(self.path)]
+
+    def paths(self) -> list[str]:
+        return [path for text in self.inputs for path in sorted(glob(text))]
+
+    def refuses(self, message: str) -> bool:
+        return any(word in message for word in self.expected.words)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Each tool's run, made once."""
+    made: dict[str, Run] = {}
+
+    def run(name: str) -> Run:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = Run(folder, MAKERS[name](folder))
+        return made[name]
+
+    return run
+
+
+@pytest.fixture(params=MAKERS)
+def run(request, runs):
+    return runs(request.param)
+
+
+def average(run: Run, output: Path, capsys, *options: str) -> str | None:
+    """What ``polyak average`` prints; None where it is refused, rightly."""
+    before = {path: path.lstat().st_mtime_ns for path in run.folder.rglob("*")}
+    code = main(["average", *run.inputs, "-o", str(output), *options])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert {path: path.lstat().st_mtime_ns for path in run.folder.rglob("*")} == before
+    if code == 2 and run.expected.words:
+        assert run.refuses(captured.err), captured.err
+        assert not output.exists()
+        return None
+    assert (code, run.expected.kind) != (0, "refused"), captured.out
+    assert code == 0, captured.err
+    return captured.out
+
+
+def values(output: Path) -> dict[str, float]:
+    """The one value of each tensor of an npz file; NaN where a tensor has several."""
+    with np.load(output) as arrays:
+        tensors = {name: arrays[name] for name in arrays.files if f"{name}.npy" in arrays.zip.namelist()}
+    return {
+        name: float(array.flat[0]) if (array == array.flat[0]).all() else np.nan
+        for name, array in tensors.items()
+    }
+
+
+def update_entries(output: Path) -> Tensor:
+    """The update that an adapter stands for: its alpha lies in the tensors, or in the configuration beside them."""
+    file = output if output.is_file() else next(output.glob("*.safetensors"))
+    tensors = {name: tensor.double() for name, tensor in load_file(file).items()}
+    (down,) = (tensor for name, tensor in tensors.items() if "lora_down" in name or "lora_A" in name)
+    (up,) = (tensor for name, tensor in tensors.items() if "lora_up" in name or "lora_B" in name)
+    alphas = [tensor.item() for name, tensor in tensors.items() if name.endswith("alpha")]
+    alpha = alphas[0] if alphas else json.loads((output / "adapter_config.json").read_text())["lora_alpha"]
+    return up @ down * alpha / down.shape[0]
+
+
+def test_the_mean_is_of_the_right_weights(run, tmp_path, capsys):
+    adapter = run.expected.update is not None
+    folder_of_adapters = adapter and any(run.path.rglob("adapter_config.json"))
+    output = tmp_path / ("out" if folder_of_adapters else "out.safetensors" if adapter else "out.npz")
+    if average(run, output, capsys) is None:
+        return
+    if adapter:
+        entries = update_entries(output)
+        torch.testing.assert_close(entries, torch.full_like(entries, run.expected.update), rtol=1e-5, atol=0)
+    else:
+        assert values(output) == pytest.approx(
+            run.expected.mean(), rel=1e-2 if "deepspeed" in str(run.folder) else 1e-6
+        )
+
+
+def test_the_newest_by_step_is_taken(run, tmp_path, capsys):
+    if run.expected.steps is None or run.expected.update is not None:
+        pytest.skip("no steps, or an adapter")
+    output = tmp_path / "newest.npz"
+    if average(run, output, capsys, "--profile", "tail:steps=1") is not None:
+        assert values(output) == run.expected.newest
+
+
+def test_a_key_takes_the_same_weights(run, tmp_path, capsys):
+    if run.expected.key is None or run.expected.kind == "refused":
+        pytest.skip("no key")
+    output = tmp_path / "keyed.npz"
+    if average(run, output, capsys, "--key", run.expected.key, "--dtype", "fp32") is not None:
+        assert values(output) == pytest.approx(run.expected.mean(), rel=1e-6)
+
+
+def test_the_steps_are_told(run, tmp_path, capsys):
+    if run.expected.steps is None:
+        pytest.skip("no steps")
+    printed = average(run, tmp_path / "out.safetensors", capsys, "--json", "--dry-run")
+    if printed is None:
+        return
+    report = json.loads(printed)
+    steps = tuple(report["steps"])
+    assert len(steps) == 3 and steps == tuple(sorted(set(steps)))
+    assert steps in (run.expected.steps or (steps,))
+    assert all(name in text for name, text in zip(run.expected.names, report["inputs"], strict=True))
+
+
+def test_inspect_names_every_checkpoint(run, capsys):
+    code = main(["inspect", str(run.path), "--json"])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    if run.expected.kind == "refused" and code == 2:
+        assert run.refuses(captured.out + captured.err)
+        return
+    assert code == 0, captured.err
+    json.loads(captured.out)
+    assert all(name in captured.out for name in run.expected.names)
+
+
+def test_a_trajectory_of_the_same_paths_has_the_same_steps(run, tmp_path, capsys):
+    try:
+        trajectory = Trajectory.from_checkpoints(run.paths())
+    except PolyakError as error:
+        assert run.refuses(str(error)), error
+        return
+    assert run.expected.kind != "refused"
+    stops = [block.stop for block in trajectory.blocks]
+    if run.expected.steps is None:
+        assert len(stops) == 3
+        return
+    printed = average(run, tmp_path / "out.safetensors", capsys, "--json", "--dry-run")
+    assert printed is not None and json.loads(printed)["steps"] == stops
