@@ -26,11 +26,11 @@ class Expectation:
     Attributes:
         kind: which weights are meant; or that the run is refused.
         folder: what to average, in the maker's folder; ``inputs`` instead where that is no folder.
-        newest: the value of each tensor of the newest checkpoint; a tensor that is no weight is the newest's in
-            every average.
-        constant: names of those tensors of ``newest`` that all checkpoints, or an average, take from the newest.
+        newest: the value of each tensor of the newest checkpoint.
+        constant: names of those of them that are the same in an average: frozen, or counters.
         steps: the steps that may be told, any of these; empty for any that ascend; None where there are none.
         names: how the three checkpoints are called in a summary of the folder.
+        left_out: what else lies in the folder; one of these is named when the others are averaged.
         words: of the refusal, any of these; where ``kind`` is not "refused", a refusal with them is right too.
         key: under which the weights lie, where they do.
         update: for adapters, the entries of the mean update; its tensors are then not looked at by name.
@@ -43,6 +43,7 @@ class Expectation:
     steps: tuple[tuple[int, ...], ...] | None = ()
     folder: str = "."
     inputs: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     key: str | None = None
     update: float | None = None
