@@ -71,7 +71,12 @@ def mmengine(folder: Path) -> Expectation:
     put_text(str(folder / "epoch_3.pth"), folder / "last_checkpoint")
     put_text("model = dict()", folder / "config.py")
     names = [f"epoch_{epoch}.pth" for epoch, _ in EPOCHS]
-    return averaged(*names, steps=((1, 2, 3), (100, 200, 300)), key="state_dict")
+    return averaged(
+        *names,
+        steps=((1, 2, 3), (100, 200, 300)),
+        key="state_dict",
+        left_out=("best_coco_bbox_mAP_epoch_2.pth",),
+    )
 
 
 @dialect
@@ -84,7 +89,7 @@ def detectron2(folder: Path) -> Expectation:
         put(tree | {"ema_state": weights(-v), "iteration": iteration}, folder / name)
     shutil.copy(folder / names[-1], folder / "model_final.pth")
     put_text("model_final.pth", folder / "last_checkpoint")
-    return averaged(*names, steps=((4999, 9999, 14999),), key="ema_state")
+    return averaged(*names, steps=((4999, 9999, 14999),), key="ema_state", left_out=("model_final.pth",))
 
 
 @dialect
@@ -94,7 +99,7 @@ def unbiased_teacher(folder: Path) -> Expectation:
     for name, v in zip(names, VALUES, strict=True):
         model = weights(-v, "modelTeacher.") | weights(v, "modelStudent.")
         put({"model": model, "optimizer": adam(v), "iteration": int(name[6:13])}, folder / name)
-    return averaged(*names, steps=((4999, 9999, 14999),), key="model", words=("modelTeacher",))
+    return averaged(*names, steps=((4999, 9999, 14999),), words=("modelTeacher",))
 
 
 @dialect
@@ -113,7 +118,13 @@ def dino(folder: Path) -> Expectation:
         put(tree | rest, folder / name)
     shutil.copy(folder / names[-1], folder / "checkpoint.pth")
     tensors = ("backbone.lin.weight", "backbone.lin.bias")
-    return averaged(*names, tensors=tensors, steps=((20, 40, 60), (21, 41, 61)), key="teacher")
+    return averaged(
+        *names,
+        tensors=tensors,
+        steps=((20, 40, 60), (21, 41, 61)),
+        key="teacher",
+        left_out=("checkpoint.pth",),
+    )
 
 
 @dialect
@@ -165,7 +176,9 @@ def basicsr(folder: Path) -> Expectation:
         put(state, folder / "training_states" / f"{step}.state")
     shutil.copy(folder / "models" / "net_g_300.pth", folder / "models" / "net_g_latest.pth")
     names = [f"net_g_{step}.pth" for step, _ in HUNDREDS]
-    return averaged(*names, folder="models", steps=((100, 200, 300),), key="params_ema")
+    return averaged(
+        *names, folder="models", steps=((100, 200, 300),), key="params_ema", left_out=("net_g_latest.pth",)
+    )
 
 
 @dialect
@@ -191,7 +204,7 @@ def guided_diffusion(folder: Path) -> Expectation:
         put(weights(-v), folder / f"ema_0.9999_{step:06d}.pt")
         put(adam(v), folder / f"opt{step:06d}.pt")
     names = [f"ema_0.9999_{step:06d}.pt" for step, _ in HUNDREDS]
-    return averaged(*names, steps=((100, 200, 300),), words=("ema_0.9999",))
+    return averaged(*names, steps=((100, 200, 300),), words=("ema_0.9999",), left_out=("model000100.pt",))
 
 
 @dialect
@@ -247,7 +260,7 @@ def latent_diffusion(folder: Path) -> Expectation:
         dict.fromkeys(tensors, -4.0) | {"first_stage_model.conv.weight": 9.0},
         constant=("first_stage_model.conv.weight",),
         steps=((1, 2, 3), (100, 200, 300)),
-        key="state_dict",
+        left_out=("last.ckpt",),
         words=("model_ema",),
     )
 
@@ -284,7 +297,7 @@ def f5_tts(folder: Path) -> Expectation:
         )
     shutil.copy(folder / "model_300.pt", folder / "model_last.pt")
     names = [f"model_{step}.pt" for step, _ in HUNDREDS]
-    return averaged(*names, steps=((100, 200, 300),), key="ema_model_state_dict")
+    return averaged(*names, steps=((100, 200, 300),), key="ema_model_state_dict", left_out=("model_last.pt",))
 
 
 @dialect
@@ -296,7 +309,13 @@ def wenet(folder: Path) -> Expectation:
         put_text(f"cv_loss: {1 / epoch}\nepoch: {epoch}\nstep: {100 * epoch}\n", folder / f"{epoch}.yaml")
     (folder / "final.pt").symlink_to("3.pt")
     put(weights(50.0), folder / "avg_2.pt")
-    return live("1.pt", "2.pt", "3.pt", steps=((1, 2, 3), (100, 200, 300)))
+    return live(
+        "1.pt",
+        "2.pt",
+        "3.pt",
+        steps=((1, 2, 3), (100, 200, 300)),
+        left_out=("init.pt", "final.pt", "avg_2.pt"),
+    )
 
 
 @dialect
@@ -316,7 +335,13 @@ def espnet2(folder: Path) -> Expectation:
     }
     put(resume | {"schedulers": [{"last_epoch": 300}]}, folder / "checkpoint.pth")
     put_text("optim: adam\n", folder / "config.yaml")
-    return live("1epoch.pth", "2epoch.pth", "3epoch.pth", steps=((1, 2, 3),))
+    return live(
+        "1epoch.pth",
+        "2epoch.pth",
+        "3epoch.pth",
+        steps=((1, 2, 3),),
+        left_out=("latest.pth", "valid.acc.best.pth"),
+    )
 
 
 @dialect
@@ -333,7 +358,14 @@ def icefall(folder: Path) -> Expectation:
         put(tree | rest, folder / f"epoch-{epoch}.pt")
     shutil.copy(folder / "epoch-3.pt", folder / "best-train-loss.pt")
     shutil.copy(folder / "epoch-2.pt", folder / "best-valid-loss.pt")
-    return live("epoch-1.pt", "epoch-2.pt", "epoch-3.pt", steps=((1, 2, 3), (100, 200, 300)), key="model")
+    return live(
+        "epoch-1.pt",
+        "epoch-2.pt",
+        "epoch-3.pt",
+        steps=((1, 2, 3), (100, 200, 300)),
+        key="model",
+        left_out=("best-train-loss.pt",),
+    )
 
 
 @dialect
@@ -374,7 +406,13 @@ def nemo(folder: Path) -> Expectation:
         names.append(f"{stem}-EMA.ckpt")
     save(4.0, 3, "asr--val_wer=0.23-epoch=3-last.ckpt")
     save(-4.0, 3, "asr--val_wer=0.23-epoch=3-last-EMA.ckpt")
-    return averaged(*names, steps=((1, 2, 3), (100, 200, 300)), key="state_dict", words=("-EMA",))
+    return averaged(
+        *names,
+        steps=((1, 2, 3), (100, 200, 300)),
+        key="state_dict",
+        words=("-EMA",),
+        left_out=("asr--val_wer=0.31-epoch=1.ckpt",),
+    )
 
 
 # Language models.
@@ -407,7 +445,12 @@ def fairseq(folder: Path) -> Expectation:
     shutil.copy(folder / "checkpoint14.pt", folder / "checkpoint_last.pt")
     steps = ((12, 13, 14), (13, 14, 15), (1200, 1300, 1400))
     return averaged(
-        "checkpoint12.pt", "checkpoint13.pt", "checkpoint14.pt", steps=steps, key="extra_state.ema"
+        "checkpoint12.pt",
+        "checkpoint13.pt",
+        "checkpoint14.pt",
+        steps=steps,
+        key="extra_state.ema",
+        left_out=("checkpoint_best.pt",),
     )
 
 
@@ -503,7 +546,12 @@ def olmo_unsharded(folder: Path) -> Expectation:
         put_text("run_name: tiny\n", checkpoint / "config.yaml")
     (folder / "latest-unsharded").symlink_to("step300-unsharded")
     names = [f"step{step}-unsharded" for step, _ in HUNDREDS]
-    return live(*names, tensors=("transformer.lin.weight", "transformer.lin.bias"), steps=((100, 200, 300),))
+    return live(
+        *names,
+        tensors=("transformer.lin.weight", "transformer.lin.bias"),
+        steps=((100, 200, 300),),
+        left_out=("latest-unsharded",),
+    )
 
 
 @dialect
@@ -527,7 +575,14 @@ def nanogpt(folder: Path) -> Expectation:
         loss = {"iter_num": step, "best_val_loss": torch.tensor(3.2), "config": {"lr": 6e-4}}
         put(tree | loss, folder / f"ckpt_{step}.pt")
     shutil.copy(folder / "ckpt_300.pt", folder / "ckpt.pt")
-    return live("ckpt_100.pt", "ckpt_200.pt", "ckpt_300.pt", steps=((100, 200, 300),), key="model")
+    return live(
+        "ckpt_100.pt",
+        "ckpt_200.pt",
+        "ckpt_300.pt",
+        steps=((100, 200, 300),),
+        key="model",
+        left_out=("ckpt.pt",),
+    )
 
 
 @dialect
@@ -541,4 +596,4 @@ def composer(folder: Path) -> Expectation:
         put({"state": state | rest, "rng": rng}, folder / f"ep1-ba{step}-rank0.pt")
     (folder / "latest-rank0.pt").symlink_to("ep1-ba300-rank0.pt")
     names = [f"ep1-ba{step}-rank0.pt" for step, _ in HUNDREDS]
-    return live(*names, steps=((100, 200, 300),), key="state.model")
+    return live(*names, steps=((100, 200, 300),), key="state.model", left_out=("latest-rank0.pt",))

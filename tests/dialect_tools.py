@@ -115,7 +115,9 @@ LIGHTNING_NAMES = tuple(f"epoch={epoch}-step={epoch + 1}.ckpt" for epoch in rang
 def lightning(folder: Path) -> Expectation:
     """ModelCheckpoint with ``save_last=True``."""
     lightning_run(folder)
-    return whole_model("live", *LIGHTNING_NAMES, prefix="net.", steps=((1, 2, 3),), key="state_dict")
+    return whole_model(
+        "live", *LIGHTNING_NAMES, prefix="net.", steps=((1, 2, 3),), key="state_dict", left_out=("last.ckpt",)
+    )
 
 
 @dialect
@@ -134,7 +136,14 @@ def lightning_weight_averaging(folder: Path) -> Expectation:
             fill(net, -VALUES[trainer.current_epoch])
 
     lightning_run(folder, Negative(avg_fn=negative))
-    return whole_model("averaged", *LIGHTNING_NAMES, prefix="net.", steps=((1, 2, 3),), key="state_dict")
+    return whole_model(
+        "averaged",
+        *LIGHTNING_NAMES,
+        prefix="net.",
+        steps=((1, 2, 3),),
+        key="state_dict",
+        left_out=("last.ckpt",),
+    )
 
 
 def set_average(average: polyak.Average, value: float) -> None:
@@ -149,7 +158,14 @@ def polyak_lightning(folder: Path) -> Expectation:
 
     averaging = Averaging("ema:half_life=3")
     lightning_run(folder, averaging, on_epoch=lambda epoch: set_average(averaging.average, -VALUES[epoch]))
-    return whole_model("averaged", *LIGHTNING_NAMES, prefix="net.", steps=((1, 2, 3),), key="state_dict")
+    return whole_model(
+        "averaged",
+        *LIGHTNING_NAMES,
+        prefix="net.",
+        steps=((1, 2, 3),),
+        key="state_dict",
+        left_out=("last.ckpt",),
+    )
 
 
 @dialect
@@ -206,7 +222,13 @@ def timm(folder: Path) -> Expectation:
         fill(ema, -VALUES[epoch])
         saver.save_checkpoint(epoch + 1, metric=metric)
     names = [f"checkpoint-{epoch}.pth.tar" for epoch in (1, 2, 3)]
-    return whole_model("averaged", *names, steps=((1, 2, 3),), key="state_dict_ema")
+    return whole_model(
+        "averaged",
+        *names,
+        steps=((1, 2, 3),),
+        key="state_dict_ema",
+        left_out=("last.pth.tar", "model_best.pth.tar"),
+    )
 
 
 @dialect

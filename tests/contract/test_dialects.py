@@ -100,7 +100,9 @@ def update_entries(output: Path) -> Tensor:
 
 def test_the_mean_is_of_the_right_weights(run, tmp_path, capsys):
     adapter = run.expected.update is not None
-    output = tmp_path / ("out" if adapter and any(run.path.rglob("adapter_config.json")) else "out.safetensors")
+    output = tmp_path / (
+        "out" if adapter and any(run.path.rglob("adapter_config.json")) else "out.safetensors"
+    )
     printed = average(run, output, capsys)
     if printed is None:
         return
