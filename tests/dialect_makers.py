@@ -569,12 +569,13 @@ def litgpt(folder: Path) -> Expectation:
 
 @dialect
 def nanogpt(folder: Path) -> Expectation:
-    """A compiled model with its arguments and configuration; the file of the script's own name is the last of them."""
+    """A compiled model with its arguments and configuration; the file of the script's own name is the last of them,
+    and either may be taken for it."""
     for step, v in HUNDREDS:
         tree = {"model": weights(v, "_orig_mod."), "optimizer": adam(v), "model_args": {"n_layer": 1}}
         loss = {"iter_num": step, "best_val_loss": torch.tensor(3.2), "config": {"lr": 6e-4}}
         put(tree | loss, folder / f"ckpt_{step}.pt")
-    shutil.copy(folder / "ckpt_300.pt", folder / "ckpt.pt")
+    shutil.copy(folder / "ckpt", folder / "ckpt.pt")
     return live(
         "ckpt_100.pt",
         "ckpt_200.pt",

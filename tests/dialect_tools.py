@@ -34,6 +34,7 @@ from dialects import (
 
 BUFFERS = {"bn.running_mean": 50.0, "bn.running_var": 100.0, "bn.num_batches_tracked": 3.0}
 FROZEN = {"frozen.weight": 7.0}
+TRAINED = (*NAMES, "bn.weight", "bn.bias")
 
 
 class Net(nn.Module):
@@ -57,7 +58,7 @@ class Net(nn.Module):
 def whole_model(kind: str, *names: str, prefix: str = "", **more) -> Expectation:
     """The trained parameters of one kind, with the statistics and the frozen layer of the newest model."""
     sign = -1 if kind == "averaged" else 1
-    trained = dict.fromkeys((*NAMES, "bn.weight", "bn.bias"), sign * VALUES[-1])
+    trained = dict.fromkeys(TRAINED, sign * VALUES[-1])
     tensors = {prefix + name: value for name, value in (trained | BUFFERS | FROZEN).items()}
     constant = tuple(prefix + name for name in BUFFERS | FROZEN)
     return Expectation(kind, names, tensors, constant=constant, **more)
@@ -147,8 +148,10 @@ def lightning_weight_averaging(folder: Path) -> Expectation:
 
 
 def set_average(average: polyak.Average, value: float) -> None:
-    for tensor in average.named_tensors().values():
-        tensor.fill_(value)
+    """Make what is averaged have one value; buffers and frozen layers stay those of the model."""
+    tensors = average.named_tensors()
+    for name in (name for name in tensors if name.endswith(TRAINED)):
+        tensors[name].fill_(value)
 
 
 @dialect

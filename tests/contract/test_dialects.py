@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from glob import glob
@@ -157,11 +158,15 @@ def test_inspect_names_every_checkpoint(run, capsys):
 
 def test_a_trajectory_of_the_same_paths_has_the_same_steps(run, tmp_path, capsys):
     try:
-        trajectory = Trajectory.from_checkpoints(run.paths())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trajectory = Trajectory.from_checkpoints(run.paths())
     except PolyakError as error:
         assert run.refuses(str(error)), error
         return
     assert run.expected.kind != "refused"
+    said = " ".join(str(warning.message) for warning in caught)
+    assert not run.expected.left_out or any(name in said for name in run.expected.left_out)
     stops = [block.stop for block in trajectory.blocks]
     if run.expected.steps is None:
         assert len(stops) == 3
