@@ -575,14 +575,14 @@ def nanogpt(folder: Path) -> Expectation:
         tree = {"model": weights(v, "_orig_mod."), "optimizer": adam(v), "model_args": {"n_layer": 1}}
         loss = {"iter_num": step, "best_val_loss": torch.tensor(3.2), "config": {"lr": 6e-4}}
         put(tree | loss, folder / f"ckpt_{step}.pt")
-    shutil.copy(folder / "ckpt", folder / "ckpt.pt")
+    shutil.copy(folder / "ckpt_300.pt", folder / "ckpt.pt")
     return live(
         "ckpt_100.pt",
         "ckpt_200.pt",
-        "ckpt_300.pt",
+        "ckpt",
         steps=((100, 200, 300),),
         key="model",
-        left_out=("ckpt.pt",),
+        left_out=("ckpt.pt", "ckpt_300.pt"),
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import dialect_makers  # noqa: F401 - both make their dialects known
 import dialect_tools  # noqa: F401
@@ -173,3 +175,47 @@ def test_a_trajectory_of_the_same_paths_has_the_same_steps(run, tmp_path, capsys
         return
     printed = average(run, tmp_path / "out.safetensors", capsys, "--json", "--dry-run")
     assert printed is not None and json.loads(printed)["steps"] == stops
+
+
+class Shaped(nn.Module):
+    """A model of no use that has the tensors of a file, under their names, and none of their values."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        for name, tensor in tensors.items():
+            *path, last = name.split(".")
+            parent = self
+            for part in path:
+                if not hasattr(parent, part):
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            empty = torch.full_like(tensor, 99)
+            if tensor.is_floating_point() and not last.startswith("running_"):
+                parent.register_parameter(last, nn.Parameter(empty))
+            else:
+                parent.register_buffer(last, empty)
+
+
+def test_select_scores_whole_models_of_the_right_weights(run, tmp_path, capsys, monkeypatch):
+    if run.expected.update is not None:
+        pytest.skip("an adapter is no model")
+    averaged = tmp_path / "out.safetensors"
+    if average(run, averaged, capsys) is None:
+        return
+    mean, names = run.expected.mean(), list(run.expected.newest)
+    trained = next(name for name in names if name not in run.expected.constant)
+
+    def score(model):
+        state = model.state_dict()
+        assert all((state[name] == run.expected.newest[name]).all() for name in run.expected.constant)
+        return (state[trained].double() - mean[trained]).abs().mean().item()
+
+    code = types.ModuleType("user_code")
+    code.build, code.score = (lambda: Shaped(load_file(averaged))), score
+    monkeypatch.setitem(sys.modules, "user_code", code)
+    options = ["--model", "user_code:build", "--score", "user_code:score", "--profiles", "uniform", "--json"]
+    assert main(["select", *run.inputs, *options]) == 0
+    candidates = json.loads(capsys.readouterr().out)["candidates"]
+    scores = {candidate["name"]: candidate["score"] for candidate in candidates}
+    distance = abs(run.expected.newest[trained] - mean[trained])
+    assert scores == pytest.approx({"live": distance, "uniform": 0}, abs=1e-2)
