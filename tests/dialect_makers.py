@@ -4,14 +4,14 @@ Each maker writes into a folder and says what is right. ``dialect_tools`` has th
 
 | written by the tool itself | written by hand |
 |---|---|
-| Lightning: ModelCheckpoint, WeightAveraging | MMEngine, detectron2, Unbiased Teacher |
-| polyak: Averaging, Average.state_dict() | F5-TTS (its EMA state by ema-pytorch), BasicSR, StyleGAN2 |
-| timm: CheckpointSaver | guided-diffusion, k-diffusion, DiT, latent-diffusion |
-| ema-pytorch: EMA | fairseq, NeMo, Megatron, DeepSpeed |
+| Lightning: ModelCheckpoint, WeightAveraging | MMEngine, detectron2, Unbiased Teacher, DINO |
+| polyak: Averaging, Average.state_dict() | BasicSR, StyleGAN2, guided-diffusion, k-diffusion |
+| timm: CheckpointSaver | DiT, latent-diffusion, kohya, ultralytics, nnU-Net |
+| ema-pytorch: EMA, also in the loop of F5-TTS | fairseq, NeMo, Megatron, DeepSpeed |
 | diffusers: EMAModel, ModelMixin | wenet, espnet, icefall, SpeechBrain |
-| transformers: Trainer | kohya, ultralytics, nnU-Net |
-| PEFT: save_pretrained | OLMo without shards, litgpt, nanoGPT |
-| accelerate: save_state | Composer, DINO |
+| transformers: Trainer | OLMo without shards, litgpt, nanoGPT |
+| PEFT: save_pretrained | Composer |
+| accelerate: save_state | |
 | torch.distributed.checkpoint, for torchtitan and OLMo-core | |
 """
 
@@ -284,20 +284,6 @@ def kohya(folder: Path) -> Expectation:
 
 
 # Speech.
-
-
-@dialect
-def f5_tts(folder: Path) -> Expectation:
-    """The state of an ema-pytorch EMA without the online model, beside the model; the last is there under two names."""
-    for step, v in HUNDREDS:
-        ema = {"initted": torch.tensor(True), "step": torch.tensor(step)} | weights(-v, "ema_model.")
-        tree = {"model_state_dict": weights(v), "optimizer_state_dict": adam(v), "ema_model_state_dict": ema}
-        put(
-            tree | {"scheduler_state_dict": {"last_epoch": step}, "update": step}, folder / f"model_{step}.pt"
-        )
-    shutil.copy(folder / "model_300.pt", folder / "model_last.pt")
-    names = [f"model_{step}.pt" for step, _ in HUNDREDS]
-    return averaged(*names, steps=((100, 200, 300),), key="ema_model_state_dict", left_out=("model_last.pt",))
 
 
 @dialect

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 import sys
 import types
 import warnings
@@ -253,6 +254,24 @@ def ema_pytorch(folder: Path) -> Expectation:
         put(tree | {"scaler": None, "version": "2.2.5"}, folder / f"model-{milestone}.pt")
     names = ("model-1.pt", "model-2.pt", "model-3.pt")
     return averaged(*names, steps=((1, 2, 3), (1000, 2000, 3000)), key="ema")
+
+
+@dialect
+def f5_tts(folder: Path) -> Expectation:
+    """A loop with an EMA of ema-pytorch that leaves the online model out; the last is there under two names."""
+    ema_pytorch = pytest.importorskip("ema_pytorch")
+    model = nn.ModuleDict({"lin": nn.Linear(2, 2)})
+    ema = ema_pytorch.EMA(model, include_online_model=False)
+    for step, v in zip((100, 200, 300), VALUES, strict=True):
+        fill(model, v)
+        fill(ema.ema_model.requires_grad_(True), -v)
+        ema.step.fill_(step)
+        tree = {"model_state_dict": model.state_dict(), "optimizer_state_dict": adam(v)}
+        rest = {"scheduler_state_dict": {"last_epoch": step}, "update": step}
+        put(tree | {"ema_model_state_dict": ema.state_dict()} | rest, folder / f"model_{step}.pt")
+    shutil.copy(folder / "model_300.pt", folder / "model_last.pt")
+    names = ("model_100.pt", "model_200.pt", "model_300.pt")
+    return averaged(*names, steps=((100, 200, 300),), key="ema_model_state_dict", left_out=("model_last.pt",))
 
 
 def diffusers_model() -> nn.Module:
