@@ -19,6 +19,7 @@ from torch import nn
 
 import polyak
 from dialects import (
+    HUNDREDS,
     NAMES,
     VALUES,
     Expectation,
@@ -262,7 +263,7 @@ def f5_tts(folder: Path) -> Expectation:
     ema_pytorch = pytest.importorskip("ema_pytorch")
     model = nn.ModuleDict({"lin": nn.Linear(2, 2)})
     ema = ema_pytorch.EMA(model, include_online_model=False)
-    for step, v in zip((100, 200, 300), VALUES, strict=True):
+    for step, v in HUNDREDS:
         fill(model, v)
         fill(ema.ema_model.requires_grad_(True), -v)
         ema.step.fill_(step)
@@ -296,7 +297,7 @@ def diffusers_folders(folder: Path) -> Expectation:
 
     model = diffusers_model()
     ema = EMAModel(model.parameters(), model_cls=type(model), model_config=model.config)
-    for step, v in zip((100, 200, 300), VALUES, strict=True):
+    for step, v in HUNDREDS:
         fill(model, v)
         ema.shadow_params = [torch.full_like(parameter, -v) for parameter in model.parameters()]
         checkpoint = folder / f"checkpoint-{step}"
@@ -317,7 +318,7 @@ def diffusers_state_dict(folder: Path) -> Expectation:
 
     model = diffusers_model()
     ema = EMAModel(model.parameters())
-    for step, v in zip((100, 200, 300), VALUES, strict=True):
+    for step, v in HUNDREDS:
         fill(model, v)
         ema.shadow_params = [torch.full_like(parameter, -v) for parameter in model.parameters()]
         put({"step": step, "model": model.state_dict(), "ema": ema.state_dict()}, folder / f"step_{step}.pt")
@@ -362,7 +363,7 @@ def peft(folder: Path) -> Expectation:
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0"])
     model = peft.get_peft_model(base, config)
     factors = dict(model.named_parameters())
-    for step, v in zip((100, 200, 300), VALUES, strict=True):
+    for step, v in HUNDREDS:
         for name, factor in factors.items():
             if "lora_" in name:
                 factor.data.fill_(1 if "lora_A" in name else v)
@@ -401,7 +402,7 @@ def save_sharded(tree: dict[str, object], path: Path) -> None:
 @dialect
 def torchtitan(folder: Path) -> Expectation:
     """A sharded checkpoint for each step: the model's names at the top, the optimizer and counters beside them."""
-    for step, v in zip((100, 200, 300), VALUES, strict=True):
+    for step, v in HUNDREDS:
         optimizer = {f"state.{name}.exp_avg": 100 * tensor for name, tensor in weights(v).items()}
         state = {"train_state": {"step": torch.tensor(step), "ntokens_seen": torch.tensor(10 * step)}}
         rest = {
@@ -416,7 +417,7 @@ def torchtitan(folder: Path) -> Expectation:
 @dialect
 def olmo_core(folder: Path) -> Expectation:
     """A sharded checkpoint of model and optimizer in each step's folder, beside the trainer's state."""
-    for step, v in zip((100, 200, 300), VALUES, strict=True):
+    for step, v in HUNDREDS:
         optimizer = {f"state.{name}.exp_avg": 100 * tensor for name, tensor in weights(v).items()}
         save_sharded({"model": weights(v), "optim": optimizer}, folder / f"step{step}" / "model_and_optim")
         put(

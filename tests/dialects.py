@@ -17,6 +17,8 @@ from torch import Tensor, nn
 # files, weights or steps has the same mean.
 VALUES = (1.0, 2.0, 4.0)
 NAMES = ("lin.weight", "lin.bias")
+HUNDREDS = tuple(zip((100, 200, 300), VALUES, strict=True))
+EPOCHS = tuple(zip((1, 2, 3), VALUES, strict=True))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import dialect_makers  # noqa: F401 - both make their dialects known
+import dialect_makers  # noqa: F401 - all make their dialects known
+import dialect_texts  # noqa: F401
 import dialect_tools  # noqa: F401
 from dialects import MAKERS, Expectation
 from polyak import Trajectory
