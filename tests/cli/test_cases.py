@@ -216,6 +216,7 @@ def test_right_or_refused(tmp_path, monkeypatch, capsys, name, number):
         name == "new_dtype_and_dtensor"
     )
     assert code in (0, 2), outcome
+    assert not Path("ran").exists()
     right = RIGHT[name][number]
     if code == 0 and "-o" in arguments:
         output = Path(arguments[arguments.index("-o") + 1])
