@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from polyak._distributed import RankGroup
-from polyak.checkpoints._io import O_BINARY, OWN_FILES, AtomicOutput, DataFile, Observer, write_all, writing
+from polyak.checkpoints._io import (
+    O_BINARY,
+    OWN_FILES,
+    SIDECAR,
+    AtomicOutput,
+    DataFile,
+    Observer,
+    write_all,
+    writing,
+)
 from polyak.errors import CheckpointError, OptionError, StructureError
 
 __all__ = [
@@ -236,8 +245,6 @@ class Contents:
 
 # What is written: slices of tensors whose layout is known beforehand, then all or nothing.
 
-# Formats with no place for metadata and ties carry them in a file of this name.
-SIDECAR = "polyak.json"
 _ALIGNMENT = 64
 
 
@@ -249,6 +256,8 @@ class Layout:
         tensors: name to shape and dtype, each tied tensor under one name only.
         ties: further name to the name in ``tensors`` that holds its values.
         metadata: free text entries.
+        beside: name to small file, or to its content, that a folder of a Hugging Face library also gets.
+        stem: the name of the weights' file in such a folder, without its suffix; by default that of transformers.
 
     Raises ``StructureError`` if a tie leads nowhere, ``OptionError`` if metadata is not text.
     """
@@ -256,6 +265,8 @@ class Layout:
     tensors: Mapping[str, TensorInfo]
     ties: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Path | bytes] = field(default_factory=dict)
+    stem: str | None = None
 
     def __post_init__(self) -> None:
         for tied, name in self.ties.items():

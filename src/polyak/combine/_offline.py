@@ -19,7 +19,7 @@ from polyak import checkpoints
 from polyak._distributed import RankGroup
 from polyak.checkpoints import _base, _io
 from polyak.checkpoints._checkpoint import format_for
-from polyak.combine import _inputs
+from polyak.combine import _inputs, _outputs
 from polyak.combine._engine import Progress, combine
 from polyak.combine._inputs import Budget, is_averaged
 from polyak.errors import OptionError, PolyakError, name_list
@@ -114,7 +114,8 @@ class Plan:
         opened: the inputs, in the order of ``coefficients``.
         coefficients: how much each counts; they sum to 1.
         steps: the training step of each; None if not known for all.
-        layout: of the output.
+        layout: of the output, with the files that lie beside its weights.
+        output_notes: what to know about the output, one sentence each.
     """
 
     inputs: Paths
@@ -132,6 +133,7 @@ class Plan:
     coefficients: list[float] = field(init=False)
     steps: list[int] | None = field(init=False)
     layout: checkpoints.Layout = field(init=False)
+    output_notes: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.profile is not None:
@@ -154,7 +156,8 @@ class Plan:
             spans = _inputs.spans_of_steps(self.steps or range(1, len(self.opened) + 1))
         self.dtype = None if self.dtype is None else parse_dtype(self.dtype)
         self.coefficients = _inputs.coefficients(chosen, spans)
-        self.layout = _inputs.common_layout(self.opened, self.dtype)
+        layout = _inputs.common_layout(self.opened, self.dtype)
+        self.layout, self.output_notes = _outputs.completed(layout, self.opened, self.output)
         self._memory_bytes()
 
     def report(self, differing: Sequence[str] = ()) -> AverageReport:
@@ -170,7 +173,11 @@ class Plan:
             copied=tuple(name for name, info in tensors.items() if not is_averaged(info.dtype)),
             differing=tuple(differing),
             ignored=tuple(dict.fromkeys(entry for one in self.opened for entry in one.ignored)),
-            notes=(*_notes(self.opened), *(_batchnorm_note(tensors) if counted > 1 else ())),
+            notes=(
+                *_notes(self.opened),
+                *(_batchnorm_note(tensors) if counted > 1 else ()),
+                *self.output_notes,
+            ),
             bytes_read=counted * sum(info.nbytes for info in tensors.values()),
             bytes_written=sum(info.nbytes for info in self.layout.tensors.values()),
             memory_bytes=self._memory_bytes(),
