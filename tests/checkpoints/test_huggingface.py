@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from library_models import tiny_gpt2, tiny_unet
 from polyak import checkpoints
 from polyak.errors import CheckpointError
 
@@ -115,8 +116,6 @@ def resaved(save, folder, max_shard_size, stem):
 def test_an_index_beside_a_whole_file_is_read_as_transformers_does(tmp_path):
     from transformers import GPT2Model
 
-    from combine.test_outputs import tiny_gpt2
-
     resaved(tiny_gpt2, tmp_path / "model", 500, "model")
     loaded = GPT2Model.from_pretrained(tmp_path / "model")
     with checkpoints.open(tmp_path / "model") as opened:
@@ -126,8 +125,6 @@ def test_an_index_beside_a_whole_file_is_read_as_transformers_does(tmp_path):
 
 def test_an_index_beside_a_whole_file_is_read_as_diffusers_does(tmp_path):
     from diffusers import UNet2DModel
-
-    from combine.test_outputs import tiny_unet
 
     resaved(tiny_unet, tmp_path / "model", 500, "diffusion_pytorch_model")
     loaded = UNet2DModel.from_pretrained(tmp_path / "model")

@@ -7,42 +7,11 @@ import pytest
 import torch
 
 import polyak
+from library_models import filled, tiny_gpt2, tiny_unet
 from polyak import checkpoints
 from polyak.errors import CheckpointError, OutputExistsError
 
 VALUES = (1.0, 4.0)
-
-
-def filled(model, value):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(value)
-    return model
-
-
-def tiny_gpt2(value, **settings):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        n_layer=1, n_head=1, n_embd=4, vocab_size=8, n_positions=8, bos_token_id=1, eos_token_id=2, **settings
-    )
-    return filled(GPT2LMHeadModel(config), value)
-
-
-def tiny_unet(value):
-    from diffusers import UNet2DModel
-
-    return filled(
-        UNet2DModel(
-            sample_size=4,
-            block_out_channels=(4,),
-            layers_per_block=1,
-            norm_num_groups=2,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-        ),
-        value,
-    )
 
 
 @pytest.fixture
@@ -119,11 +88,15 @@ def test_diffusers_loads_a_folder_under_its_own_name(tmp_path):
     assert all(torch.all(parameter == 2.5) for parameter in model.parameters())
 
 
+# PEFT asks transformers by a name that is to go.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_keeps_its_name_and_config(tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     for name in "ab":
-        adapted = get_peft_model(tiny_gpt2(1.0), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+        adapted = get_peft_model(
+            tiny_gpt2(1.0), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        )
         filled(adapted, 3.0).save_pretrained(tmp_path / name)
     polyak.average_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "average")
     names = ["adapter_config.json", "adapter_model.safetensors", "polyak.json"]

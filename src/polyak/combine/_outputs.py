@@ -91,7 +91,7 @@ _NEVER_COPIED = (
     "training_args*",
     SIDECAR,
 )
-_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", SIDECAR)
+_WEIGHTS = ("*.safetensors", "*model*.bin", "*.index.json", SIDECAR)
 # The largest tokenizers have 35 MB.
 _MOST_BYTES = 50_000_000
 
