@@ -158,3 +158,31 @@ def test_nothing_is_copied_where_no_config_says_what_the_folder_is(tmp_path):
         (tmp_path / name / "notes.txt").write_text("mine")
     report = polyak.average_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "average")
     assert os.listdir(tmp_path / "average") == ["model.safetensors"] and report.notes == ()
+
+
+def tied_model():
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 4, bias=False))
+    model[1].weight = model[0].weight
+    return model
+
+
+def test_tied_weights_load_as_the_readme_says(tmp_path):
+    from safetensors.torch import load_file, load_model
+
+    for name, value in zip("ab", VALUES, strict=True):
+        torch.save(filled(tied_model(), value).state_dict(), tmp_path / f"{name}.pt")
+    paths, output = [tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "average.safetensors"
+    report = polyak.average_checkpoints(paths, output)
+    (note,) = report.notes
+    assert note.startswith(
+        "tied, and stored once: '1.weight = 0.weight'. Load with safetensors.torch.load_model("
+    )
+    assert set(load_file(output)) == {"0.weight"}
+    model = tied_model()
+    assert load_model(model, output) == (set(), [])
+    assert torch.all(model[1].weight == 2.5) and model[1].weight is model[0].weight
+
+    assert polyak.average_checkpoints(paths, tmp_path / "average.pt").notes == ()
+    model = filled(tied_model(), 0)
+    model.load_state_dict(torch.load(tmp_path / "average.pt"))
+    assert torch.all(model[1].weight == 2.5)

@@ -25,28 +25,27 @@ def completed(layout: Layout, inputs: Sequence[Checkpoint], output: Path) -> tup
 
     Raises ``CheckpointError`` if a file beside the inputs cannot be read.
     """
-    folders = _library_folders(inputs)
-    if not folders:
-        return layout, []
     format = format_for(output, None)
-    if format in ("safetensors", "pt"):
-        return layout, [
+    notes = list(_ties_note(layout, output)) if format == "safetensors" else []
+    folders = _library_folders(inputs)
+    if folders and format == "huggingface":
+        layout, folder_notes = _as_library_folder(layout, inputs[0], folders)
+        notes += folder_notes
+    elif folders and format in ("safetensors", "pt"):
+        notes.append(
             f"{output.name} has no {name_list(_configs(folders[0]))} beside it: where it is to be loaded by "
             "from_pretrained, name an output without a suffix, which becomes a folder"
-        ]
-    if format != "huggingface":
-        return layout, []
-    copied, left_out = _small_files(folders[0])
-    beside: dict[str, Path | bytes] = {file.name: file for file in copied}
-    notes = [f"copied from {folders[0].name}: {name_list(list(beside), most=20)}"]
-    if left_out:
-        notes.append(f"not copied from {folders[0].name}: {name_list(left_out, most=20)}")
-    notes += _differences(folders)
-    dtype = _changed_dtype(layout, inputs[0])
-    if dtype is not None and _TRANSFORMERS_CONFIG in beside:
-        config = _read_json(folders[0] / _TRANSFORMERS_CONFIG)
-        beside[_TRANSFORMERS_CONFIG] = json.dumps(_with_dtype(config, dtype), indent=2).encode() + b"\n"
-    return replace(layout, beside=beside, stem=library_stem(folders[0])), notes
+        )
+    return layout, notes
+
+
+def _ties_note(layout: Layout, output: Path) -> Iterator[str]:
+    if layout.ties:
+        pairs = [f"{tied} = {name}" for tied, name in layout.ties.items()]
+        yield (
+            f"tied, and stored once: {name_list(pairs)}. Load with safetensors.torch.load_model(model, "
+            f"{output.name!r}), which ties them; load_state_dict(load_file(...)) would lack the first names"
+        )
 
 
 # Folders of transformers, diffusers and PEFT: weights, beside a config that says which model they are of.
@@ -72,6 +71,23 @@ def _holds_weights(folder: Path, checkpoint: Checkpoint) -> bool:
 
 def _configs(folder: Path) -> list[str]:
     return [name for name in _CONFIGS if (folder / name).is_file()]
+
+
+def _as_library_folder(
+    layout: Layout, first: Checkpoint, folders: Sequence[Path]
+) -> tuple[Layout, list[str]]:
+    home = folders[0]
+    copied, left_out = _small_files(home)
+    beside: dict[str, Path | bytes] = {file.name: file for file in copied}
+    notes = [f"copied from {home.name}: {name_list(list(beside), most=20)}"]
+    if left_out:
+        notes.append(f"not copied from {home.name}: {name_list(left_out, most=20)}")
+    notes += _differences(folders)
+    dtype = _changed_dtype(layout, first)
+    if dtype is not None and _TRANSFORMERS_CONFIG in beside:
+        config = _with_dtype(_read_json(home / _TRANSFORMERS_CONFIG), dtype)
+        beside[_TRANSFORMERS_CONFIG] = json.dumps(config, indent=2).encode() + b"\n"
+    return replace(layout, beside=beside, stem=library_stem(home)), notes
 
 
 # Which files are copied: those that say what the model and its tokenizer are. Never weights, state or records of the
