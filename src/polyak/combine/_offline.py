@@ -19,7 +19,7 @@ from polyak import checkpoints
 from polyak._distributed import RankGroup
 from polyak.checkpoints import _base, _io
 from polyak.checkpoints._checkpoint import format_for
-from polyak.combine import _inputs, _outputs
+from polyak.combine import _inputs, _nesting, _outputs
 from polyak.combine._engine import Progress, combine
 from polyak.combine._inputs import Budget, is_averaged
 from polyak.errors import OptionError, PolyakError, name_list
@@ -128,6 +128,7 @@ class Plan:
     key: str | None = None
     overwrite: bool = False
     hashes: bool = False
+    like: str | PathLike[str] | None = None
 
     opened: list[checkpoints.Checkpoint] = field(init=False)
     coefficients: list[float] = field(init=False)
@@ -158,6 +159,9 @@ class Plan:
         self.coefficients = _inputs.coefficients(chosen, spans)
         layout = _inputs.common_layout(self.opened, self.dtype)
         self.layout, self.output_notes = _outputs.completed(layout, self.opened, self.output)
+        if self.like is not None:
+            self.layout, note = _nesting.nested_like(self.layout, Path(self.like), self.key, self.output)
+            self.output_notes = [*self.output_notes, note]
         self._memory_bytes()
 
     def report(self, differing: Sequence[str] = ()) -> AverageReport:
@@ -311,6 +315,7 @@ def average_checkpoints(
     overwrite: bool = False,
     progress: Progress | None = None,
     hashes: bool = False,
+    like: str | PathLike[str] | None = None,
 ) -> AverageReport:
     """Average checkpoints of any size and format in bounded memory: Σ_k a_k · input_k.
 
@@ -333,6 +338,10 @@ def average_checkpoints(
         overwrite: replace an output that is there.
         progress: called with bytes done and bytes in all.
         hashes: note the SHA-256 of the inputs in the output.
+        like: a torch checkpoint, such as one of the inputs, that a torch output is nested like: the average lies under
+            the key that the weights have there, under the same names, beside the plain entries (text, numbers, and
+            lists and dicts of them, such as hyperparameters). Counters, state of the training and other weights are
+            left out.
 
     Returns:
         What was averaged, copied and ignored, and the coefficient of each input.
@@ -341,7 +350,8 @@ def average_checkpoints(
         StructureError: the inputs do not hold the same tensors; all differences are named.
         CheckpointError: an input cannot be read, or the output not written.
         NonFiniteError: an input holds NaN, or an infinity that the others do not; file and tensor are named.
-        OptionError: both ``weights`` and ``profile``, an output that is one of the inputs, too little memory.
+        OptionError: both ``weights`` and ``profile``, an output that is one of the inputs, too little memory, a
+            ``like`` that is not nested or holds other tensors, or an output that cannot be.
         OutputExistsError: the output is there and may not be overwritten.
 
     >>> import tempfile
@@ -363,6 +373,7 @@ def average_checkpoints(
         key=key,
         overwrite=overwrite,
         hashes=hashes,
+        like=like,
     )
     report = plan.run(progress)
     if report.differing:
