@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from library_models import tiny_gpt2, tiny_unet
 from polyak import checkpoints
 from polyak.errors import CheckpointError
 
@@ -100,3 +101,33 @@ def test_diffusers_and_single_bin_folders(tmp_path):
     with checkpoints.open(tmp_path) as opened:
         assert opened.format == "huggingface-bin"
         assert set(opened.tensors) == {"w"}
+
+
+def resaved(save, folder, max_shard_size, stem):
+    """Save in one layout, and put the files of another model of another layout beside it, as older versions did."""
+    other = folder.with_name("other")
+    save(1.0).save_pretrained(other, max_shard_size=max_shard_size)
+    save(5.0).save_pretrained(folder)
+    assert len(list(other.glob(f"{stem}-*.safetensors"))) > 1 and (folder / f"{stem}.safetensors").is_file()
+    for file in other.glob(f"{stem}*"):
+        file.rename(folder / file.name)
+
+
+def test_an_index_beside_a_whole_file_is_read_as_transformers_does(tmp_path):
+    from transformers import GPT2Model
+
+    resaved(tiny_gpt2, tmp_path / "model", 500, "model")
+    loaded = GPT2Model.from_pretrained(tmp_path / "model")
+    with checkpoints.open(tmp_path / "model") as opened:
+        values = opened.read(next(iter(opened.tensors)))
+    assert torch.all(values == 5) and torch.all(loaded.wte.weight == 5)
+
+
+def test_an_index_beside_a_whole_file_is_read_as_diffusers_does(tmp_path):
+    from diffusers import UNet2DModel
+
+    resaved(tiny_unet, tmp_path / "model", 500, "diffusion_pytorch_model")
+    loaded = UNet2DModel.from_pretrained(tmp_path / "model")
+    with checkpoints.open(tmp_path / "model") as opened:
+        values = opened.read("conv_in.weight")
+    assert torch.all(values == loaded.conv_in.weight) and torch.all(values == 1)

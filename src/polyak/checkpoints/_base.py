@@ -8,6 +8,7 @@ import mmap
 import os
 import tempfile
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,16 @@ import torch
 from torch import Tensor
 
 from polyak._distributed import RankGroup
-from polyak.checkpoints._io import O_BINARY, OWN_FILES, AtomicOutput, DataFile, Observer, write_all, writing
+from polyak.checkpoints._io import (
+    O_BINARY,
+    OWN_FILES,
+    SIDECAR,
+    AtomicOutput,
+    DataFile,
+    Observer,
+    write_all,
+    writing,
+)
 from polyak.errors import CheckpointError, OptionError, StructureError
 
 __all__ = [
@@ -28,6 +38,7 @@ __all__ = [
     "SIDECAR",
     "Contents",
     "ConvertedTensor",
+    "Envelope",
     "Format",
     "Layout",
     "LoadedTensor",
@@ -250,9 +261,35 @@ class Contents:
 
 # What is written: slices of tensors whose layout is known beforehand, then all or nothing.
 
-# Formats with no place for metadata and ties carry them in a file of this name.
-SIDECAR = "polyak.json"
 _ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What lies around the weights in a nested torch file.
+
+    Args:
+        place: the keys that lead to the weights.
+        entries: the tree around them, of plain values, without the weights.
+        names: name in the layout to the name in the file, for those that differ.
+    """
+
+    place: tuple[Any, ...]
+    entries: Mapping[Any, Any]
+    names: Mapping[str, str]
+
+    def around(self, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
+        """The whole tree, with ``tensors`` at their place.
+
+        >>> Envelope(("a", "b"), {"a": {"seed": 1}, "arch": "x"}, {"w": "module.w"}).around({"w": torch.ones(1)})
+        {'a': {'seed': 1, 'b': OrderedDict({'module.w': tensor([1.])})}, 'arch': 'x'}
+        """
+        tree = node = dict(self.entries)
+        for key in self.place[:-1]:
+            node[key] = dict(node.get(key, {}))
+            node = node[key]
+        node[self.place[-1]] = OrderedDict((self.names.get(name, name), tensors[name]) for name in tensors)
+        return tree
 
 
 @dataclass(frozen=True)
@@ -263,6 +300,9 @@ class Layout:
         tensors: name to shape and dtype, each tied tensor under one name only.
         ties: further name to the name in ``tensors`` that holds its values.
         metadata: free text entries.
+        beside: name to small file, or to its content, that a folder of a Hugging Face library also gets.
+        envelope: what a torch file holds around the weights, where they are nested.
+        stem: the name of the weights' file in such a folder, without its suffix; by default that of transformers.
 
     Raises ``StructureError`` if a tie leads nowhere, ``OptionError`` if metadata is not text.
     """
@@ -270,6 +310,9 @@ class Layout:
     tensors: Mapping[str, TensorInfo]
     ties: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Path | bytes] = field(default_factory=dict)
+    envelope: Envelope | None = None
+    stem: str | None = None
 
     def __post_init__(self) -> None:
         for tied, name in self.ties.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from polyak.checkpoints._base import Contents, Format, Layout, Location, Writer
-from polyak.checkpoints._io import AtomicOutput, writing
+from polyak.checkpoints._io import SIDECAR, AtomicOutput, sha256, writing
 from polyak.checkpoints._pt import TorchFormat
 from polyak.checkpoints._safetensors import SafetensorsFormat
 from polyak.errors import CheckpointError, StructureError, name_list
@@ -20,6 +21,9 @@ from polyak.errors import CheckpointError, StructureError, name_list
 # Above this many bytes a folder gets several files; the usual choice of the hub's tools.
 MAX_SHARD_BYTES = 5_000_000_000
 _INDEX = ".index.json"
+# A model saved again in another number of files leaves an index or a whole file behind that is stale. transformers
+# and PEFT load the whole file where there is one, diffusers what the index names.
+_INDEX_FIRST = "diffusion_pytorch_model"
 _TRAINER_STATE = "trainer_state.json"
 
 
@@ -28,7 +32,7 @@ _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 
 
 class _Folder(Format):
-    """A folder with a weights file of one of these names, or with its shards and their index, which comes first."""
+    """A folder with a weights file of one of these names, or with its shards and their index."""
 
     file_format: ClassVar[Format]
     stems: ClassVar[tuple[str, ...]]
@@ -38,8 +42,12 @@ class _Folder(Format):
         return self._weights_file(path) is not None
 
     def _weights_file(self, path: Path) -> Path | None:
-        files = [path / f"{stem}{self.suffix}{ending}" for stem in self.stems for ending in (_INDEX, "")]
-        return next((file for file in files if file.is_file()), None)
+        for stem in self.stems:
+            whole, index = path / f"{stem}{self.suffix}", path / f"{stem}{self.suffix}{_INDEX}"
+            for file in (index, whole) if stem == _INDEX_FIRST else (whole, index):
+                if file.is_file():
+                    return file
+        return None
 
     def read(self, path: Path) -> Contents:
         """Raises ``CheckpointError`` also for a damaged index, and for missing shards or names, all at once."""
@@ -64,7 +72,7 @@ class HuggingFaceFormat(_Folder):
     name = "huggingface"
     looks = "a folder with model.safetensors or its index"
     suffixes = ("",)
-    own_files = ("*.safetensors", f"*{_INDEX}")
+    own_files = ("*.safetensors", f"*{_INDEX}", SIDECAR)
     file_format, stems, suffix = SafetensorsFormat(), _STEMS, ".safetensors"
 
 
@@ -73,8 +81,21 @@ class HuggingFaceBinFormat(_Folder):
 
     name = "huggingface-bin"
     looks = "a folder with pytorch_model.bin or its index"
-    own_files = ("*.bin", f"*{_INDEX}")
+    own_files = ("*.bin", f"*{_INDEX}", SIDECAR)
     file_format, stems, suffix = TorchFormat(), ("pytorch_model", *_STEMS[1:]), ".bin"
+
+
+def library_stem(folder: Path) -> str | None:
+    """The name of the safetensors file, without its suffix, that the library of ``folder`` looks for.
+
+    None where the folder holds weights of no such library.
+    """
+    for format in (HuggingFaceFormat(), HuggingFaceBinFormat()):
+        file = format._weights_file(folder)
+        if file is not None:
+            stem = file.name.partition(".")[0]
+            return stem if stem in _STEMS else _STEMS[0]
+    return None
 
 
 def _trainer_step(path: Path) -> str | None:
@@ -129,20 +150,33 @@ class HuggingFaceWriter(Writer):
         super().__init__(layout)
         self._output = AtomicOutput(path, overwrite)
         self._format = format
+        self._stem = layout.stem or format.stems[0]
         parts = _split(layout)
         self._writers: dict[str, Writer] = {}
         self._file_of: dict[str, str] = {}
         folder = self._output.create_folder()
         try:
             with self._under_its_name():
+                self._put_beside(folder)
                 for number, part in enumerate(parts, 1):
                     shard = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
-                    file = format.stems[0] + shard + format.suffix
+                    file = self._stem + shard + format.suffix
                     self._writers[file] = format.file_format.writer(folder / file, part, False)
                     self._file_of |= dict.fromkeys([*part.tensors, *part.ties], file)
         except BaseException:
             self.abort()
             raise
+
+    def _put_beside(self, folder: Path) -> None:
+        with writing(self._output.path):
+            for name, source in self.layout.beside.items():
+                if isinstance(source, Path):
+                    shutil.copyfile(source, folder / name)
+                else:
+                    (folder / name).write_bytes(source)
+            if self.layout.beside:
+                copied = {name: sha256(folder / name) for name in self.layout.beside}
+                (folder / SIDECAR).write_text(json.dumps({"copied": copied}, indent=1))
 
     @contextmanager
     def _under_its_name(self) -> Iterator[None]:
@@ -167,7 +201,7 @@ class HuggingFaceWriter(Writer):
         if len(self._writers) > 1:
             total_bytes = sum(info.nbytes for info in self.layout.tensors.values())
             index = {"metadata": {"total_size": total_bytes}, "weight_map": self._file_of}
-            name = self._format.stems[0] + self._format.suffix + _INDEX
+            name = self._stem + self._format.suffix + _INDEX
             with writing(self._output.path):
                 (self._output.temporary / name).write_text(json.dumps(index, indent=2))
         self._output.commit()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
+import json
 import mmap
 import os
 import secrets
@@ -13,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,9 +25,11 @@ from polyak.errors import CheckpointError, OutputExistsError, name_list
 __all__ = [
     "OWN_FILES",
     "O_BINARY",
+    "SIDECAR",
     "AtomicOutput",
     "DataFile",
     "Observer",
+    "sha256",
     "write_all",
     "write_file",
     "writing",
@@ -235,6 +239,9 @@ class FilePart(io.RawIOBase):
 # Patterns of what the writers put into folders; each format adds its own. A folder with anything else in it is
 # somebody's, and is not replaced.
 OWN_FILES: set[str] = set()
+# Formats with no place for metadata and ties carry them in a file of this name; in a folder with files that were
+# copied, it says which these are, by name and SHA-256, so that they may be replaced as long as nobody changed them.
+SIDECAR = "polyak.json"
 
 # Called with the offset and the bytes of what was written.
 Observer = Callable[[int, memoryview], object]
@@ -314,7 +321,8 @@ class AtomicOutput:
         if self.path.is_dir():
             if self.path.is_symlink():
                 raise OutputExistsError(f"{self.path} is a link to a folder: name the folder itself")
-            foreign = [item.name for item in self.path.iterdir() if not _is_ours(item)]
+            copied = _copied(self.path)
+            foreign = [item.name for item in self.path.iterdir() if not _is_ours(item, copied)]
             if foreign:
                 raise OutputExistsError(
                     f"{self.path} is a folder that also holds {name_list(sorted(foreign))}, which would be lost: "
@@ -385,8 +393,29 @@ def write_file(path: Path, content: bytes, *, overwrite: bool) -> None:
         output.abort()
 
 
-def _is_ours(item: Path) -> bool:
-    return item.is_file() and any(fnmatch(item.name, pattern) for pattern in OWN_FILES)
+def _is_ours(item: Path, copied: Mapping[str, str]) -> bool:
+    if not item.is_file():
+        return False
+    is_written = any(fnmatch(item.name, pattern) for pattern in OWN_FILES)
+    return is_written or (item.name in copied and copied[item.name] == sha256(item))
+
+
+def _copied(folder: Path) -> Mapping[str, str]:
+    """What a writer copied into ``folder``: names and hashes."""
+    try:
+        copied = json.loads((folder / SIDECAR).read_bytes())["copied"]
+        return copied if isinstance(copied, dict) else {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file. Raises ``CheckpointError`` if it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
 
 
 def _sync_tree(path: Path) -> None:

@@ -511,10 +511,11 @@ def _metadata(state: Mapping) -> dict[str, str]:
 
 
 class PickledWriter(_base.SpooledWriter):
-    """``torch.save`` of a flat dict of tensors; ties share their storage."""
+    """``torch.save`` of a dict of tensors, flat or in an envelope; ties share their storage."""
 
     def _save(self, tensors: dict[str, Tensor], target: Path) -> None:
-        state = OrderedDict(tensors)
+        envelope = self.layout.envelope
+        state = OrderedDict(tensors if envelope is None else envelope.around(tensors))
         if self.layout.metadata:
             setattr(state, _ATTRIBUTE, OrderedDict({_ENTRY: dict(self.layout.metadata)}))
         try:

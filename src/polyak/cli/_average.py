@@ -176,6 +176,9 @@ def average(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
     hashes: Annotated[bool, typer.Option("--hash", help="Note the SHA-256 of the inputs.")] = False,
+    like: Annotated[
+        Path | None, typer.Option(help="Nest the weights as in this torch checkpoint, with its settings.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
     """Average checkpoints of any tool, format and size, in little memory.
@@ -190,6 +193,7 @@ def average(
     polyak average run/ -o average.pt --dry-run              what would be read, written, averaged
     polyak average run/ -o average.safetensors --dtype bf16 --max-memory 1GB
     polyak average timm/*.pth.tar -o average.pt --key state_dict_ema
+    polyak average run/*.ckpt -o average.ckpt --like run/last.ckpt      loads as that file does
     torchrun --nproc-per-node 4 -m polyak average run/ -o average.safetensors
     polyak average recorded/ -o average.safetensors --profile tail:0.4     a run that was recorded
 
@@ -211,6 +215,7 @@ def average(
                 "--allow": allow,
                 "--dtype": dtype,
                 "--hash": hashes or None,
+                "--like": like,
             },
         )
         if _is_first_process():  # blocks are few: one process is enough
@@ -235,6 +240,7 @@ def average(
         hashes=hashes,
         found=found,
         **HowToRead(key, steps, last, allow).keywords(),
+        like=like,
     )
     started = time.monotonic()
     report = plan.report() if dry_run else _run(plan)

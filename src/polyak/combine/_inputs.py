@@ -4,7 +4,6 @@ and the memory that a pass over them may take."""
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,8 @@ import torch
 from polyak._checks import Difference
 from polyak._version import __version__
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo
-from polyak.errors import CheckpointError, OptionError, StructureError
+from polyak.checkpoints._io import sha256
+from polyak.errors import OptionError, StructureError
 from polyak.profiles import Profile
 
 __all__ = [
@@ -132,7 +132,7 @@ def provenance(
     }
     if hashes:
         record["sha256"] = {
-            file.relative_to(checkpoint.path.parent).as_posix(): _sha256(file)
+            file.relative_to(checkpoint.path.parent).as_posix(): sha256(file)
             for checkpoint in inputs
             for file in _files(checkpoint.path)
         }
@@ -171,14 +171,6 @@ def _agreed(inputs: Sequence[Checkpoint]) -> dict[str, str]:
 
 def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
-def _sha256(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
 
 
 # Comparing what checkpoints say they hold, before any weight is read.

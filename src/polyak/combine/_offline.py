@@ -19,7 +19,7 @@ from polyak import checkpoints
 from polyak._distributed import RankGroup
 from polyak.checkpoints import _base, _io
 from polyak.checkpoints._checkpoint import format_for
-from polyak.combine import _inputs
+from polyak.combine import _inputs, _nesting, _outputs
 from polyak.combine._engine import Progress, combine
 from polyak.combine._inputs import Budget, is_averaged
 from polyak.combine._reading import Paths, Reading, read_inputs
@@ -117,7 +117,8 @@ class Plan:
         opened: the inputs, in the order of ``coefficients``.
         coefficients: how much each counts; they sum to 1.
         steps: the training step of each; None if not known for all.
-        layout: of the output.
+        layout: of the output, with the files that lie beside its weights.
+        output_notes: what to know about the output, one sentence each.
     """
 
     inputs: Paths
@@ -134,11 +135,13 @@ class Plan:
     last: int | None = None
     found: Collection[Path] = ()
     allow: Sequence[str] = ()
+    like: str | PathLike[str] | None = None
 
     reading: Reading = field(init=False)
     opened: list[checkpoints.Checkpoint] = field(init=False)
     coefficients: list[float] = field(init=False)
     layout: checkpoints.Layout = field(init=False)
+    output_notes: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.profile is not None:
@@ -169,7 +172,11 @@ class Plan:
             spans = _inputs.spans_of_steps(self.steps or range(1, len(self.opened) + 1))
         self.dtype = None if self.dtype is None else parse_dtype(self.dtype)
         self.coefficients = _inputs.coefficients(chosen, spans)
-        self.layout = _inputs.common_layout(self.opened, self.dtype)
+        layout = _inputs.common_layout(self.opened, self.dtype)
+        self.layout, self.output_notes = _outputs.completed(layout, self.opened, self.output)
+        if self.like is not None:
+            self.layout, note = _nesting.nested_like(self.layout, Path(self.like), self.key, self.output)
+            self.output_notes = [*self.output_notes, note]
         self._memory_bytes()
 
     def report(self, differing: Sequence[str] = ()) -> AverageReport:
@@ -191,6 +198,7 @@ class Plan:
                 *_notes(self.opened),
                 *_single_note(counted),
                 *(_batchnorm_note(tensors) if counted > 1 else ()),
+                *self.output_notes,
             ),
             bytes_read=counted * sum(info.nbytes for info in tensors.values()),
             bytes_written=sum(info.nbytes for info in self.layout.tensors.values()),
@@ -333,6 +341,7 @@ def average_checkpoints(
     steps: Sequence[int] | None = None,
     last: int | None = None,
     allow: Sequence[str] = (),
+    like: str | PathLike[str] | None = None,
 ) -> AverageReport:
     """Average checkpoints of any size and format in bounded memory: Σ_k a_k · input_k.
 
@@ -358,6 +367,10 @@ def average_checkpoints(
         steps: the training step of each checkpoint that is taken, in the order given; by default they are read.
         last: take only the newest so many checkpoints.
         allow: types that a torch file may hold beside tensors, see :func:`polyak.checkpoints.open`.
+        like: a torch checkpoint, such as one of the inputs, that a torch output is nested like: the average lies under
+            the key that the weights have there, under the same names, beside the plain entries (text, numbers, and
+            lists and dicts of them, such as hyperparameters). Counters, state of the training and other weights are
+            left out.
 
     Returns:
         What was averaged, copied and ignored, and the coefficient of each input.
@@ -366,7 +379,8 @@ def average_checkpoints(
         StructureError: the inputs do not hold the same tensors; all differences are named.
         CheckpointError: an input cannot be read, or the output not written.
         NonFiniteError: an input holds NaN, or an infinity that the others do not; file and tensor are named.
-        OptionError: both ``weights`` and ``profile``, an output that is one of the inputs, too little memory.
+        OptionError: both ``weights`` and ``profile``, an output that is one of the inputs, too little memory, a
+            ``like`` that is not nested or holds other tensors, or an output that cannot be.
         OutputExistsError: the output is there and may not be overwritten.
 
     >>> import tempfile
@@ -391,6 +405,7 @@ def average_checkpoints(
         steps=steps,
         last=last,
         allow=allow,
+        like=like,
     )
     report = plan.run(progress)
     if report.left_out:

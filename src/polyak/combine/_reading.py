@@ -358,7 +358,8 @@ def _leave_out_live_twins(items: list[Item]) -> None:
     if alone and not all(_is_special(item.name) for item in averaged):
         raise OptionError(
             f"{name_list([item.name for item in averaged])} are averages and "
-            f"{name_list([item.name for item in alone])} are not, by their names: take the one or the other, by a pattern such as '*ema*'"
+            f"{name_list([item.name for item in alone])} are not, by their names: "
+            "take the one or the other, by a pattern such as '*ema*'"
         )
     for item in averaged if alone else live:
         twin = twins.get(_without_average(item))
@@ -562,8 +563,8 @@ def _sharing(items: list[Item], steps: list[int]) -> str:
     first = next(index for index, step in enumerate(steps) if steps.count(step) > 1)
     other = steps.index(steps[first], first + 1)
     return (
-        f"{items[first].name} and {items[other].name} are both of step {steps[first]}, as of two runs, and a profile is "
-        "about one: leave it out, or give the step of each with "
+        f"{items[first].name} and {items[other].name} are both of step {steps[first]}, as of two runs, and a "
+        "profile is about one: leave it out, or give the step of each with "
     )
 
 
