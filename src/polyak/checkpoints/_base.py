@@ -249,6 +249,8 @@ class Layout:
         tensors: name to shape and dtype, each tied tensor under one name only.
         ties: further name to the name in ``tensors`` that holds its values.
         metadata: free text entries.
+        beside: name to content of small files that a folder of a Hugging Face library also gets.
+        stem: the name of the weights' file in such a folder, without its suffix; by default that of transformers.
 
     Raises ``StructureError`` if a tie leads nowhere, ``OptionError`` if metadata is not text.
     """
@@ -256,6 +258,8 @@ class Layout:
     tensors: Mapping[str, TensorInfo]
     ties: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    stem: str | None = None
 
     def __post_init__(self) -> None:
         for tied, name in self.ties.items():

@@ -64,7 +64,7 @@ class HuggingFaceFormat(_Folder):
     name = "huggingface"
     looks = "a folder with model.safetensors or its index"
     suffixes = ("",)
-    own_files = ("*.safetensors", f"*{_INDEX}")
+    own_files = ("*.safetensors", f"*{_INDEX}", "adapter_config.json")
     file_format, stems, suffix = SafetensorsFormat(), _STEMS, ".safetensors"
 
 
@@ -129,15 +129,19 @@ class HuggingFaceWriter(Writer):
         super().__init__(layout)
         self._output = AtomicOutput(path, overwrite)
         self._format = format
+        self._stem = layout.stem or format.stems[0]
         parts = _split(layout)
         self._writers: dict[str, Writer] = {}
         self._file_of: dict[str, str] = {}
         folder = self._output.create_folder()
         try:
             with self._under_its_name():
+                with writing(path):
+                    for name, content in layout.beside.items():
+                        (folder / name).write_bytes(content)
                 for number, part in enumerate(parts, 1):
                     shard = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
-                    file = format.stems[0] + shard + format.suffix
+                    file = self._stem + shard + format.suffix
                     self._writers[file] = format.file_format.writer(folder / file, part, False)
                     self._file_of |= dict.fromkeys([*part.tensors, *part.ties], file)
         except BaseException:
@@ -167,7 +171,7 @@ class HuggingFaceWriter(Writer):
         if len(self._writers) > 1:
             total_bytes = sum(info.nbytes for info in self.layout.tensors.values())
             index = {"metadata": {"total_size": total_bytes}, "weight_map": self._file_of}
-            name = self._format.stems[0] + self._format.suffix + _INDEX
+            name = self._stem + self._format.suffix + _INDEX
             with writing(self._output.path):
                 (self._output.temporary / name).write_text(json.dumps(index, indent=2))
         self._output.commit()

@@ -128,6 +128,12 @@ def average(
     key: Annotated[
         str | None, typer.Option(help="Nested key of the weights; by default the best known.")
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of LoRA adapters' average; by default the largest of the inputs.")
+    ] = None,
+    lora: Annotated[
+        str, typer.Option(help="Mean of LoRA adapters' updates (product), or of their factors (factors).")
+    ] = "product",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the headers, say what would be done, and stop.")
     ] = False,
@@ -145,6 +151,7 @@ def average(
     polyak average a.pt b.pt -o average.pt --weights 3,1     three parts a, one part b
     polyak average run/ -o average.pt --dry-run              what would be read, written, averaged
     polyak average run/ -o average.safetensors --dtype bf16 --max-memory 1GB
+    polyak average adapter-a/ adapter-b/ -o adapter/ --rank 16     LoRA adapters: the mean of their updates
     polyak average timm/*.pth.tar -o average.pt --key state_dict_ema
     torchrun --nproc-per-node 4 -m polyak average run/ -o average.safetensors
     polyak average recorded/ -o average.safetensors --profile tail:0.4     a run that was recorded
@@ -157,7 +164,11 @@ def average(
 
     paths = expanded(inputs, "--profile")
     if len(paths) == 1 and is_recording(paths[0]):
-        _refuse(paths[0], {"--weights": weights, "--key": key, "--dtype": dtype, "--hash": hashes or None})
+        adapters = {"--rank": rank, "--lora": None if lora == "product" else lora}
+        _refuse(
+            paths[0],
+            {"--weights": weights, "--key": key, "--dtype": dtype, "--hash": hashes or None} | adapters,
+        )
         if _is_first_process():  # blocks are few: one process is enough
             average_run(
                 paths[0],
@@ -179,6 +190,8 @@ def average(
         key=key,
         overwrite=force,
         hashes=hashes,
+        rank=rank,
+        lora=lora,
     )
     started = time.monotonic()
     report = plan.report() if dry_run else _run(plan)

@@ -19,7 +19,7 @@ from polyak import checkpoints
 from polyak._distributed import RankGroup
 from polyak.checkpoints import _base, _io
 from polyak.checkpoints._checkpoint import format_for
-from polyak.combine import _inputs
+from polyak.combine import _inputs, _lora
 from polyak.combine._engine import Progress, combine
 from polyak.combine._inputs import Budget, is_averaged
 from polyak.errors import OptionError, PolyakError, name_list
@@ -127,11 +127,14 @@ class Plan:
     key: str | None = None
     overwrite: bool = False
     hashes: bool = False
+    rank: int | None = None
+    lora: str = "product"
 
     opened: list[checkpoints.Checkpoint] = field(init=False)
     coefficients: list[float] = field(init=False)
     steps: list[int] | None = field(init=False)
     layout: checkpoints.Layout = field(init=False)
+    _adapters: _lora.MeanOfUpdates | _lora.MeanOfFactors | None = field(init=False)
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.profile is not None:
@@ -154,7 +157,13 @@ class Plan:
             spans = _inputs.spans_of_steps(self.steps or range(1, len(self.opened) + 1))
         self.dtype = None if self.dtype is None else parse_dtype(self.dtype)
         self.coefficients = _inputs.coefficients(chosen, spans)
-        self.layout = _inputs.common_layout(self.opened, self.dtype)
+        self._adapters = _lora.planned(
+            self.opened, self.coefficients, rank=self.rank, mode=self.lora, dtype=self.dtype
+        )
+        if self._adapters is None:
+            self.layout = _inputs.common_layout(self.opened, self.dtype)
+        else:
+            self.layout = self._adapters.layout
         self._memory_bytes()
 
     def report(self, differing: Sequence[str] = ()) -> AverageReport:
@@ -170,7 +179,11 @@ class Plan:
             copied=tuple(name for name, info in tensors.items() if not is_averaged(info.dtype)),
             differing=tuple(differing),
             ignored=tuple(dict.fromkeys(entry for one in self.opened for entry in one.ignored)),
-            notes=(*_notes(self.opened), *(_batchnorm_note(tensors) if counted > 1 else ())),
+            notes=(
+                *_notes(self.opened),
+                *(_batchnorm_note(tensors) if counted > 1 else ()),
+                *self._adapter_notes(),
+            ),
             bytes_read=counted * sum(info.nbytes for info in tensors.values()),
             bytes_written=sum(info.nbytes for info in self.layout.tensors.values()),
             memory_bytes=self._memory_bytes(),
@@ -193,6 +206,9 @@ class Plan:
         self, writer: checkpoints.Writer, progress: Progress | None = None, share: tuple[int, int] = (0, 1)
     ) -> list[str]:
         """Read, average and hand to ``writer``: ``combine`` with what was planned."""
+        # The factors of adapters are few: one process is enough.
+        if self._adapters is not None and share[0] == 0:
+            self._adapters.write(writer, progress)
         return combine(
             self.opened,
             [self.coefficients],
@@ -201,7 +217,13 @@ class Plan:
             accumulate=torch.float64 if self.dtype == torch.float64 else None,
             progress=progress,
             share=share,
+            names=None if self._adapters is None else self._adapters.averaged,
         )
+
+    def _adapter_notes(self) -> list[str]:
+        if self._adapters is None:
+            return []
+        return self._adapters.notes(format_for(Path(self.output), None) == "huggingface")
 
     def _memory_bytes(self) -> int:
         return Budget.within(self.max_memory, self.opened, n_outputs=1).total_bytes
@@ -304,6 +326,8 @@ def average_checkpoints(
     overwrite: bool = False,
     progress: Progress | None = None,
     hashes: bool = False,
+    rank: int | None = None,
+    lora: str = "product",
 ) -> AverageReport:
     """Average checkpoints of any size and format in bounded memory: Σ_k a_k · input_k.
 
@@ -326,6 +350,9 @@ def average_checkpoints(
         overwrite: replace an output that is there.
         progress: called with bytes done and bytes in all.
         hashes: note the SHA-256 of the inputs in the output.
+        rank: of LoRA adapters' average; by default, module by module, the largest of the inputs.
+        lora: ``"product"`` for the mean of LoRA adapters' updates Σ a_k s_k B_k A_k, cut back to ``rank``;
+            ``"factors"`` for the means of their factors, each by itself, which is something else.
 
     Returns:
         What was averaged, copied and ignored, and the coefficient of each input.
@@ -356,6 +383,8 @@ def average_checkpoints(
         key=key,
         overwrite=overwrite,
         hashes=hashes,
+        rank=rank,
+        lora=lora,
     )
     report = plan.run(progress)
     if report.differing:
