@@ -12,6 +12,7 @@ from torch import nn
 
 import polyak
 from polyak import checkpoints
+from polyak.cli import main
 from polyak.combine import Plan
 from polyak.combine._lora import is_adapter, product_of_rank
 from polyak.errors import CheckpointError, NonFiniteError, OptionError, StructureError
@@ -163,6 +164,58 @@ def test_a_real_transformer(tmp_path):
     a, b, out = (merged(tmp_path / name) for name in ("a", "b", "out"))
     for name, weight in out.items():
         torch.testing.assert_close(weight, (a[name] + b[name]) / 2, rtol=0, atol=1e-5)
+
+
+def test_unlike_alphas_of_the_same_factors(tmp_path):
+    a, b = peft_adapter(tmp_path / "a", 1, lora_alpha=4), peft_adapter(tmp_path / "b", 1, lora_alpha=32)
+    report = polyak.average_checkpoints([a, b], tmp_path / "out")
+    once = updates(a)
+    assert_updates(tmp_path / "out", {name: u if name == "head" else 4.5 * u for name, u in once.items()})
+    assert "keeps 100.0% of its norm" in lora_note(report)
+
+
+def test_a_whole_model_with_its_adapter(tmp_path):
+    """A state dict of PEFT's model: base weights beside factors whose names hold the adapter's."""
+    paths = []
+    for seed in range(2):
+        folder = peft_adapter(tmp_path / str(seed), seed, lora_alpha=1 + seed)
+        model = PeftModel.from_pretrained(net(), folder)
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(model.state_dict(), folder / "whole.pt")
+        paths.append(folder / "whole.pt")
+    polyak.average_checkpoints(paths, tmp_path / "out.pt", rank=4)
+    with checkpoints.open(tmp_path / "out.pt") as out, checkpoints.open(paths[0]) as one:
+        name = "base_model.model.inner.0.{}".format
+        a, b = (out.read(name(f"lora_{part}.default.weight")).double() for part in "AB")
+        expected = torch.zeros(10, 6, dtype=torch.float64)
+        for alpha, path in enumerate(paths, 1):
+            factors = torch.load(path)
+            first, second = (factors[name(f"lora_{part}.default.weight")].double() for part in "AB")
+            expected += alpha / 2 * second @ first / len(paths)
+        torch.testing.assert_close(b @ a, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(out.read(name("base_layer.weight")), one.read(name("base_layer.weight")))
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    a, b = peft_adapter(tmp_path / "a", 1), peft_adapter(tmp_path / "b", 2, r=3)
+    assert main(["average", "a", "b", "-o", "out", "--rank", "5"]) == 0
+    assert "LoRA: the mean of 2 updates, rank 5, keeps 100.0% of its norm" in capsys.readouterr().out
+    assert_updates(tmp_path / "out", mean_of([a, b], [0.5, 0.5]))
+    # What was written may be replaced, as other outputs may.
+    assert main(["average", "a", "-o", "out", "--lora", "factors", "--force"]) == 0
+    assert "the means of 1 inputs' factors" in capsys.readouterr().out
+    assert main(["average", "a", "b", "-o", "other", "--lora", "factors"]) == 2
+    assert "means of factors need the same scale" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_adapters_of_different_bases_are_named(tmp_path):
+    a, b = peft_adapter(tmp_path / "a", 1), peft_adapter(tmp_path / "b", 2)
+    config = json.loads((b / "adapter_config.json").read_text())
+    (b / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "other/model"}))
+    report = Plan([a, b], tmp_path / "out").report()
+    assert any("different base models" in note and "other/model" in note for note in report.notes)
 
 
 # kohya and LyCORIS: alpha is a tensor.
@@ -369,6 +422,9 @@ def test_means_of_factors_need_one_scale(tmp_path):
     c, d = (kohya_adapter(tmp_path / f"{n}.safetensors", n, 2, float(n)) for n in (1, 2))
     with pytest.raises(StructureError, match="mid_attn.alpha"):
         Plan([c, d], tmp_path / "out", lora="factors")
+    e = kohya_adapter(tmp_path / "3.safetensors", 3, 4, 1.0)
+    with pytest.raises(StructureError, match="rank of 'lora_unet_mid_attn' 2 and .* 4: average the updates"):
+        Plan([c, e], tmp_path / "out", lora="factors")
 
 
 def test_what_is_an_adapter(tmp_path):

@@ -15,7 +15,16 @@ from torch import Tensor
 from polyak.checkpoints import Checkpoint, TensorInfo
 from polyak.errors import CheckpointError, NonFiniteError, PolyakError, StructureError, name_list
 
-__all__ = ["CONFIG_NAME", "Adapter", "Factors", "is_adapter", "read_config", "refusal"]
+__all__ = [
+    "CONFIG_NAME",
+    "Adapter",
+    "Factors",
+    "common_entries_differ",
+    "factors_of",
+    "is_adapter",
+    "read_config",
+    "refusal",
+]
 
 # What the tools call the factors. An update is s B A, with A of shape (rank, inputs) and B of shape (outputs, rank).
 
@@ -39,6 +48,7 @@ _OTHER_UPDATES = {
     re.compile(r"\.hada_(w|t)\d"): "LoHa",
     re.compile(r"\.lokr_(w|t)\d"): "LoKr",
     re.compile(r"\.lora_mid(\.|$)"): "LoCon with a third factor",
+    re.compile(r"^lora_\w+\.scalar$"): "LyCORIS with a trained scale",
     re.compile(r"\.lora_(E|ranknum)(\.|$)"): "AdaLoRA",
     re.compile(r"\.lora_[ab]$"): "LoRA as MLX saves it",
     re.compile(r"\.lora_(A|B|down|up)(\.[\w-]+)?\.bias$"): "LoRA with biases of its own (lora_bias)",

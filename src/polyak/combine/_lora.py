@@ -32,6 +32,7 @@ from polyak.combine._adapters import (
     Adapter,
     Factors,
     common_entries_differ,
+    factors_of,
     is_adapter,
     read_config,
     refusal,
@@ -189,7 +190,13 @@ class MeanOfUpdates:
         counted = [
             (adapter, a) for adapter, a in zip(self._adapters, self._coefficients, strict=True) if a != 0
         ]
-        for done, factors in enumerate(self._first.modules, 1):
+        nbytes = {
+            name: sum(adapter.checkpoint.tensors[name].nbytes for adapter, _ in counted)
+            for factors in self._first.modules
+            for name in (factors.a, factors.b)
+        }
+        done = 0
+        for factors in self._first.modules:
             a, b, self._squares[factors.module] = product_of_rank(
                 self._ranks[factors.a],
                 [adapter.read(factors.b) for adapter, _ in counted],
@@ -201,8 +208,9 @@ class MeanOfUpdates:
             root = math.sqrt(self._scale(factors))
             self._put(writer, factors.a, a / root)
             self._put(writer, factors.b, b / root)
+            done += nbytes[factors.a] + nbytes[factors.b]
             if progress is not None:
-                progress(done, len(self._first.modules))
+                progress(done, sum(nbytes.values()))
         for name, alpha in self._alphas.items():
             writer.write(name, 0, alpha.view(-1))
 
@@ -348,11 +356,10 @@ class MeanOfFactors:
 
     def __init__(self, inputs: Sequence[Checkpoint], dtype: torch.dtype | None) -> None:
         self._n_inputs = len(inputs)
+        configs = [read_config(checkpoint) for checkpoint in inputs]
+        _refuse_unlike_scales(inputs, configs)
         self.layout = _inputs.common_layout(inputs, dtype)
         self.averaged = list(self.layout.tensors)
-        configs = [read_config(checkpoint) for checkpoint in inputs]
-        self._is_alpha_known = all(configs)
-        _refuse_unlike_scales(inputs, configs)
         if configs[0] is not None:
             self.layout = replace(self.layout, **_peft_folder(configs[0]))
 
@@ -371,18 +378,23 @@ _SCALING_ENTRIES = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern"
 
 
 def _refuse_unlike_scales(inputs: Sequence[Checkpoint], configs: Sequence[Mapping[str, Any] | None]) -> None:
-    first, *others = configs
-    for checkpoint, config in zip(inputs[1:], others, strict=True):
-        for entry in _SCALING_ENTRIES:
-            expected, found = ((one or {}).get(entry) for one in (first, config))
-            if (expected or None) != (found or None):
-                raise _unlike_scales(inputs[0], checkpoint, entry, expected, found)
-    alphas = [name for name in inputs[0].tensors if name.endswith(".alpha")]
-    for name in alphas:
-        expected = inputs[0].read(name)
-        for checkpoint in inputs[1:]:
-            if not torch.equal(found := checkpoint.read(name), expected):
-                raise _unlike_scales(inputs[0], checkpoint, name, expected.tolist(), found.tolist())
+    scales = [_scaling(checkpoint, config) for checkpoint, config in zip(inputs, configs, strict=True)]
+    for checkpoint, scaling in zip(inputs[1:], scales[1:], strict=True):
+        for entry, expected in scales[0].items():
+            # An empty pattern and none are the same.
+            if entry in scaling and (expected or None) != (scaling[entry] or None):
+                raise _unlike_scales(inputs[0], checkpoint, entry, expected, scaling[entry])
+
+
+def _scaling(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> dict[str, object]:
+    """What says by how much updates are scaled."""
+    scaling: dict[str, object] = {entry: (config or {}).get(entry) for entry in _SCALING_ENTRIES}
+    for name, info in checkpoint.tensors.items():
+        if (factors := factors_of(name)) is not None:
+            scaling[f"the rank of {factors.module!r}"] = info.shape[0]
+        elif name.endswith(".alpha"):
+            scaling[name] = checkpoint.read(name).tolist()
+    return scaling
 
 
 def _unlike_scales(
