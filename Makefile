@@ -63,10 +63,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[demo]'
 	touch $@
 
-# timm depends on torchvision, which has no build beside this torch; what is used of it does without.
+# timm depends on torchvision, which has no build beside this torch; what is used of it and of PEFT does without the rest.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps timm
+	$(PIP) --no-deps timm peft
 	touch $@
 
 # Several gigabytes each: these torches come with CUDA.
@@ -74,17 +74,17 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv .venv-oldest
 	grep -oE '[a-z0-9_-]+>=[0-9.]+' $< | sed 's/>=/==/' > .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/oldest.txt -e '.[dev]'
-	.venv-oldest/bin/python -m pip install --quiet --no-deps timm
+	.venv-oldest/bin/python -m pip install --quiet --no-deps timm peft
 	touch $@
 
 .venv-newest/.dev: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade -e '.[dev]'
-	.venv-newest/bin/python -m pip install --quiet --upgrade --no-deps timm
+	.venv-newest/bin/python -m pip install --quiet --upgrade --no-deps timm peft
 	touch $@
 
 # Nor does mergekit's linear merge use most of what mergekit asks for.
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'
-	$(PIP) --no-deps mergekit peft
+	$(PIP) --no-deps mergekit
 	touch $@

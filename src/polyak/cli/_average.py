@@ -171,6 +171,12 @@ def average(
     steps: StepsOption = None,
     last: LastOption = None,
     allow: AllowOption = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of LoRA adapters' average; by default the largest of the inputs.")
+    ] = None,
+    lora: Annotated[
+        str, typer.Option(help="Mean of LoRA adapters' updates (product), or of their factors (factors).")
+    ] = "product",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the headers, say what would be done, and stop.")
     ] = False,
@@ -192,6 +198,7 @@ def average(
     polyak average a.pt b.pt -o average.pt --weights 3,1     three parts a, one part b
     polyak average run/ -o average.pt --dry-run              what would be read, written, averaged
     polyak average run/ -o average.safetensors --dtype bf16 --max-memory 1GB
+    polyak average adapter-a/ adapter-b/ -o adapter/ --rank 16     LoRA adapters: the mean of their updates
     polyak average timm/*.pth.tar -o average.pt --key state_dict_ema
     polyak average run/*.ckpt -o average.ckpt --like run/last.ckpt      loads as that file does
     torchrun --nproc-per-node 4 -m polyak average run/ -o average.safetensors
@@ -216,6 +223,8 @@ def average(
                 "--dtype": dtype,
                 "--hash": hashes or None,
                 "--like": like,
+                "--rank": rank,
+                "--lora": None if lora == "product" else lora,
             },
         )
         if _is_first_process():  # blocks are few: one process is enough
@@ -241,6 +250,8 @@ def average(
         found=found,
         **HowToRead(key, steps, last, allow).keywords(),
         like=like,
+        rank=rank,
+        lora=lora,
     )
     started = time.monotonic()
     report = plan.report() if dry_run else _run(plan)

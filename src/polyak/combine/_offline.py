@@ -19,7 +19,7 @@ from polyak import checkpoints
 from polyak._distributed import RankGroup
 from polyak.checkpoints import _base, _io
 from polyak.checkpoints._checkpoint import format_for
-from polyak.combine import _inputs, _nesting, _outputs
+from polyak.combine import _inputs, _lora, _nesting, _outputs
 from polyak.combine._engine import Progress, combine
 from polyak.combine._inputs import Budget, is_averaged
 from polyak.combine._reading import Paths, Reading, read_inputs
@@ -136,12 +136,15 @@ class Plan:
     found: Collection[Path] = ()
     allow: Sequence[str] = ()
     like: str | PathLike[str] | None = None
+    rank: int | None = None
+    lora: str = "product"
 
     reading: Reading = field(init=False)
     opened: list[checkpoints.Checkpoint] = field(init=False)
     coefficients: list[float] = field(init=False)
     layout: checkpoints.Layout = field(init=False)
     output_notes: list[str] = field(init=False)
+    _adapters: _lora.MeanOfUpdates | _lora.MeanOfFactors | None = field(init=False)
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.profile is not None:
@@ -172,7 +175,10 @@ class Plan:
             spans = _inputs.spans_of_steps(self.steps or range(1, len(self.opened) + 1))
         self.dtype = None if self.dtype is None else parse_dtype(self.dtype)
         self.coefficients = _inputs.coefficients(chosen, spans)
-        layout = _inputs.common_layout(self.opened, self.dtype)
+        self._adapters = _lora.planned(
+            self.opened, self.coefficients, rank=self.rank, mode=self.lora, dtype=self.dtype
+        )
+        layout = self._adapters.layout if self._adapters else _inputs.common_layout(self.opened, self.dtype)
         self.layout, self.output_notes = _outputs.completed(layout, self.opened, self.output)
         if self.like is not None:
             self.layout, note = _nesting.nested_like(self.layout, Path(self.like), self.key, self.output)
@@ -199,6 +205,7 @@ class Plan:
                 *_single_note(counted),
                 *(_batchnorm_note(tensors) if counted > 1 else ()),
                 *self.output_notes,
+                *self._adapter_notes(),
             ),
             bytes_read=counted * sum(info.nbytes for info in tensors.values()),
             bytes_written=sum(info.nbytes for info in self.layout.tensors.values()),
@@ -222,6 +229,9 @@ class Plan:
         self, writer: checkpoints.Writer, progress: Progress | None = None, share: tuple[int, int] = (0, 1)
     ) -> list[str]:
         """Read, average and hand to ``writer``: ``combine`` with what was planned."""
+        # The factors of adapters are few: one process is enough.
+        if self._adapters is not None and share[0] == 0:
+            self._adapters.write(writer, progress)
         return combine(
             self.opened,
             [self.coefficients],
@@ -230,7 +240,13 @@ class Plan:
             accumulate=torch.float64 if self.dtype == torch.float64 else None,
             progress=progress,
             share=share,
+            names=None if self._adapters is None else self._adapters.averaged,
         )
+
+    def _adapter_notes(self) -> list[str]:
+        if self._adapters is None:
+            return []
+        return self._adapters.notes(format_for(Path(self.output), None) == "huggingface")
 
     def _memory_bytes(self) -> int:
         return Budget.within(self.max_memory, self.opened, n_outputs=1).total_bytes
@@ -342,6 +358,8 @@ def average_checkpoints(
     last: int | None = None,
     allow: Sequence[str] = (),
     like: str | PathLike[str] | None = None,
+    rank: int | None = None,
+    lora: str = "product",
 ) -> AverageReport:
     """Average checkpoints of any size and format in bounded memory: Σ_k a_k · input_k.
 
@@ -371,6 +389,9 @@ def average_checkpoints(
             the key that the weights have there, under the same names, beside the plain entries (text, numbers, and
             lists and dicts of them, such as hyperparameters). Counters, state of the training and other weights are
             left out.
+        rank: of LoRA adapters' average; by default, module by module, the largest of the inputs.
+        lora: ``"product"`` for the mean of LoRA adapters' updates Σ a_k s_k B_k A_k, cut back to ``rank``;
+            ``"factors"`` for the means of their factors, each by itself, which is something else.
 
     Returns:
         What was averaged, copied and ignored, and the coefficient of each input.
@@ -406,6 +427,8 @@ def average_checkpoints(
         last=last,
         allow=allow,
         like=like,
+        rank=rank,
+        lora=lora,
     )
     report = plan.run(progress)
     if report.left_out:

@@ -87,7 +87,7 @@ def _as_library_folder(
     if dtype is not None and _TRANSFORMERS_CONFIG in beside:
         config = _with_dtype(_read_json(home / _TRANSFORMERS_CONFIG), dtype)
         beside[_TRANSFORMERS_CONFIG] = json.dumps(config, indent=2).encode() + b"\n"
-    return replace(layout, beside=beside, stem=library_stem(home)), notes
+    return replace(layout, beside=beside | dict(layout.beside), stem=library_stem(home)), notes
 
 
 # Which files are copied: those that say what the model and its tokenizer are. Never weights, state or records of the
