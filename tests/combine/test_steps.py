@@ -181,6 +181,7 @@ def test_order_without_values(names, order, unit):
         ["llama-7b.pt", "llama-13b.pt"],
         ["lora_r8.pt", "lora_r16.pt"],
         ["run_1/model.pt", "run_2/model.pt"],
+        ["Dec31_23-00-00.pt", "Jan01_10-00-00.pt"],
         ["model_1_of_2.pt", "model_2_of_2.pt"],
         [],
     ],
@@ -246,6 +247,7 @@ def test_equal_pairs_are_refused():
         ("checkpoint.best_loss_3.21.pt", None),
         ("best_seed42.pt", None),
         ("best_2024-05-01.pt", None),
+        ("May01_10-58-41_best.pt", None),
         ("init.pt", None),
     ],
 )
