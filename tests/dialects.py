@@ -30,7 +30,7 @@ class Expectation:
         folder: what to average, in the maker's folder; ``inputs`` instead where that is no folder.
         newest: the value of each tensor of the newest checkpoint.
         constant: names of those of them that are the same in an average: frozen, or counters.
-        steps: the steps that may be told, any of these; empty for any that ascend; None where there are none.
+        steps: the steps that may be told, any of these; empty where only the order is known; None where no order is.
         names: how the three checkpoints are called in a summary of the folder.
         left_out: what else lies in the folder; one of these is named when the others are averaged.
         words: of the refusal, any of these; where ``kind`` is not "refused", a refusal with them is right too.

@@ -150,7 +150,7 @@ RIGHT: dict[str, list[list[Written | Shown | Refused]]] = {
             Written({"wte.weight": 2, "ln.weight": 2}, note=("lm_head.weight",)),
         ]
     ],
-    "own_state_beside_the_model": [[averaged_model(30), refused("running_mean", "frozen.weight")]],
+    "own_state_beside_the_model": [[averaged_model(300), refused("running_mean", "frozen.weight")]],
     "own_lightning_checkpoints": [[averaged_model(3), refused("running_mean", "frozen.weight")]],
     "new_dtype_and_dtensor": [
         [Shown(("F8_E8M0", "float8_e8m0fnu")), refused("F8_E8M0")],

@@ -66,6 +66,7 @@ NAMES = [
     (["checkpoint_12_5000.pt", "checkpoint_13_5500.pt"], [5000, 5500], "number"),  # fairseq
     (["checkpoint_12_5000.pt", "checkpoint_12_5500.pt"], [5000, 5500], "number"),
     (["epoch1_100.pt", "epoch1_200.pt", "epoch2_300.pt"], [100, 200, 300], "number"),
+    (["epoch1_200.pt", "epoch1_300.pt", "epoch2_100.pt"], [1, 1, 2], "epoch"),
     (["epoch_1_step_100.pt", "epoch_2_step_100.pt"], [1, 2], "epoch"),
     # units
     (["ckpt_500k.pt", "ckpt_750k.pt", "ckpt_1M.pt"], [500_000, 750_000, 1_000_000], "step"),
@@ -89,6 +90,7 @@ NAMES = [
     (["model_5_lr1e-4.pt", "model_7_lr3e-5.pt"], [5, 7], "number"),
     (["10_3f9a1c2e.pt", "20_77e01ab4.pt"], [10, 20], "number"),
     (["10-3k9x2abc.pt", "20-7pq1zz0d.pt"], [10, 20], "number"),
+    (["10-x3k9.pt", "20-x7q4.pt"], [10, 20], "number"),
     (["model-00001-of-00003_5.pt", "model-00001-of-00003_6.pt"], [5, 6], "number"),
     (["step.100.0.91.pt", "step.200.0.95.pt"], [100, 200], "step"),
     (["model.10.0.91.pt", "model.20.0.9.pt"], [10, 20], "number"),
@@ -165,6 +167,7 @@ def test_order_without_values(names, order, unit):
     [
         ["best.pt", "last.pt"],
         ["1.pt", "last.pt"],
+        ["1_1.pt", "1_2.pt", "2_2.pt"],
         ["gpt2-a.pt", "gpt2-b.pt"],
         ["1" * 30 + ".pt", "2" * 30 + ".pt"],
         ["last.ckpt", "last-v1.ckpt"],
@@ -181,6 +184,7 @@ def test_order_without_values(names, order, unit):
         ["llama-7b.pt", "llama-13b.pt"],
         ["lora_r8.pt", "lora_r16.pt"],
         ["run_1/model.pt", "run_2/model.pt"],
+        ["Dec31_23-00-00.pt", "Jan01_10-00-00.pt"],
         ["model_1_of_2.pt", "model_2_of_2.pt"],
         [],
     ],
@@ -246,6 +250,7 @@ def test_equal_pairs_are_refused():
         ("checkpoint.best_loss_3.21.pt", None),
         ("best_seed42.pt", None),
         ("best_2024-05-01.pt", None),
+        ("May01_10-58-41_best.pt", None),
         ("init.pt", None),
     ],
 )

@@ -82,7 +82,7 @@ def number_in_name(name: str) -> int | None:
     >>> number_in_name("checkpoint_0500.pth"), number_in_name("ckpt_1.5M.pt"), number_in_name("best_0.91_fp16.pt")
     (500, 1500000, None)
     """
-    stem = _stem(name)
+    stem = _NO_YEAR.sub(_BLANK, _stem(name))
     for moment in _MOMENTS:
         stem = moment.sub(_BLANK, stem)
     found = _readings(stem)
@@ -243,7 +243,7 @@ def _shown(value: Any) -> str:
 def _last_names(path: Path) -> str:
     """The name of a file after those of the two folders above it."""
     path = path.absolute()
-    return f"{path.parent.parent.name}/{path.parent.name}/{_stem(path.name)}"
+    return _NO_YEAR.sub(_BLANK, f"{path.parent.parent.name}/{path.parent.name}/{_stem(path.name)}")
 
 
 def _without_moments(names: Sequence[str]) -> tuple[list[_Column], list[list[str]]]:
@@ -343,6 +343,12 @@ _CLOCK = (
 _CLOCK_ALONE = r"(?<!\d)([01]\d|2[0-3])([-:])([0-5]\d)\2([0-5]\d)"
 _SINCE_1970 = r"(?<!\d)(1[4-9]\d{8}(?:\d{3})?)"
 _NO_STEP_BEFORE = r"(?<!step)(?<!step[-_=.])(?<!iter)(?<!iter[-_=.])(?<!epoch)(?<!epoch[-_=.])"
+# TensorBoard's May01_10-58-41, of which nothing says whether December comes before January.
+_NO_YEAR = re.compile(
+    r"(?<![a-z])(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}[-_. ]?\d{1,2}"
+    r"[-_T. ]\d\d[-:_.]\d\d(?:[-:_.]\d\d)?(?!\d)",
+    re.IGNORECASE,
+)
 _MOMENTS = [
     re.compile(rf"{_NO_STEP_BEFORE}{moment}(?!\d)", re.IGNORECASE)
     for moment in (_DATE + _CLOCK, _DATE, _CLOCK_ALONE, _SINCE_1970)
