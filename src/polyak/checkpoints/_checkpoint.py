@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from polyak.checkpoints import _pt
 from polyak.checkpoints._base import FORMATS, Contents, Layout, Location, StoredTensor, TensorInfo, Writer
 from polyak.checkpoints._io import DataFile
+from polyak.checkpoints._pickle import Record
 from polyak.errors import CheckpointError, OptionError, StructureError, name_list
 
 __all__ = [
@@ -240,7 +241,7 @@ def _walk(tree: Mapping[Any, Any], path: Path) -> Iterator[tuple[_Path, Any]]:
         if not stack:
             return
         parts, node = stack.pop()
-        if isinstance(node, Mapping):
+        if isinstance(node, Mapping) and (node or not isinstance(node, Record)):
             children = list(node.items())
         elif isinstance(node, list | tuple):
             children = list(enumerate(node))
@@ -464,18 +465,22 @@ def _text_step(metadata: dict[str, str]) -> tuple[int, str] | tuple[None, None]:
 # The verbs.
 
 
-def open(path: str | PathLike[str], key: str | None = None) -> Checkpoint:
+def open(path: str | PathLike[str], key: str | None = None, *, allow: Sequence[str] = ()) -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
     Args:
         path: a file or folder; its contents, not its name, say what it is.
         key: the nested key to take the weights from, such as ``"state_dict_ema"``; by default the best known.
+        allow: full names of classes, such as ``"my.module.Config"``, that a torch file may hold objects of beside
+            the weights. They are read as data that does nothing: no class is imported, and no code is run.
 
     Raises ``CheckpointError`` for anything that is no whole, safe checkpoint, ``OptionError`` for a key that is
-    not there (the message lists those that are).
+    not there (the message lists those that are), or for names in ``allow`` that are no full ones.
     """
     path = Path(path)
-    format = FORMATS[recognise(path)]
+    if isinstance(allow, str) or not all("." in name for name in allow):
+        raise OptionError(f"allow is a list of full names, such as ['my.module.Config'], and not {allow!r}")
+    format = FORMATS[recognise(path)].allowing(allow)
     return Checkpoint(path, format.name, format.read(path), key)
 
 

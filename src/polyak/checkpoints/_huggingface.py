@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 class _Folder(Format):
     """A folder with a weights file of one of these names, or with its shards and their index, which comes first."""
 
-    file_format: ClassVar[Format]
+    file_format: Format
     stems: ClassVar[tuple[str, ...]]
     suffix: ClassVar[str]
 
@@ -40,6 +41,11 @@ class _Folder(Format):
     def _weights_file(self, path: Path) -> Path | None:
         files = [path / f"{stem}{self.suffix}{ending}" for stem in self.stems for ending in (_INDEX, "")]
         return next((file for file in files if file.is_file()), None)
+
+    def allowing(self, names: Sequence[str]) -> Format:
+        format = copy.copy(self)
+        format.file_format = self.file_format.allowing(names)
+        return format
 
     def read(self, path: Path) -> Contents:
         """Raises ``CheckpointError`` also for a damaged index, and for missing shards or names, all at once."""
