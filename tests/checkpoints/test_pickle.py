@@ -24,7 +24,7 @@ from polyak.checkpoints._pickle import HARMLESS, Record, stand_ins, unpickle
 from polyak.errors import CheckpointError, OptionError
 
 WEIGHT = torch.tensor([1.0, 2.0])
-FORMS = {"zip": {}, "protocol 4": {"pickle_protocol": 4}, "legacy": {"_use_new_zipfile_serialization": False}}
+FORMS = {"zip": {}, "protocol 5": {"pickle_protocol": 5}, "legacy": {"_use_new_zipfile_serialization": False}}
 HARMLESS_OBJECTS = {
     "Namespace": Namespace(lr=0.1, step=99, model="vit"),
     "SimpleNamespace": types.SimpleNamespace(step=99),

@@ -122,7 +122,7 @@ def unpickle(data: bytes, known: Callable[[str], Any], persistent: Callable[[Any
             raise pickle.UnpicklingError("impossible memo index")
         if opcode.name.startswith("EXT"):
             raise ForbiddenName([f"extension {argument}"])
-        if argument in _MODULE_ATTRIBUTES:
+        if isinstance(argument, str) and argument in _MODULE_ATTRIBUTES:
             attributes.add(argument)
     unpickler, content = _Unpickler(data, known, persistent), None
     try:
@@ -269,8 +269,8 @@ def _dtensor(shape: tuple[int, ...], state: Any) -> SavedTensor:
     """The local tensor, where that is the whole of it."""
     attributes = state[1] if isinstance(state, tuple) else state
     local, placements = attributes["_local_tensor"], attributes["_spec"].placements
-    is_whole = local.shape == shape and all(isinstance(placement, _Placement) for placement in placements)
-    return local if is_whole else SavedShard(shape, local_shape=local.shape)
+    is_placed = bool(placements) and all(isinstance(placement, _Placement) for placement in placements)
+    return local if is_placed and local.shape == shape else SavedShard(shape, local_shape=local.shape)
 
 
 def _unusual(*arguments: Any) -> SavedTensor:
@@ -354,7 +354,7 @@ HARMLESS: dict[str, Any] = {
             *_named("pathlib._local", _PATHS),
             *_named("omegaconf.dictconfig", "DictConfig"),
             *_named("omegaconf.listconfig", "ListConfig"),
-            *_named("omegaconf.base", "ContainerMetadata Metadata"),
+            *_named("omegaconf.base", "ContainerMetadata Metadata UnionNode"),
             *_named(
                 "omegaconf.nodes",
                 "AnyNode BooleanNode BytesNode EnumNode FloatNode IntegerNode PathNode StringNode",
