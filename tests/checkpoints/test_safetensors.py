@@ -97,3 +97,22 @@ def test_what_it_cannot_hold_is_refused(tmp_path):
     with pytest.raises(StructureError, match="sparse or on the meta device"):
         checkpoints.write(tmp_path / "x.safetensors", {"w": torch.zeros(2, device="meta")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_of_mx_formats(tmp_path):
+    path, scales = tmp_path / "x.safetensors", torch.tensor([0.5, 1, 4]).to(torch.float8_e8m0fnu)
+    save_file({"scale": scales}, path)
+    with checkpoints.open(path) as opened:
+        assert opened.tensors["scale"].dtype == torch.float8_e8m0fnu
+        assert opened.read("scale").float().tolist() == [0.5, 1, 4]
+    checkpoints.write(tmp_path / "ours.safetensors", {"scale": scales})
+    assert load_file(tmp_path / "ours.safetensors")["scale"].float().tolist() == [0.5, 1, 4]
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2"])
+def test_dtypes_that_torch_lacks_are_no_damage(tmp_path, dtype):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(header({"w": entry(0, 3, (4,), dtype)}) + bytes(3))
+    with pytest.raises(CheckpointError, match=f"'w': dtype '{dtype}' is not one .* dequantise it") as caught:
+        checkpoints.open(path)
+    assert "damaged" not in str(caught.value) and "corrupt" not in str(caught.value)

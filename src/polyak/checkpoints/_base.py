@@ -606,6 +606,10 @@ class Format(ABC):
     def read(self, path: Path) -> Contents:
         """What is there, the tensors left unread. Raises ``CheckpointError`` for what is damaged or unsafe."""
 
+    def allowing(self, names: Sequence[str]) -> Format:
+        """The format that reads objects of classes with these full names as plain data: itself, if it has none."""
+        return self
+
     @abstractmethod
     def writer(self, path: Path, layout: Layout, overwrite: bool) -> Writer:
         """A writer that is begun. Raises as ``polyak.checkpoints.create``."""

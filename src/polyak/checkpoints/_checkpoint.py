@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -287,18 +287,22 @@ def _text_step(metadata: dict[str, str]) -> tuple[int, str] | tuple[None, None]:
 # The verbs.
 
 
-def open(path: str | PathLike[str], key: str | None = None) -> Checkpoint:
+def open(path: str | PathLike[str], key: str | None = None, *, allow: Sequence[str] = ()) -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
     Args:
         path: a file or folder; its contents, not its name, say what it is.
         key: the nested key to take the weights from, such as ``"state_dict_ema"``; by default the best known.
+        allow: full names of classes, such as ``"my.module.Config"``, that a torch file may hold objects of beside
+            the weights. They are read as data that does nothing: no class is imported, and no code is run.
 
     Raises ``CheckpointError`` for anything that is no whole, safe checkpoint, ``OptionError`` for a key that is
-    not there (the message lists those that are).
+    not there (the message lists those that are), or for names in ``allow`` that are no full ones.
     """
     path = Path(path)
-    format = FORMATS[recognise(path)]
+    if isinstance(allow, str) or not all("." in name for name in allow):
+        raise OptionError(f"allow is a list of full names, such as ['my.module.Config'], and not {allow!r}")
+    format = FORMATS[recognise(path)].allowing(allow)
     return Checkpoint(path, format.name, format.read(path), key)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from polyak import _distributed
-from polyak.checkpoints import _base, _pt
+from polyak.checkpoints import _base, _pickle, _pt
 from polyak.checkpoints._base import Contents, Layout, StoredTensor, TensorInfo
 from polyak.checkpoints._dialects import STEP_KEYS
 from polyak.checkpoints._io import DataFile
@@ -109,12 +109,12 @@ def _known(name: str) -> Any:
     if name == "collections.OrderedDict":
         return dict
     is_path = name.startswith("pathlib.") and name.endswith("Path")
-    return _pt.Record if is_path or name in _NAMES else None
+    return _pickle.Record if is_path or name in _NAMES else None
 
 
 def _load_metadata(file: DataFile) -> Any:
     try:
-        return _pt.unpickle(file.read(0, file.size), _known)
+        return _pickle.unpickle(file.read(0, file.size), _known)
     except Exception as error:  # pickle lets whatever the damaged bytes provoke escape
         raise CheckpointError(
             f"{file.path} is damaged or unsafe ({error!s:.200}); use another copy"
@@ -187,7 +187,7 @@ class _Chunk:
     @cached_property
     def stored(self) -> StoredTensor:
         tensor, leaf = _pt.load_archive(self._file, self._start, self._nbytes)
-        stored = leaf(tensor) if isinstance(tensor, _pt.SavedTensor) else None
+        stored = leaf(tensor) if isinstance(tensor, _pickle.SavedTensor) else None
         if stored is None or stored.info != self.info:
             raise CheckpointError(f"{self._file.path} is corrupt: a chunk is not what the metadata says")
         return stored

@@ -127,7 +127,7 @@ DIALECTS = (
     ),
     Dialect("detectron2", averaged=("ema_state",), live=("model",), steps=("iteration",)),
     Dialect("nnU-Net", live=("network_weights",), steps=("current_epoch",)),
-    Dialect("espnet", live=("model",), no_weights=("checkpoint.pth",)),
+    Dialect("espnet", live=("model",)),
     # The mean since the beginning is of use in differences of two, with weights; by itself it looks back too far.
     Dialect(
         "icefall",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 class _Folder(Format):
     """A folder with a weights file of one of these names, or with its shards and their index."""
 
-    file_format: ClassVar[Format]
+    file_format: Format
     stems: ClassVar[tuple[str, ...]]
     suffix: ClassVar[str]
 
@@ -48,6 +49,11 @@ class _Folder(Format):
                 if file.is_file():
                     return file
         return None
+
+    def allowing(self, names: Sequence[str]) -> Format:
+        format = copy.copy(self)
+        format.file_format = self.file_format.allowing(names)
+        return format
 
     def read(self, path: Path) -> Contents:
         """Raises ``CheckpointError`` also for a damaged index, and for missing shards or names, all at once."""

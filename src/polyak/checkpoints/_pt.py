@@ -1,21 +1,19 @@
 """What ``torch.save`` writes: ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.tar``.
 
-The pickle in it is read as data: the names in it stand for functions of this file, so that no code is run, nothing of
-torch is imported by name, and no tensor is read; each knows its place in the file, and is read from there. Files from
-before torch 1.6 are not zips; ``torch.load(weights_only=True)`` loads their tensors whole.
+The pickle in it is read as data, and no tensor with it; each knows its place in the file, and is read from there. Files
+from before torch 1.6 are not zips; ``torch.load(weights_only=True)`` loads their tensors whole.
 """
 
 from __future__ import annotations
 
-import io
-import math
+import copy
 import pickle
-import pickletools
 import struct
+import threading
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +25,26 @@ from polyak._torch import reason_not_loaded
 from polyak.checkpoints import _base
 from polyak.checkpoints._base import Contents, Format, Layout, StoredTensor, TensorInfo
 from polyak.checkpoints._io import DataFile
+from polyak.checkpoints._pickle import (
+    HARMLESS,
+    Entries,
+    ForbiddenName,
+    Record,
+    SavedShard,
+    SavedTensor,
+    Storage,
+    stand_ins,
+    unpickle,
+)
 from polyak.errors import CheckpointError
 
 __all__ = [
     "ZIP_MAGIC",
     "Member",
-    "Record",
-    "SavedTensor",
+    "TorchFormat",
     "load_archive",
     "open_zip",
     "read_directory",
-    "unpickle",
 ]
 
 # The directory of a zip file, checked before anything in it is believed. Torch files and npz are zips.
@@ -124,239 +131,6 @@ def _refuse_overlaps(file: DataFile, start: int, members: list[Member]) -> None:
         end = member.end
 
 
-# Pickles that are read as data.
-
-
-class Record:
-    """An object whose class is not needed: what it was made of, and its attributes where the pickle names them."""
-
-    arguments: tuple
-    state: Any = None
-
-    def __new__(cls, *arguments: Any, **_: Any) -> Record:
-        record = super().__new__(cls)
-        record.arguments = arguments
-        return record
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-        if isinstance(state, dict):
-            vars(self).update(state)
-
-
-class ForbiddenName(pickle.UnpicklingError):
-    """The pickle needs something by a name that is not known to be data."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"it needs {name}, and no code from a checkpoint is run")
-        self.name = name
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(
-        self, data: bytes, known: Callable[[str], Any], persistent: Callable[[Any], Any] | None
-    ) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._known, self._persistent = known, persistent
-
-    def find_class(self, module: str, name: str) -> Any:
-        full_name = f"{'builtins' if module == '__builtin__' else module}.{name}"
-        found = vars(torch).get(name) if module == "torch" else None
-        found = found if isinstance(found, torch.dtype) else self._known(full_name)
-        if found is None:
-            raise ForbiddenName(full_name)
-        return found
-
-    def persistent_load(self, pid: Any) -> Any:
-        if self._persistent is None:
-            raise pickle.UnpicklingError("it refers to things outside it")
-        return self._persistent(pid)
-
-
-def unpickle(data: bytes, known: Callable[[str], Any], persistent: Callable[[Any], Any] | None = None) -> Any:
-    """What a pickle holds, where all names in it are of torch's dtypes, or have a stand-in that is ``known``.
-
-    Raises ``ForbiddenName`` for other names, and any exception for damaged data.
-    """
-    for opcode, argument, _ in pickletools.genops(data):
-        # A damaged index would have the unpickler clear gigabytes of memory for its memo.
-        if opcode.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > len(data):
-            raise pickle.UnpicklingError("impossible memo index")
-        if opcode.name.startswith("EXT"):
-            raise ForbiddenName(f"extension {argument}")
-    return _Unpickler(data, known, persistent).load()
-
-
-# What torch.save puts into its pickle, by the names that it has there.
-
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-}
-_QUANTISED = ("QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage")
-_MOST_ELEMENTS = (1 << 63) - 1
-
-
-class _Fixed:
-    """What a pickle may ask for, and not change."""
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("it changes what is not its own")
-
-
-@dataclass(frozen=True)
-class _Storage(_Fixed):
-    """A storage: the name of its member, and the dtype it was saved with; None if that is a quantised one."""
-
-    key: str
-    dtype: torch.dtype | None
-
-
-@dataclass(frozen=True)
-class SavedTensor(_Fixed):
-    """A tensor as the pickle describes it; the place in its storage is None where it is of an unusual kind."""
-
-    shape: tuple[int, ...]
-    storage: _Storage | None = None
-    dtype: torch.dtype | None = None
-    offset: int = 0
-    stride: tuple[int, ...] = ()
-
-
-class _TensorType(Record):
-    """Stands for ``torch.Tensor`` and ``torch.nn.Parameter``."""
-
-
-@dataclass(frozen=True)
-class _Stand(_Fixed):
-    """Stands for one of torch's functions: a plain function has attributes that a pickle could set."""
-
-    build: Callable[..., SavedTensor]
-
-    def __call__(self, *arguments: Any) -> SavedTensor:
-        return self.build(*arguments)
-
-
-def _tensor(
-    storage: _Storage,
-    offset: int,
-    size: tuple,
-    stride: tuple,
-    dtype: torch.dtype | None,
-    flags: Mapping | None,
-) -> SavedTensor:
-    numbers = (offset, *size, *stride)
-    is_possible = all(type(number) is int and 0 <= number <= _MOST_ELEMENTS for number in numbers)
-    if not is_possible or len(size) != len(stride) or math.prod(n or 1 for n in size) > _MOST_ELEMENTS:
-        raise pickle.UnpicklingError(f"a tensor of shape {size!r:.100}")
-    if flags:  # conjugated or negated when it is looked at
-        return SavedTensor(tuple(size))
-    return SavedTensor(tuple(size), storage, dtype, offset, tuple(stride))
-
-
-def _rebuild_tensor(storage, offset, size, stride, _grad=False, _hooks=None, flags=None) -> SavedTensor:
-    return _tensor(storage, offset, size, stride, storage.dtype, flags)
-
-
-def _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, flags=None) -> SavedTensor:
-    return _tensor(storage, offset, size, stride, dtype, flags)
-
-
-def _rebuild_parameter(data: SavedTensor, *_: Any) -> SavedTensor:
-    return data
-
-
-def _rebuild_on_device(data: SavedTensor, dtype: torch.dtype, *_: Any) -> SavedTensor:
-    return data if data.dtype == dtype else SavedTensor(data.shape)
-
-
-def _rebuild_from_type(
-    build: Callable[..., SavedTensor], kind: Any, arguments: tuple, _state: Any
-) -> SavedTensor:
-    tensor = build(*arguments)
-    return tensor if kind is _TensorType else SavedTensor(tensor.shape)
-
-
-def _unusual(*arguments: Any) -> SavedTensor:
-    """Sparse, quantised and nested tensors, subclasses: the first tuple of numbers is taken for their shape."""
-    flat = [part for argument in arguments for part in (argument if type(argument) is tuple else ())]
-    shapes = [
-        part for part in (*arguments, *flat) if type(part) is tuple and all(type(n) is int for n in part)
-    ]
-    return SavedTensor(shapes[0] if shapes else ())
-
-
-_KNOWN: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
-    "collections.Counter": OrderedDict,
-    "torch.Size": tuple,
-    "torch.Tensor": _TensorType,
-    "torch.nn.parameter.Parameter": _TensorType,
-    "torch._utils._rebuild_tensor": _Stand(_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v2": _Stand(_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v3": _Stand(_rebuild_tensor_v3),
-    "torch._utils._rebuild_parameter": _Stand(_rebuild_parameter),
-    "torch._utils._rebuild_parameter_with_state": _Stand(_rebuild_parameter),
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _Stand(_rebuild_on_device),
-    "torch._tensor._rebuild_from_type_v2": _Stand(_rebuild_from_type),
-    "torch.storage.UntypedStorage": torch.uint8,
-    **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
-    **{f"torch.cuda.{name}": dtype for name, dtype in _STORAGES.items()},
-    **dict.fromkeys(
-        (
-            "torch._utils._rebuild_sparse_tensor",
-            "torch._utils._rebuild_qtensor",
-            "torch._utils._rebuild_nested_tensor",
-            "torch._utils._rebuild_wrapper_subclass",
-            "torch._utils._rebuild_meta_tensor_no_storage",
-            "torch._utils._rebuild_device_tensor_from_numpy",
-        ),
-        _Stand(_unusual),
-    ),
-    **dict.fromkeys(
-        (
-            "_codecs.encode",
-            "builtins.bytearray",
-            "builtins.complex",
-            "builtins.set",
-            "torch.device",
-            "torch.serialization._get_layout",
-            "torch.storage.TypedStorage",
-            "torch.per_tensor_affine",
-            "torch.per_tensor_symmetric",
-            "torch.per_channel_affine",
-            "torch.per_channel_symmetric",
-            "torch.per_channel_affine_float_qparams",
-            *(f"torch.{name}" for name in _QUANTISED),
-        ),
-        Record,
-    ),
-}
-
-
-def _known(name: str) -> Any:
-    """The stand-in of a name; what the user has told torch to be safe is a record of what it was made of."""
-    return _KNOWN.get(name) or (Record if name in _safe_names() else None)
-
-
-def _safe_names() -> set[str]:
-    entries = torch.serialization.get_safe_globals()
-    return {
-        entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
-        for entry in entries
-    }
-
-
 # The format.
 
 # `load_state_dict` looks into this attribute of a state dict for the versions of modules; an entry that
@@ -371,6 +145,12 @@ class TorchFormat(Format):
     name = "pt"
     looks = "a file of torch.save"
     suffixes = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+    _allowed: tuple[str, ...] = ()
+
+    def allowing(self, names: Sequence[str]) -> TorchFormat:
+        format = copy.copy(self)
+        format._allowed = tuple(names)
+        return format
 
     def recognises(self, path: Path, start: bytes) -> bool:
         if start[:4] != ZIP_MAGIC:
@@ -382,9 +162,9 @@ class TorchFormat(Format):
         file = DataFile(path)
         is_lazy = file.read(0, min(4, file.size)) == ZIP_MAGIC
         if is_lazy:
-            (state, stored), leaves = load_archive(file), (SavedTensor,)
+            (state, stored), leaves = load_archive(file, allowed=self._allowed), (SavedTensor,)
         else:
-            state, stored, leaves = _load_legacy(file), _Loaded(path).stored, (Tensor,)
+            state, stored, leaves = _load_legacy(file, self._allowed), _Loaded(path).stored, (Tensor,)
         if not isinstance(state, Mapping):
             raise CheckpointError(
                 f"{path} holds a {_kind_of(state)}, not a dict: save the model's state_dict()"
@@ -396,13 +176,17 @@ class TorchFormat(Format):
 
 
 def _kind_of(state: Any) -> str:
-    return "Tensor" if isinstance(state, SavedTensor) else type(state).__name__
+    names = {SavedTensor: "Tensor", SavedShard: "DTensor", Record: "plain object"}
+    return names.get(type(state), type(state).__name__)
 
 
 def load_archive(
-    file: DataFile, start: int = 0, nbytes: int | None = None
+    file: DataFile, start: int = 0, nbytes: int | None = None, allowed: Sequence[str] = ()
 ) -> tuple[Any, Callable[[SavedTensor], StoredTensor]]:
-    """The object in a torch archive, and what turns the tensors in it into tensors of the file."""
+    """The object in a torch archive, and what turns the tensors in it into tensors of the file.
+
+    Objects of the classes whose full names are ``allowed`` are read as plain data.
+    """
     members = read_directory(file, start, nbytes)
     if any(name.endswith("/constants.pkl") for name in members):
         raise CheckpointError(
@@ -418,7 +202,7 @@ def load_archive(
             )
     prefix = next(iter(members), "").split("/", 1)[0]
     archive = _Archive(file, {name.removeprefix(f"{prefix}/"): member for name, member in members.items()})
-    return archive.state(), archive.stored
+    return archive.state(allowed), archive.stored
 
 
 class _Archive:
@@ -428,24 +212,27 @@ class _Archive:
         self._file, self._members = file, members
         self._regions: dict[SavedTensor, _base.StridedRegion] = {}
 
-    def state(self) -> Any:
+    def state(self, allowed: Sequence[str]) -> Any:
         """The object that was saved."""
         try:
             member = self._members["data.pkl"]
-            return unpickle(self._file.read(member.offset, member.nbytes), _known, self._storage)
+            known = stand_ins((*allowed, *_safe_names()))
+            return unpickle(self._file.read(member.offset, member.nbytes), known, self._storage)
         except ForbiddenName as error:
-            raise _needs_code(self._file.path, error.name) from error
+            raise _needs_code(self._file.path, error.names, error.has_module, error.has_tensors) from error
         except Exception as error:  # pickle lets whatever the damaged bytes provoke escape
             raise _damaged(self._file.path, str(error)[:200] or type(error).__name__) from error
 
-    def _storage(self, pid: Any) -> _Storage:
+    def _storage(self, pid: Any) -> Storage:
         kind, dtype, key, _, _ = pid
         if kind != "storage" or f"data/{key}" not in self._members:
             raise pickle.UnpicklingError(f"the data of storage {key!r:.50} are missing")
-        return _Storage(f"data/{key}", dtype if isinstance(dtype, torch.dtype) else None)
+        return Storage(f"data/{key}", dtype if isinstance(dtype, torch.dtype) else None)
 
     def stored(self, tensor: SavedTensor) -> StoredTensor:
         """The tensor in its place. Raises ``CheckpointError`` if it is of an unusual kind or has no such place."""
+        if isinstance(tensor, SavedShard):
+            raise _shard_error(self._file.path, tensor)
         if tensor.storage is None or tensor.dtype is None:
             raise _unusual_error(self._file.path, tensor.shape)
         if tensor not in self._regions:
@@ -471,22 +258,59 @@ class _Loaded:
         return self._tensors.setdefault(place, _base.LoadedTensor(tensor.detach()))
 
 
-def _load_legacy(file: DataFile) -> Any:
+# The names that torch holds for safe are one list for all threads.
+_SAFE_NAMES_LOCK = threading.Lock()
+
+
+def _safe_names() -> set[str]:
+    """What the user has told torch to be safe."""
+    entries = torch.serialization.get_safe_globals()
+    return {
+        entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+        for entry in entries
+    }
+
+
+def _load_legacy(file: DataFile, allowed: Sequence[str]) -> Any:
+    stand_in_of = {**dict.fromkeys(allowed, Entries), **HARMLESS}
+    safe: list[Any] = [(stand_in, name) for name, stand_in in stand_in_of.items()]
     try:
-        with warnings.catch_warnings():
+        with _SAFE_NAMES_LOCK, torch.serialization.safe_globals(safe), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch has some for tensors that are refused here, with a reason
             return torch.load(file.window(), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # torch.load lets whatever the damaged bytes provoke escape
         name, reason = reason_not_loaded(error)
-        raise (_needs_code(file.path, name) if name else _damaged(file.path, reason)) from error
+        raise (
+            _needs_code(file.path, [name], has_tensors=True) if name else _damaged(file.path, reason)
+        ) from error
 
 
-def _needs_code(path: Path, name: str) -> CheckpointError:
+# More names than these make no message clearer.
+_MOST_NAMES = 20
+
+
+def _needs_code(
+    path: Path, names: Sequence[str], has_module: bool = False, has_tensors: bool = False
+) -> CheckpointError:
+    shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    advice = (
+        "A model was pickled whole: load it with torch.load where its code is, and save its state_dict()"
+        if has_module
+        else "Where you trust it, load it with torch.load and save its state_dict() alone"
+    )
+    message = (
+        f"{path} holds more than tensors: loading it would need {shown}, and no code from a checkpoint "
+        f"is run. {advice}"
+    )
+    if not has_tensors:
+        return CheckpointError(message)
+    listed = ", ".join(f'"{name}"' for name in names[:_MOST_NAMES])
     return CheckpointError(
-        f"{path} holds more than tensors: loading it would need {name}, and no code from a checkpoint "
-        f"is run. Where you trust it, load it with torch.load and save its state_dict() alone"
+        f"{message}. Or read the tensors beside it, and the rest as data that does nothing: ",
+        f"pass allow=[{listed}]",
+        f"give {' '.join(f'--allow {name}' for name in names[:_MOST_NAMES])}",
     )
 
 
@@ -498,6 +322,15 @@ def _unusual_error(path: Path, shape: tuple[int, ...]) -> CheckpointError:
     return CheckpointError(
         f"{path} holds a sparse, quantised or lazily conjugated tensor of shape {list(shape)}: "
         f"save it dense, with dequantize() or resolve_conj()"
+    )
+
+
+def _shard_error(path: Path, shard: SavedShard) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds a DTensor of shape {list(shard.shape)} of which it has one rank's shard, of shape "
+        f"{list(shard.local_shape)}: on all ranks, gather the whole with "
+        f"torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+        f"options=StateDictOptions(full_state_dict=True)) and save that"
     )
 
 

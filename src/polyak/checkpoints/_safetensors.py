@@ -29,6 +29,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
@@ -124,7 +125,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     problem = None
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         problem = "its entry must have dtype, shape and data_offsets"
-    elif not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+    elif not isinstance(entry["dtype"], str):
         problem = f"dtype {entry['dtype']!r} is not one that torch can hold"
     elif not _is_sizes(entry["shape"]):
         problem = f"shape {entry['shape']!r} is impossible"
@@ -132,6 +133,11 @@ def _span(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
         problem = f"data_offsets {entry['data_offsets']!r} are impossible"
     if problem is not None:
         raise CheckpointError(f"{path} has a damaged safetensors header: tensor {name!r}: {problem}")
+    if entry["dtype"] not in _DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: dtype {entry['dtype']!r} is not one that torch can hold; "
+            f"dequantise it first, with the tool that wrote it"
+        )
     info = TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]])
     begin, end = entry["data_offsets"]
     if end - begin != info.nbytes:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from polyak.checkpoints._base import Contents, StoredTensor
 from polyak.checkpoints._dialects import DIALECTS, STEP_KEYS, STEP_PATHS, Dialect, key_rank
+from polyak.checkpoints._pickle import Record
 from polyak.errors import CheckpointError, OptionError, name_list
 
 __all__ = ["FoundWeights", "NoWeightsError", "bare_names", "find_weights"]
@@ -132,7 +133,7 @@ def _walk(tree: Mapping[Any, Any], path: Path) -> Iterator[tuple[_Path, Any]]:
         if not stack:
             return
         parts, node = stack.pop()
-        if isinstance(node, Mapping):
+        if isinstance(node, Mapping) and (node or not isinstance(node, Record)):
             children = list(node.items())
         elif isinstance(node, list | tuple):
             children = list(enumerate(node))

@@ -102,14 +102,14 @@ class Reading:
         steps: the training step of each that is taken; None where they are not known for all.
         refusal: why nothing can be decided; None where it is.
         order_known: whether the items are in the order of training by their own word.
-        unordered: why no profile has a meaning, as there is no order; empty where one has.
+        unordered: why there is no order, which every profile but the uniform one needs; None where there is.
     """
 
     items: list[Item] = field(default_factory=list)
     steps: list[int] | None = None
     refusal: PolyakError | None = None
     order_known: bool = False
-    unordered: str = ""
+    unordered: OptionError | None = None
 
     @property
     def taken(self) -> list[Item]:
@@ -138,8 +138,8 @@ class Reading:
 
     def refuse_unordered(self) -> None:
         """Raise ``OptionError`` where no order is known: a profile is about one run."""
-        if self.unordered:
-            raise OptionError(self.unordered, "steps", "--steps")
+        if self.unordered is not None:
+            raise self.unordered
 
     def required(self) -> Reading:
         """Itself; raises the refusal where there is one."""
@@ -312,7 +312,7 @@ def _open(items: list[Item], key: str | None, allow: Sequence[str], keep_going: 
         if not item.taken:
             continue
         try:
-            item.checkpoint = checkpoints.open(item.path, key)
+            item.checkpoint = checkpoints.open(item.path, key, allow=allow)
             item.step = item.checkpoint.step
         except PolyakError as error:
             item.error = error
@@ -460,10 +460,13 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
     known = list(steps) if steps is not None else _saved_steps(items)
     order: Sequence[int] | None = None
     if known is None:
-        named = steps_in_names([item.path for item in items])
+        try:
+            named = steps_in_names([item.path for item in items])
+        except OptionError as error:
+            named, reading.unordered = None, error
         if named is None:
-            reading.unordered = _partly_known(items)
-            if reading.unordered and not all(item.given for item in items):
+            reading.unordered = reading.unordered or _partly_known(items)
+            if not (all_count or all(item.given for item in items)):
                 reading.refuse_unordered()
         else:
             order, known = named.order, None if named.values is None else list(named.values)
@@ -559,22 +562,26 @@ def _same_weights(one: Item, other: Item) -> bool:
     )
 
 
-def _sharing(items: list[Item], steps: list[int]) -> str:
+def _sharing(items: list[Item], steps: list[int]) -> OptionError:
     first = next(index for index, step in enumerate(steps) if steps.count(step) > 1)
     other = steps.index(steps[first], first + 1)
-    return (
+    return OptionError(
         f"{items[first].name} and {items[other].name} are both of step {steps[first]}, as of two runs, and a "
-        "profile is about one: leave it out, or give the step of each with "
+        "profile is about one: leave it out, or give the step of each with ",
+        "steps",
+        "--steps",
     )
 
 
-def _partly_known(items: list[Item]) -> str:
+def _partly_known(items: list[Item]) -> OptionError | None:
     without = [item.name for item in items if item.step is None and number_in_name(item.path.stem) is None]
     if not 0 < len(without) < len(items):
-        return ""
-    return (
+        return None
+    return OptionError(
         f"no training step is known of {name_list(without)}, as it is of the others: leave those out, for example by a "
-        "pattern such as 'run/epoch_*.pt', or give the step of each with "
+        "pattern such as 'run/epoch_*.pt', or give the step of each with ",
+        "steps",
+        "--steps",
     )
 
 
