@@ -203,6 +203,12 @@ class Adapter:
         """The inner dimension of the product."""
         return self.checkpoint.tensors[factors.a].shape[0]
 
+    def largest_rank(self, factors: Factors) -> int:
+        """The most that is of use: what a matrix of the update's shape can have, or its factors do have."""
+        tensors = self.checkpoint.tensors
+        (rank, *inputs), (outputs, *_) = tensors[factors.a].shape, tensors[factors.b].shape
+        return max(rank, min(outputs, math.prod(inputs)))
+
     def signature(self) -> dict[str, TensorInfo]:
         """What must be the same in every input: all tensors, whatever the ranks, scales and dtypes of factors."""
         tensors = self.checkpoint.tensors

@@ -112,6 +112,7 @@ class MeanOfUpdates:
         self._coefficients = coefficients
         self._first = first = adapters[0]
         _refuse_unlike(adapters)
+        _refuse_needless_rank(adapters, rank)
         self.averaged = first.full
         self._ranks = {
             factors.a: rank or max(adapter.rank(factors) for adapter in adapters) for factors in first.modules
@@ -227,9 +228,10 @@ class MeanOfUpdates:
     def notes(self, output_is_folder: bool) -> list[str]:
         """What was averaged, how much of it the rank keeps, and with which config it is to be loaded."""
         counted = sum(a != 0 for a in self._coefficients)
+        updates = "1 update" if counted == 1 else f"{counted} updates"
         ranks = sorted(set(self._ranks.values()))
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        notes = [f"LoRA: the mean of {counted} updates, {shown}{self._kept()}"]
+        notes = [f"LoRA: the mean of {updates}, {shown}{self._kept()}"]
         bases = {str(one.config.get("base_model_name_or_path")) for one in self._adapters if one.config}
         if len(bases) > 1:
             notes.append(f"the adapters name different base models: {name_list(sorted(bases))}")
@@ -322,6 +324,13 @@ def _refuse_unlike(adapters: Sequence[Adapter]) -> None:
         raise StructureError(
             f"the adapters differ in {name_list(entries)} of their {CONFIG_NAME}: average others"
         )
+
+
+def _refuse_needless_rank(adapters: Sequence[Adapter], rank: int | None) -> None:
+    """A rank that no matrix of these shapes has fills the file with zeros, or the memory."""
+    largest = max(adapter.largest_rank(factors) for adapter in adapters for factors in adapter.modules)
+    if rank is not None and rank > largest:
+        raise OptionError(f"no update of these adapters can have a rank above {largest}, got {rank}")
 
 
 # These take something out of the model's weights when they begin, as much as their rank and config say.
