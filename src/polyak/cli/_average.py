@@ -7,7 +7,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyak import _terminal
+from polyak.cli._users import recalibrated_report, run_recalibrated
 from polyak.errors import CheckpointError, OptionError, name_list
 
 if TYPE_CHECKING:
@@ -136,6 +137,13 @@ def average(
     like: Annotated[
         Path | None, typer.Option(help="Nest the weights as in this torch checkpoint, with its settings.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="package.module:function that builds the model; for --recalibrate.")
+    ] = None,
+    recalibrate: Annotated[
+        str | None,
+        typer.Option(help="package.module:function that returns batches for BatchNorm statistics."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
     """Average checkpoints of any tool, format and size, in little memory.
@@ -150,20 +158,24 @@ def average(
     polyak average run/ -o average.safetensors --dtype bf16 --max-memory 1GB
     polyak average timm/*.pth.tar -o average.pt --key state_dict_ema
     polyak average run/*.ckpt -o average.ckpt --like run/last.ckpt      loads as that file does
+    polyak average run/ -o average.pt --model my.model:build --recalibrate my.data:batches
     torchrun --nproc-per-node 4 -m polyak average run/ -o average.safetensors
     polyak average recorded/ -o average.safetensors --profile tail:0.4     a run that was recorded
 
     A profile takes the inputs in the order of their training steps. The output says what it was made of, and
-    appears whole or not at all. BatchNorm statistics of an average must be computed anew: polyak.update_bn.
+    appears whole or not at all. BatchNorm statistics of an average must be computed anew: --model and --recalibrate
+    do it with your model and batches, the average being held in memory, and run your code, never code in a checkpoint.
     """
     from polyak.checkpoints._checkpoint import is_recording
     from polyak.combine import Plan
 
+    _refuse_half_of_recalibration(model, recalibrate)
     paths = expanded(inputs, "--profile")
     if len(paths) == 1 and is_recording(paths[0]):
         _refuse(
             paths[0],
-            {"--weights": weights, "--key": key, "--dtype": dtype, "--hash": hashes or None, "--like": like},
+            {"--weights": weights, "--key": key, "--dtype": dtype, "--hash": hashes or None, "--like": like}
+            | {"--recalibrate": recalibrate},
         )
         if _is_first_process():  # blocks are few: one process is enough
             average_run(
@@ -189,7 +201,10 @@ def average(
         like=like,
     )
     started = time.monotonic()
-    report = plan.report() if dry_run else _run(plan)
+    if model is None or recalibrate is None:
+        report = plan.report() if dry_run else _run(plan)
+    else:
+        report = recalibrated_report(plan) if dry_run else _run_with_user_code(plan, model, recalibrate)
     if not _is_first_process():
         return
     if as_json:
@@ -198,7 +213,7 @@ def average(
         _show(report, None if dry_run else time.monotonic() - started)
 
 
-def _refuse(run: Path, options: dict[str, object]) -> None:
+def _refuse(run: Path, options: Mapping[str, object]) -> None:
     given = [option for option, value in options.items() if value is not None]
     if given:
         raise OptionError(
@@ -222,6 +237,21 @@ def _run(plan: combine.Plan) -> combine.AverageReport:
             return plan.run(shown.reach)
         with process_group():
             return run_on_ranks(plan, shown.reach)
+
+
+def _run_with_user_code(plan: combine.Plan, model: str, recalibrate: str) -> combine.AverageReport:
+    bar = _terminal.progress_bar(str(plan.output), shown=True, in_bytes=True)
+    with _ended_cleanly(), bar as shown:
+        return run_recalibrated(plan, model, recalibrate, shown.reach)
+
+
+def _refuse_half_of_recalibration(model: str | None, recalibrate: str | None) -> None:
+    from polyak.combine._offline import launched_on_ranks
+
+    if (model is None) != (recalibrate is None):
+        raise OptionError("--model and --recalibrate belong together: give both, or neither")
+    if recalibrate is not None and launched_on_ranks():
+        raise OptionError("--recalibrate runs your model in one process: start polyak without torchrun")
 
 
 def _is_first_process() -> bool:
