@@ -244,3 +244,103 @@ def test_what_does_not_fit_is_one_line(run_recording, capsys, arguments, message
     assert main(["average", "recording", "-o", "out.pt", *arguments]) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+USER_CODE = """
+import torch
+
+def build():
+    return torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.BatchNorm1d(2))
+
+def batches():
+    return [torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[8.0, 2.0]])]
+
+def plain():
+    return torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Identity())
+
+def broken():
+    raise RuntimeError("no data")
+
+def broken_later():
+    yield torch.zeros(2, 2)
+    raise RuntimeError("no more data")
+
+def number():
+    return 7
+"""
+
+
+@pytest.fixture
+def batchnorm(tmp_path, monkeypatch):
+    """Checkpoints of a model with BatchNorm, whose weights average to twos, and the user's module."""
+    for step, value in ((1, 1.0), (2, 3.0)):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.BatchNorm1d(2))
+        model[0].weight.data.fill_(value)
+        model[1].running_mean.fill_(100 * value)
+        torch.save({"model": model.state_dict(), "arch": "mlp"}, tmp_path / f"step{step}.pt")
+    (tmp_path / "bn_code.py").write_text(USER_CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "bn_code", raising=False)
+    return tmp_path
+
+
+RECALIBRATE = ["--model", "bn_code:build", "--recalibrate", "bn_code:batches"]
+
+
+@pytest.mark.parametrize(("output", "more"), [("out.safetensors", []), ("out.pt", ["--like", "step1.pt"])])
+def test_batchnorm_statistics_of_the_average_are_written_with_it(batchnorm, capsys, output, more):
+    assert main(["average", "step1.pt", "step2.pt", "-o", output, *RECALIBRATE, *more, "--json"]) == 0
+    (note,) = [note for note in json.loads(capsys.readouterr().out)["notes"] if "BatchNorm" in note]
+    assert note.endswith("computed anew for the averaged weights")
+    inputs = torch.tensor([[1.0, 0.0], [3.0, 4.0], [8.0, 2.0]], dtype=torch.float64)
+    seen = inputs @ torch.full((2, 2), 2.0, dtype=torch.float64)
+    with checkpoints.open(output) as average:
+        assert torch.all(average.read("0.weight") == 2)
+        torch.testing.assert_close(average.read("1.running_mean").double(), seen.mean(0))
+        torch.testing.assert_close(average.read("1.running_var").double(), seen.var(0, correction=0))
+        assert average.read("1.num_batches_tracked") == 2
+        assert json.loads(average.metadata["polyak"])["coefficients"] == [0.5, 0.5]
+
+
+def test_without_it_the_note_says_the_command_line(batchnorm, capsys):
+    assert main(["average", "step1.pt", "step2.pt", "-o", "out.pt"]) == 0
+    assert "--model module:factory --recalibrate module:batches" in capsys.readouterr().out
+    assert main(["average", "step1.pt", "step2.pt", "-o", "dry.pt", *RECALIBRATE, "--dry-run"]) == 0
+    assert "computed anew" in capsys.readouterr().out and not os.path.exists("dry.pt")
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "message"),
+    [
+        ("bn_code:build", None, "--model and --recalibrate belong together"),
+        (None, "bn_code:batches", "--model and --recalibrate belong together"),
+        ("bn_code:build", "bn_code:broken", "--recalibrate bn_code:broken raised RuntimeError: no data"),
+        ("bn_code:build", "bn_code:number", "must return batches, such as a DataLoader, it returned a int"),
+        ("bn_code:number", "bn_code:batches", "must return a torch.nn.Module, it returned a int"),
+        ("bn_code:plain", "bn_code:batches", "'1.weight'"),
+        ("torch.nn:Identity", "bn_code:batches", "'0.weight'"),
+    ],
+)
+def test_recalibration_that_cannot_be_done_writes_nothing(batchnorm, capsys, model, batches, message):
+    options = [*(["--model", model] if model else []), *(["--recalibrate", batches] if batches else [])]
+    before = sorted(os.listdir())
+    assert main(["average", "step1.pt", "step2.pt", "-o", "out.pt", *options]) != 0
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert sorted({*os.listdir()} - {"__pycache__"}) == before
+
+
+def test_a_model_without_batchnorm_is_refused(batchnorm, capsys):
+    torch.save({"0.weight": torch.ones(2, 2)}, "plain.pt")
+    options = ["--model", "bn_code:plain", "--recalibrate", "bn_code:batches"]
+    assert main(["average", "plain.pt", "-o", "out.pt", *options]) != 0
+    assert "no BatchNorm statistics that the checkpoints hold" in " ".join(capsys.readouterr().err.split())
+    assert not os.path.exists("out.pt")
+
+
+def test_batches_that_break_off_leave_nothing_behind(batchnorm):
+    before = sorted(os.listdir())
+    options = ["--model", "bn_code:build", "--recalibrate", "bn_code:broken_later"]
+    with pytest.raises(RuntimeError, match="no more data"):
+        main(["average", "step1.pt", "step2.pt", "-o", "out.pt", *options])
+    assert sorted({*os.listdir()} - {"__pycache__"}) == before

@@ -106,6 +106,8 @@ def test_what_cannot_be_nested_is_refused_before_anything_is_written(paths, tmp_
         assert not (tmp_path / output).exists()
 
 
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:.*(TensorBoard|LeafSpec|tree_|num_workers)")
 def test_lightning_loads_an_average_like_its_checkpoint(tmp_path):
     import lightning
 

@@ -21,16 +21,8 @@ import torch
 from torch import Tensor
 
 from polyak._distributed import RankGroup
-from polyak.checkpoints._io import (
-    O_BINARY,
-    OWN_FILES,
-    SIDECAR,
-    AtomicOutput,
-    DataFile,
-    Observer,
-    write_all,
-    writing,
-)
+from polyak.checkpoints import _io
+from polyak.checkpoints._io import O_BINARY, SIDECAR, AtomicOutput, DataFile, Observer, write_all, writing
 from polyak.errors import CheckpointError, OptionError, StructureError
 
 __all__ = [
@@ -281,8 +273,9 @@ class Envelope:
     def around(self, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
         """The whole tree, with ``tensors`` at their place.
 
-        >>> Envelope(("a", "b"), {"a": {"seed": 1}, "arch": "x"}, {"w": "module.w"}).around({"w": torch.ones(1)})
-        {'a': {'seed': 1, 'b': OrderedDict({'module.w': tensor([1.])})}, 'arch': 'x'}
+        >>> around = Envelope(("a", "b"), {"a": {"seed": 1}}, {"w": "module.w"}).around({"w": torch.ones(1)})
+        >>> around["a"]["seed"], around["a"]["b"]["module.w"]
+        (1, tensor([1.]))
         """
         tree = node = dict(self.entries)
         for key in self.place[:-1]:
@@ -596,7 +589,7 @@ class Format(ABC):
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
             FORMATS[cls.name] = cls()
-            OWN_FILES.update(cls.own_files)
+            _io.OWN_FILES.update(cls.own_files)
 
     @abstractmethod
     def recognises(self, path: Path, start: bytes) -> bool:

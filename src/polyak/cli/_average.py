@@ -7,7 +7,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polyak import _terminal
+from polyak.cli._users import recalibrated_report, run_recalibrated
 from polyak.errors import CheckpointError, OptionError, name_list
 
 if TYPE_CHECKING:
@@ -185,6 +186,13 @@ def average(
     like: Annotated[
         Path | None, typer.Option(help="Nest the weights as in this torch checkpoint, with its settings.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="package.module:function that builds the model; for --recalibrate.")
+    ] = None,
+    recalibrate: Annotated[
+        str | None,
+        typer.Option(help="package.module:function that returns batches for BatchNorm statistics."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
     """Average checkpoints of any tool, format and size, in little memory.
@@ -201,15 +209,18 @@ def average(
     polyak average adapter-a/ adapter-b/ -o adapter/ --rank 16     LoRA adapters: the mean of their updates
     polyak average timm/*.pth.tar -o average.pt --key state_dict_ema
     polyak average run/*.ckpt -o average.ckpt --like run/last.ckpt      loads as that file does
+    polyak average run/ -o average.pt --model my.model:build --recalibrate my.data:batches
     torchrun --nproc-per-node 4 -m polyak average run/ -o average.safetensors
     polyak average recorded/ -o average.safetensors --profile tail:0.4     a run that was recorded
 
     A profile takes the inputs in the order of their training steps. The output says what it was made of, and
-    appears whole or not at all. BatchNorm statistics of an average must be computed anew: polyak.update_bn.
+    appears whole or not at all. BatchNorm statistics of an average must be computed anew: --model and --recalibrate
+    do it with your model and batches, the average being held in memory, and run your code, never code in a checkpoint.
     """
     from polyak.checkpoints._checkpoint import is_recording
     from polyak.combine import Plan
 
+    _refuse_half_of_recalibration(model, recalibrate)
     paths, found = expanded(inputs, "--profile")
     if len(paths) == 1 and is_recording(paths[0]):
         _refuse(
@@ -224,6 +235,7 @@ def average(
                 "--hash": hashes or None,
                 "--like": like,
                 "--rank": rank,
+                "--recalibrate": recalibrate,
                 "--lora": None if lora == "product" else lora,
             },
         )
@@ -254,7 +266,10 @@ def average(
         lora=lora,
     )
     started = time.monotonic()
-    report = plan.report() if dry_run else _run(plan)
+    if model is None or recalibrate is None:
+        report = plan.report() if dry_run else _run(plan)
+    else:
+        report = recalibrated_report(plan) if dry_run else _run_with_user_code(plan, model, recalibrate)
     if not _is_first_process():
         return
     if as_json:
@@ -263,7 +278,7 @@ def average(
         _show(report, None if dry_run else time.monotonic() - started)
 
 
-def _refuse(run: Path, options: dict[str, object]) -> None:
+def _refuse(run: Path, options: Mapping[str, object]) -> None:
     given = [option for option, value in options.items() if value is not None]
     if given:
         raise OptionError(
@@ -287,6 +302,21 @@ def _run(plan: combine.Plan) -> combine.AverageReport:
             return plan.run(shown.reach)
         with process_group():
             return run_on_ranks(plan, shown.reach)
+
+
+def _run_with_user_code(plan: combine.Plan, model: str, recalibrate: str) -> combine.AverageReport:
+    bar = _terminal.progress_bar(str(plan.output), shown=True, in_bytes=True)
+    with _ended_cleanly(), bar as shown:
+        return run_recalibrated(plan, model, recalibrate, shown.reach)
+
+
+def _refuse_half_of_recalibration(model: str | None, recalibrate: str | None) -> None:
+    from polyak.combine._offline import launched_on_ranks
+
+    if (model is None) != (recalibrate is None):
+        raise OptionError("--model and --recalibrate belong together: give both, or neither")
+    if recalibrate is not None and launched_on_ranks():
+        raise OptionError("--recalibrate runs your model in one process: start polyak without torchrun")
 
 
 def _is_first_process() -> bool:

@@ -4,68 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib import import_module
 from pathlib import Path
-from traceback import print_exception
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from polyak import _terminal
 from polyak.cli._average import AllowOption, HowToRead, KeyOption, LastOption, StepsOption, expanded
-from polyak.errors import OptionError, PolyakError
+from polyak.cli._users import built, imported
+from polyak.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import nn
 
     import polyak
     from polyak.landscape import PathScores
-
-# What the user names: functions in modules of their own.
-
-
-def imported(option: str, text: str) -> Callable[..., Any]:
-    """The function that ``package.module:function`` names; modules in the working directory are found too.
-
-    Raises ``OptionError`` if there is none. An error inside the module is the user's own, with its traceback. So
-    is one inside the function, whose traceback goes to stderr before an ``OptionError`` says what was called.
-
-    >>> imported("--score", "math:fsum")([0.5, 0.25])
-    0.75
-    """
-    module_name, colon, name = text.partition(":")
-    if not (module_name and colon and name) or module_name.startswith(".") or module_name.endswith(".py"):
-        raise OptionError(
-            f"{option} takes package.module:function, such as my.model:build for build in my/model.py, got {text!r}"
-        )
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise OptionError(f"{option} {text}: there is no module {error.name!r} here or installed") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise OptionError(f"{option} {text}: {module_name} has no function {name!r}")
-    return _guarded(f"{option} {text}", function)
-
-
-def _guarded(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except PolyakError:
-            raise
-        except Exception as error:
-            print_exception(error)
-            raise OptionError(f"{what} raised {type(error).__name__}: {error}") from error
-
-    return call
-
 
 # What the commands that score a run have in common: its options, and how they are carried out.
 
@@ -120,7 +75,7 @@ def answered(trajectory: polyak.Trajectory, questions: Questions) -> Answers:
     holdout = None if questions.holdout is None else imported("--holdout", questions.holdout)
     recalibrate = questions.recalibrate
     batches = None if recalibrate is None else imported("--recalibrate", recalibrate)()
-    network = _built(questions.model, build)
+    network = built(questions.model, build)
     apply_weights(network, trajectory.live())
     choice = polyak.select(
         trajectory,
@@ -157,17 +112,6 @@ def opened(inputs: list[str], how: HowToRead) -> polyak.Trajectory:
     if reading.left_out:
         typer.echo(_terminal.printable(reading.left_out), err=True)
     return Trajectory._of_reading(reading)
-
-
-def _built(text: str, build: Any) -> Any:
-    from torch import nn
-
-    network = build()
-    if not isinstance(network, nn.Module):
-        raise OptionError(
-            f"--model {text} must return a torch.nn.Module, it returned a {type(network).__name__}"
-        )
-    return network
 
 
 # ``polyak select``: score the averages of a run, say which is best, write it.

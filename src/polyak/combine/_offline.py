@@ -185,8 +185,8 @@ class Plan:
             self.output_notes = [*self.output_notes, note]
         self._memory_bytes()
 
-    def report(self, differing: Sequence[str] = ()) -> AverageReport:
-        """What will be, or has been, averaged."""
+    def report(self, differing: Sequence[str] = (), *, recalibrated: bool = False) -> AverageReport:
+        """What will be, or has been, averaged; ``recalibrated`` if BatchNorm statistics are computed anew."""
         tensors = {name: self.opened[0].tensors[name] for name in self.layout.tensors}
         counted = sum(a != 0 for a in self.coefficients)
         return AverageReport(
@@ -203,7 +203,7 @@ class Plan:
             notes=(
                 *_notes(self.opened),
                 *_single_note(counted),
-                *(_batchnorm_note(tensors) if counted > 1 else ()),
+                *(_batchnorm_note(tensors, recalibrated) if counted > 1 or recalibrated else ()),
                 *self.output_notes,
                 *self._adapter_notes(),
             ),
@@ -281,11 +281,14 @@ def is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var"))
 
 
-def _batchnorm_note(tensors: Mapping[str, checkpoints.TensorInfo]) -> Iterator[str]:
+def _batchnorm_note(tensors: Mapping[str, checkpoints.TensorInfo], recalibrated: bool) -> Iterator[str]:
     if statistics := batchnorm_statistics(tensors):
+        what = f"{name_list(statistics)} are BatchNorm statistics"
         yield (
-            f"{name_list(statistics)} are BatchNorm statistics: their averages do not fit the averaged weights, so "
-            "recompute them with polyak.update_bn"
+            f"{what}, computed anew for the averaged weights"
+            if recalibrated
+            else f"{what}: their averages do not fit the averaged weights, so recompute them, with polyak.update_bn or "
+            "polyak average ... --model module:factory --recalibrate module:batches"
         )
 
 
