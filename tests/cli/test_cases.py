@@ -96,6 +96,12 @@ def is_a_mean_of_adapters(tensors: dict[str, Tensor], out: str) -> bool:
     return torch.allclose(got, factors, rtol=1e-5) and "factors" in out
 
 
+def is_the_mean_of_c_and_d(tensors: dict[str, Tensor], out: str) -> bool:
+    """The same factors with alpha 4 and 32 of rank 2: the mean is 9 B A, and c's config scales by 2."""
+    c = update(load_file("c/adapter_model.safetensors"))
+    return torch.allclose(2 * update(tensors), 9 * c, rtol=1e-5, atol=1e-5)
+
+
 # What is right, for each command of a case's docstring in turn: any of these.
 
 RIGHT: dict[str, list[list[Written | Shown | Refused]]] = {
@@ -113,7 +119,10 @@ RIGHT: dict[str, list[list[Written | Shown | Refused]]] = {
     "llama_consolidated": [[refused("consolidated.01", "rank", "shard")]],
     "nemo_mp_rank": [[refused("rank")], [written(w=2500)]],
     "trainer_output_folder": [[written(w=5), refused("checkpoint-"), written(w=8, note=("checkpoint-",))]],
-    "peft_adapters": [[Written(is_a_mean_of_adapters), refused("adapter")], [refused("alpha")]],
+    "peft_adapters": [
+        [Written(is_a_mean_of_adapters), refused("adapter")],
+        [Written(is_the_mean_of_c_and_d, ("alpha",))],
+    ],
     "gptq": [[refused("quanti")]],
     "fp8_with_scales": [[refused("scale")]],
     "stale_index_and_shards": [[written(u=5, w=5), refused("model.safetensors.index.json")]],

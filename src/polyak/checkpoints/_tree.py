@@ -24,7 +24,7 @@ _Path = tuple[str, ...]
 Value = TypeVar("Value")
 Named = dict[str, _Path]
 
-_NOT_WEIGHTS = re.compile(r"opt|.*optim.*|.*sched.*|.*scaler.*|.*rng.*")
+_NOT_WEIGHTS = re.compile(r"opt|.*optim.*|.*sched.*|.*scaler.*|.*rng.*|train_state|dataloader.*")
 # What optimizers keep for each parameter, in whatever their state is called.
 _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "acc_delta"}
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -98,10 +98,11 @@ def find_weights(contents: Contents, key: str | None, path: Path) -> FoundWeight
     if not named:
         raise _no_weights(contents, optimizers, path)
     named, kind, prefix = _of_prefix(named, name_prefix)
+    by_prefix = bool(kind)
     named, wrappers = _without_wrappers(named)
     kind = kind or _kind(place, found)
     completed = ""
-    if key is None and kind == "averaged" and not prefix:
+    if key is None and kind == "averaged" and not by_prefix:
         named, completed = _completed(named, tensor_paths, found, contents, entries)
     step, step_key = _step(entries, place)
     return FoundWeights(

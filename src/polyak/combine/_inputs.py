@@ -104,6 +104,7 @@ def coefficients(profile: Profile, spans: Sequence[Span]) -> list[float]:
 
 # The one entry of the output's metadata that is ours: JSON.
 METADATA_KEY = "polyak"
+_MAX_NAME_PARTS = 4
 
 
 def provenance(
@@ -140,14 +141,17 @@ def provenance(
 
 
 def input_names(inputs: Sequence[Checkpoint]) -> list[str]:
-    """File or folder names; with that of the folder they are in where they would be the same.
+    """File or folder names; with those of the folders they are in as far as they would be the same without.
 
     Absolute paths would say more about the machine than about the weights.
     """
-    names = [checkpoint.path.name for checkpoint in inputs]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{checkpoint.path.absolute().parent.name}/{checkpoint.path.name}" for checkpoint in inputs]
+    parts = [checkpoint.path.absolute().parts for checkpoint in inputs]
+    names: list[str] = []
+    for depth in range(1, _MAX_NAME_PARTS + 1):
+        names = ["/".join(those[-depth:]) for those in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def averaged_inputs(checkpoint: Checkpoint) -> list[str]:

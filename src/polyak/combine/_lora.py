@@ -232,6 +232,11 @@ class MeanOfUpdates:
         ranks = sorted(set(self._ranks.values()))
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         notes = [f"LoRA: the mean of {updates}, {shown}{self._kept()}"]
+        alphas = {str(one.config.get("lora_alpha")): None for one in self._adapters if one.config}
+        if len(alphas) > 1:
+            notes.append(
+                f"the adapters' lora_alpha differ, {name_list(list(alphas))}: each update counts with its own"
+            )
         bases = {str(one.config.get("base_model_name_or_path")) for one in self._adapters if one.config}
         if len(bases) > 1:
             notes.append(f"the adapters name different base models: {name_list(sorted(bases))}")

@@ -7,90 +7,35 @@ meant, and can be shown. What is not certain is refused, with what to type inste
 
 from __future__ import annotations
 
-import os
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint, _checkpoint
 from polyak.checkpoints._dialects import is_no_weights_file
 from polyak.checkpoints._tree import NoWeightsError
-from polyak.combine._inputs import averaged_inputs
-from polyak.combine._steps import counted_from_one, number_in_name, steps_in_names
-from polyak.errors import CheckpointError, OptionError, PolyakError, name_list
-
-__all__ = ["Item", "Reading", "read_inputs"]
-
-# Names beside a numbered series that are no part of it.
-_SPECIAL = {
-    "best",
-    "last",
-    "latest",
-    "init",
-    "initial",
-    "final",
-    "avg",
-    "ave",
-    "average",
-    "averaged",
-    "soup",
-    "merged",
-}
-_AVERAGED = {"ema", "swa"}
-# A part of one model: the number is that of a rank, or of a part.
-_RANK = re.compile(
-    r"consolidated\.(\d+)|(?:^|_)mp_rank_(\d+(?:_\d+)*)|tp_rank_(\d+_pp_rank_\d+)|zero_pp_rank_(\d+)|"
-    r"(?<!lora)[_-]rank[_-]?(\d+)|^rank[_-]?(\d+)|-shard(\d+)|model_part-(\d+)|-(\d{5}-of-\d{5})(?=\.)"
+from polyak.combine._roles import (
+    Item,
+    is_special,
+    leave_out_averages_of_others,
+    leave_out_links,
+    leave_out_live_twins,
+    leave_out_specials,
+    refuse_mixed_kinds,
+    refuse_quantised,
+    refuse_ranks,
+    refuse_without_names,
+    same_weights,
 )
-_RATE = re.compile(r"(?<!\d)0\.\d+")
+from polyak.combine._steps import counted_from_one, number_in_name, steps_in_names
+from polyak.errors import OptionError, PolyakError, name_list
+
+__all__ = ["Reading", "checkpoints_below", "read_inputs"]
+
 _MAX_FOLDER_DEPTH = 3
-_COMPARED_NUMEL = 1 << 20
-
-
-@dataclass(eq=False)
-class Item:
-    """One file or folder, what it is, and whether it is taken.
-
-    Attributes:
-        path: where it lies.
-        name: as it is shown: from the input on in which it was found.
-        given: whether the user named it, rather than a folder or a pattern that it was found by.
-        checkpoint: opened; None where it cannot be used.
-        error: why it cannot.
-        step: the training step, where it is known.
-        why: why it is not taken; empty for what is.
-    """
-
-    path: Path
-    name: str
-    given: bool
-    checkpoint: Checkpoint | None = None
-    error: PolyakError | None = None
-    step: int | None = None
-    why: str = ""
-
-    @property
-    def taken(self) -> bool:
-        """Whether it is a part of the average."""
-        return not self.why
-
-    @property
-    def opened(self) -> Checkpoint:
-        """The checkpoint of what is taken."""
-        assert self.checkpoint is not None, "what cannot be opened is not taken"
-        return self.checkpoint
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        key = self.checkpoint.key if self.checkpoint else None
-        return {"name": self.name, "taken": self.taken, "why": self.why, "step": self.step, "key": key}
 
 
 @dataclass(eq=False)
@@ -178,18 +123,20 @@ def read_inputs(
     reading = Reading()
     try:
         reading.items = _discovered(given, set(found))
-        _refuse_ranks(reading.items)
-        _leave_out_links(reading.items, all_count)
+        refuse_ranks(reading.items)
+        leave_out_links(reading.items, all_count)
         _open(reading.items, key, allow, keep_going)
         if not all_count:
-            _leave_out_averages_of_others(reading.taken)
-            _leave_out_live_twins(reading.taken)
-            _leave_out_specials(reading.taken)
-        _refuse_mixed_kinds(reading.taken, all_count)
+            leave_out_averages_of_others(reading.taken)
+            leave_out_live_twins(reading.taken)
+            leave_out_specials(reading.taken)
+        refuse_mixed_kinds(reading.taken, all_count)
         _order(reading, steps, all_count)
         _take_last(reading, last)
         for item in reading.taken:
-            _refuse_quantised(item.opened)
+            refuse_quantised(item.opened)
+            if key is None:
+                refuse_without_names(item.opened)
     except PolyakError as error:
         reading.refusal = error
     return reading
@@ -225,11 +172,7 @@ def _discovered(paths: list[Path], found: set[Path]) -> list[Item]:
 
 def _with_those_below(path: Path, alone: bool, given: bool) -> list[Item]:
     """A model's folder; where it is the only input and has checkpoints of the run below it, these."""
-    below = [
-        item
-        for item in (_checkpoint.checkpoint_paths(path) if alone else [])
-        if item.is_dir() and number_in_name(item.name) is not None
-    ]
+    below = checkpoints_below(path) if alone else []
     if not below:
         return [Item(path, path.name, given)]
     final = Item(
@@ -239,6 +182,15 @@ def _with_those_below(path: Path, alone: bool, given: bool) -> list[Item]:
         why="the model above the checkpoints of its run: name it with others to take it",
     )
     return [final, *(Item(item, item.name, False) for item in below)]
+
+
+def checkpoints_below(path: Path) -> list[Path]:
+    """The numbered checkpoints of the run inside the folder of a model, as transformers' Trainer leaves them."""
+    return [
+        item
+        for item in _checkpoint.checkpoint_paths(path)
+        if item.is_dir() and number_in_name(item.name) is not None
+    ]
 
 
 def _inside(folder: Path, depth: int = 1) -> list[Path]:
@@ -269,44 +221,6 @@ def _with_distinct_names(items: list[Item]) -> list[Item]:
     return items
 
 
-def _refuse_ranks(items: list[Item]) -> None:
-    ranks: dict[str, list[Item]] = defaultdict(list)
-    for item in items:
-        for part in (*item.path.parts[-3:-1], item.path.name):
-            if match := _RANK.search(part):
-                ranks[next(filter(None, match.groups()))].append(item)
-                break
-    if len(ranks) < 2:
-        return
-    names = [those[0].name for those in ranks.values()]
-    zero = any("zero_pp_rank" in name for name in names)
-    cure = (
-        "gather DeepSpeed's weights first, with the zero_to_fp32.py beside them"
-        if zero
-        else "average the files of each rank by themselves, by a pattern for each, or gather the model first"
-    )
-    raise OptionError(
-        f"{name_list(names)} are parts of one model, of different ranks or shards of it: {cure}"
-    )
-
-
-def _leave_out_links(items: list[Item], all_count: bool) -> None:
-    """The same file under several names counts once, under the name that is numbered."""
-    places: dict[Any, list[Item]] = defaultdict(list)
-    for item in items:
-        try:
-            status = os.stat(item.path)
-        except OSError:
-            continue  # opening it says so
-        if item.taken and not all_count:
-            places[status.st_dev, status.st_ino].append(item)
-    for same in places.values():
-        kept = min(same, key=lambda item: _is_special(item.name))
-        for item in same:
-            if item is not kept:
-                item.why = f"the same file as {kept.name}"
-
-
 def _open(items: list[Item], key: str | None, allow: Sequence[str], keep_going: bool) -> None:
     for item in items:
         if not item.taken:
@@ -322,127 +236,6 @@ def _open(items: list[Item], key: str | None, allow: Sequence[str], keep_going: 
     errors = [item.error for item in items if item.error is not None]
     if errors and not any(item.taken for item in items):
         raise errors[0]
-
-
-# Classifying.
-
-
-def _words(name: str) -> set[str]:
-    return {word.lower() for word in re.findall(r"[A-Za-z]+", name)}
-
-
-def _is_special(name: str) -> bool:
-    return bool(_SPECIAL & _words(name))
-
-
-def _leave_out_averages_of_others(items: list[Item]) -> None:
-    """What an earlier call wrote into the folder of what it was made of."""
-    names = {item.path.name for item in items}
-    for item in items:
-        made_of = names.intersection(Path(name).name for name in averaged_inputs(item.opened)) - {
-            item.path.name
-        }
-        if made_of and not item.given:
-            item.why = f"itself an average, of {name_list(sorted(made_of, key=_checkpoint.natural_order))}"
-
-
-def _leave_out_live_twins(items: list[Item]) -> None:
-    """Averages beside the live weights, told by their names: only the averages are taken."""
-    averaged = [item for item in items if _AVERAGED & _words(item.path.name)]
-    _refuse_several_rates(averaged)
-    live = [item for item in items if item not in averaged]
-    if not averaged or not live:
-        return
-    twins = {_without_average(item): item for item in averaged}
-    alone = [item for item in live if _without_average(item) not in twins and not _is_special(item.name)]
-    if alone and not all(_is_special(item.name) for item in averaged):
-        raise OptionError(
-            f"{name_list([item.name for item in averaged])} are averages and "
-            f"{name_list([item.name for item in alone])} are not, by their names: "
-            "take the one or the other, by a pattern such as '*ema*'"
-        )
-    for item in averaged if alone else live:
-        twin = twins.get(_without_average(item))
-        item.why = (
-            "an average, beside checkpoints of the run"
-            if alone
-            else f"live weights; {twin.name} is their average"
-            if twin
-            else "live weights, beside averages"
-        )
-
-
-def _refuse_several_rates(averaged: list[Item]) -> None:
-    rates = {rate: item.name for item in averaged for rate in _RATE.findall(item.path.name)}
-    if (
-        len(rates) > 1
-        and all(_RATE.search(item.path.name) for item in averaged)
-        and "ema" in _words(averaged[0].path.name)
-    ):
-        follows = {re.search(r"ema\W?_?(0\.\d+)", item.path.name, re.IGNORECASE) for item in averaged}
-        if None not in follows:
-            raise OptionError(
-                f"{name_list(list(rates.values()))} are averages of different rates: choose one, by a pattern such as "
-                f"'*{next(iter(rates))}*'"
-            )
-
-
-def _without_average(item: Item) -> tuple[Path, tuple[str, ...]]:
-    """What a live file and its average have in common: the folder, and the name without the words that say so."""
-    words = re.findall(
-        r"[A-Za-z]+|\d+",
-        _RATE.sub("", item.path.name) if _AVERAGED & _words(item.path.name) else item.path.name,
-    )
-    drop = {*_AVERAGED, "model", "ckpt", "checkpoint"}
-    return item.path.parent, tuple(word for word in words if word.lower() not in drop)
-
-
-def _leave_out_specials(items: list[Item]) -> None:
-    """Best, last, initial and averaged weights beside a series of numbered checkpoints."""
-    series = [item for item in items if not _is_special(item.name)]
-    is_numbered = len(series) > 1 and all(
-        item.step is not None
-        or number_in_name(item.path.stem) is not None
-        or number_in_name(item.path.parent.name) is not None
-        for item in series
-    )
-    if not is_numbered:
-        return
-    steps = {item.step for item in series}
-    named = []
-    for item in items:
-        if item in series:
-            continue
-        if not item.given:
-            item.why = "no part of the numbered series"
-        elif twin := next(
-            (one for one in series if one.step == item.step is not None and _same_weights(one, item)), None
-        ):
-            item.why = f"the same weights as {twin.name}"
-        elif item.step is None or item.step in steps:
-            named.append(item.name)
-    if named:
-        raise OptionError(
-            f"{name_list(named)} stand beside a numbered series, {series[0].name} to {series[-1].name}, and are "
-            "no part of it: name the folder or a pattern of the series to leave them out, or say how much each counts "
-            "with ",
-            "weights",
-            "--weights",
-        )
-
-
-def _refuse_mixed_kinds(items: list[Item], all_count: bool) -> None:
-    kinds = {kind: [item for item in items if item.opened.kind == kind] for kind in ("live", "averaged")}
-    live, averaged = kinds["live"], kinds["averaged"]
-    if live and averaged and not all_count:
-        key = live[0].opened.key
-        raise OptionError(
-            f"{name_list([item.name for item in live])} hold live weights only ({key!r}), and "
-            f"{name_list([item.name for item in averaged])} averaged ones ({averaged[0].opened.key!r}): leave "
-            "the first out, or take the live weights of all with ",
-            f"key={key!r}",
-            f"--key {key}",
-        )
 
 
 # Steps.
@@ -513,15 +306,15 @@ def _leave_out_copies(items: list[Item]) -> None:
     if len(by_step) < 2:
         shared = next(iter(by_step.values()), [])
         for item in [] if _are_numbered(items) else shared[1:]:
-            if any(_same_weights(one, item) for one in shared if one.taken and one is not item):
+            if any(same_weights(one, item) for one in shared if one.taken and one is not item):
                 item.why = f"the same weights as {shared[0].name}"
         return
     for same in by_step.values():
-        kept = min(same, key=lambda item: _is_special(item.name))
+        kept = min(same, key=lambda item: is_special(item.name))
         for item in same:
             if item is kept:
                 continue
-            if not _same_weights(kept, item):
+            if not same_weights(kept, item):
                 if _tell_apart(items):
                     return
                 raise OptionError(
@@ -545,21 +338,6 @@ def _tell_apart(items: list[Item]) -> bool:
         return False
     named = steps_in_names([item.path for item in items])
     return named is not None and named.values is not None and named.unit != "epoch"
-
-
-def _same_weights(one: Item, other: Item) -> bool:
-    first, second = one.opened, other.opened
-    if first.tensors != second.tensors:
-        return False
-    return all(
-        torch.equal(
-            first.read_slice(name, start, min(start + _COMPARED_NUMEL, info.numel)).view(torch.uint8),
-            second.read_slice(name, start, min(start + _COMPARED_NUMEL, info.numel)).view(torch.uint8),
-        )
-        for name, info in first.tensors.items()
-        if name not in first.ties
-        for start in range(0, info.numel, _COMPARED_NUMEL)
-    )
 
 
 def _sharing(items: list[Item], steps: list[int]) -> OptionError:
@@ -596,32 +374,3 @@ def _take_last(reading: Reading, last: int | None) -> None:
     for item in items[:-last]:
         item.why = f"older than the last {last}"
     reading.steps = None if reading.steps is None else reading.steps[-last:]
-
-
-# Weights that mean something only together with others.
-
-_CODES = re.compile(r"(?:^|\.)(qweight|qzeros|W_q|weight_packed|.*_blocks|weight\._data)$")
-_SCALES = {"_scale_inv", "_scale", "_scales", ".absmax", ".quant_map"}
-_MODULE_SCALES = {"scales", "scale", "weight_scale", "weight_scale_inv", "SCB"}
-
-
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuse codes that stand for weights by scales beside them (GPTQ, AWQ, bitsandbytes, FP8 and MX formats)."""
-    names = checkpoint.tensors
-    for name, info in names.items():
-        module = name.rpartition(".")[0]
-        is_narrow = info.dtype.itemsize == 1 and info.dtype != torch.bool
-        scales = [other for other in names if other != name and _is_scale_of(other, name, module)]
-        if scales and (is_narrow or (_CODES.search(name) and not info.dtype.is_floating_point)):
-            raise CheckpointError(
-                f"{checkpoint.path} is quantised: {name!r} holds codes, which mean something only with "
-                f"{name_list(scales)}; the average of codes and of scales is no average of weights: dequantise it first"
-            )
-
-
-def _is_scale_of(other: str, name: str, module: str) -> bool:
-    if other.startswith(name) and other.removeprefix(name) in _SCALES:
-        return True
-    start = f"{module}." if module else ""
-    leaf = name.rpartition(".")[2].removesuffix("_blocks")
-    return other.startswith(start) and other.removeprefix(start) in {*_MODULE_SCALES, f"{leaf}_scales"}

@@ -12,7 +12,8 @@ from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
 from polyak.checkpoints._checkpoint import is_checkpoint_folder, is_recording
 from polyak.checkpoints._tree import NoWeightsError
-from polyak.combine._reading import Item, read_inputs
+from polyak.combine._reading import checkpoints_below, read_inputs
+from polyak.combine._roles import Item
 from polyak.errors import OptionError
 from polyak.inspection import _measure
 from polyak.trajectory import Block, Trajectory
@@ -255,7 +256,7 @@ def describe(
                 f"{path} is a recorded run, whose blocks have no nested keys: leave the key out"
             )
         return summarise_trajectory(path)
-    if path.is_dir() and not is_checkpoint_folder(path):
+    if path.is_dir() and (not is_checkpoint_folder(path) or checkpoints_below(path)):
         return summarise_folder(path, key, movement=movement)
     if movement:
         raise OptionError(f"{path} is one checkpoint: movement is measured along a folder of several")

@@ -1,0 +1,317 @@
+"""What each file or folder is: links, averages beside live weights, best and last, one rank's part, codes of weights.
+
+Each rule says of what was found why it is not taken, or refuses what is not certain, with what to type instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyak.checkpoints import Checkpoint, _checkpoint
+from polyak.combine._inputs import averaged_inputs
+from polyak.combine._steps import number_in_name
+from polyak.errors import CheckpointError, OptionError, PolyakError, name_list
+
+__all__ = [
+    "Item",
+    "is_special",
+    "leave_out_averages_of_others",
+    "leave_out_links",
+    "leave_out_live_twins",
+    "leave_out_specials",
+    "refuse_mixed_kinds",
+    "refuse_quantised",
+    "refuse_ranks",
+    "refuse_without_names",
+    "same_weights",
+]
+
+# Names beside a numbered series that are no part of it.
+_SPECIAL = {
+    "best",
+    "last",
+    "latest",
+    "init",
+    "initial",
+    "final",
+    "avg",
+    "ave",
+    "average",
+    "averaged",
+    "soup",
+    "merged",
+}
+_BARE = {"checkpoint", "ckpt", "model", "state"}
+_AVERAGED = {"ema", "swa"}
+# A part of one model: the number is that of a rank, or of a part.
+_RANK = re.compile(
+    r"consolidated\.(\d+)|(?:^|_)mp_rank_(\d+(?:_\d+)*)|tp_rank_(\d+_pp_rank_\d+)|zero_pp_rank_(\d+)|"
+    r"(?<!lora)[_-]rank[_-]?(\d+)|^rank[_-]?(\d+)|-shard(\d+)|model_part-(\d+)|-(\d{5}-of-\d{5})(?=\.)"
+)
+_RATE = re.compile(r"(?<!\d)0\.\d+")
+_COMPARED_NUMEL = 1 << 20
+
+
+@dataclass(eq=False)
+class Item:
+    """One file or folder, what it is, and whether it is taken.
+
+    Attributes:
+        path: where it lies.
+        name: as it is shown: from the input on in which it was found.
+        given: whether the user named it, rather than a folder or a pattern that it was found by.
+        checkpoint: opened; None where it cannot be used.
+        error: why it cannot.
+        step: the training step, where it is known.
+        why: why it is not taken; empty for what is.
+    """
+
+    path: Path
+    name: str
+    given: bool
+    checkpoint: Checkpoint | None = None
+    error: PolyakError | None = None
+    step: int | None = None
+    why: str = ""
+
+    @property
+    def taken(self) -> bool:
+        """Whether it is a part of the average."""
+        return not self.why
+
+    @property
+    def opened(self) -> Checkpoint:
+        """The checkpoint of what is taken."""
+        assert self.checkpoint is not None, "what cannot be opened is not taken"
+        return self.checkpoint
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        key = self.checkpoint.key if self.checkpoint else None
+        return {"name": self.name, "taken": self.taken, "why": self.why, "step": self.step, "key": key}
+
+
+def refuse_ranks(items: list[Item]) -> None:
+    ranks: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        for part in (*item.path.parts[-3:-1], item.path.name):
+            if match := _RANK.search(part):
+                ranks[next(filter(None, match.groups()))].append(item)
+                break
+    if len(ranks) < 2:
+        return
+    names = [those[0].name for those in ranks.values()]
+    zero = any("zero_pp_rank" in name for name in names)
+    cure = (
+        "gather DeepSpeed's weights first, with the zero_to_fp32.py beside them"
+        if zero
+        else "average the files of each rank by themselves, by a pattern for each, or gather the model first"
+    )
+    raise OptionError(
+        f"{name_list(names)} are parts of one model, of different ranks or shards of it: {cure}"
+    )
+
+
+def leave_out_links(items: list[Item], all_count: bool) -> None:
+    """The same file under several names counts once, under the name that is numbered."""
+    places: dict[Any, list[Item]] = defaultdict(list)
+    for item in items:
+        try:
+            status = os.stat(item.path)
+        except OSError:
+            continue  # opening it says so
+        if item.taken and not all_count:
+            places[status.st_dev, status.st_ino].append(item)
+    for same in places.values():
+        kept = min(same, key=lambda item: is_special(item.name))
+        for item in same:
+            if item is not kept:
+                item.why = f"the same file as {kept.name}"
+
+
+def _words(name: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"[A-Za-z]+", name)}
+
+
+def is_special(name: str) -> bool:
+    """Whether a name is that of the best, the last, an average, or of nothing in particular, beside a numbered series.
+
+    >>> is_special("model_best.pth"), is_special("checkpoint.pth"), is_special("checkpoint_3.pth")
+    (True, True, False)
+    """
+    stem = name.rpartition("/")[2].partition(".")[0]
+    is_bare = "/" not in name and bool(stem) and _words(stem) <= _BARE and not re.search(r"\d", stem)
+    return is_bare or bool(_SPECIAL & _words(name))
+
+
+def leave_out_averages_of_others(items: list[Item]) -> None:
+    """What an earlier call wrote into the folder of what it was made of."""
+    names = {item.path.name for item in items}
+    for item in items:
+        made_of = names.intersection(Path(name).name for name in averaged_inputs(item.opened)) - {
+            item.path.name
+        }
+        if made_of and not item.given:
+            item.why = f"itself an average, of {name_list(sorted(made_of, key=_checkpoint.natural_order))}"
+
+
+def leave_out_live_twins(items: list[Item]) -> None:
+    """Averages beside the live weights, told by their names: only the averages are taken."""
+    averaged = [item for item in items if _AVERAGED & _words(item.path.name)]
+    _refuse_several_rates(averaged)
+    live = [item for item in items if item not in averaged]
+    if not averaged or not live:
+        return
+    twins = {_without_average(item): item for item in averaged}
+    alone = [item for item in live if _without_average(item) not in twins and not is_special(item.name)]
+    if alone and not all(is_special(item.name) for item in averaged):
+        raise OptionError(
+            f"{name_list([item.name for item in averaged])} are averages and "
+            f"{name_list([item.name for item in alone])} are not, by their names: "
+            "take the one or the other, by a pattern such as '*ema*'"
+        )
+    for item in averaged if alone else live:
+        twin = twins.get(_without_average(item))
+        item.why = (
+            "an average, beside checkpoints of the run"
+            if alone
+            else f"live weights; {twin.name} is their average"
+            if twin
+            else "live weights, beside averages"
+        )
+
+
+def _refuse_several_rates(averaged: list[Item]) -> None:
+    rates = {rate: item.name for item in averaged for rate in _RATE.findall(item.path.name)}
+    if (
+        len(rates) > 1
+        and all(_RATE.search(item.path.name) for item in averaged)
+        and "ema" in _words(averaged[0].path.name)
+    ):
+        follows = {re.search(r"ema\W?_?(0\.\d+)", item.path.name, re.IGNORECASE) for item in averaged}
+        if None not in follows:
+            raise OptionError(
+                f"{name_list(list(rates.values()))} are averages of different rates: choose one, by a pattern such as "
+                f"'*{next(iter(rates))}*'"
+            )
+
+
+def _without_average(item: Item) -> tuple[Path, tuple[str, ...]]:
+    """What a live file and its average have in common: the folder, and the name without the words that say so."""
+    words = re.findall(
+        r"[A-Za-z]+|\d+",
+        _RATE.sub("", item.path.name) if _AVERAGED & _words(item.path.name) else item.path.name,
+    )
+    drop = {*_AVERAGED, "model", "ckpt", "checkpoint"}
+    return item.path.parent, tuple(word for word in words if word.lower() not in drop)
+
+
+def leave_out_specials(items: list[Item]) -> None:
+    """Best, last, initial and averaged weights beside a series of numbered checkpoints."""
+    series = [item for item in items if not is_special(item.name)]
+    is_numbered = len(series) > 1 and all(
+        item.step is not None
+        or number_in_name(item.path.stem) is not None
+        or number_in_name(item.path.parent.name) is not None
+        for item in series
+    )
+    if not is_numbered:
+        return
+    steps = {item.step for item in series}
+    named = []
+    for item in items:
+        if item in series:
+            continue
+        if not item.given:
+            item.why = "no part of the numbered series"
+        elif twin := next(
+            (one for one in series if one.step == item.step is not None and same_weights(one, item)), None
+        ):
+            item.why = f"the same weights as {twin.name}"
+        elif item.step is None or item.step in steps:
+            named.append(item.name)
+    if named:
+        raise OptionError(
+            f"{name_list(named)} stand beside a numbered series, {series[0].name} to {series[-1].name}, and are "
+            "no part of it: name the folder or a pattern of the series to leave them out, or say how much each counts "
+            "with ",
+            "weights",
+            "--weights",
+        )
+
+
+def refuse_mixed_kinds(items: list[Item], all_count: bool) -> None:
+    kinds = {kind: [item for item in items if item.opened.kind == kind] for kind in ("live", "averaged")}
+    live, averaged = kinds["live"], kinds["averaged"]
+    if live and averaged and not all_count:
+        key = live[0].opened.key
+        raise OptionError(
+            f"{name_list([item.name for item in live])} hold live weights only ({key!r}), and "
+            f"{name_list([item.name for item in averaged])} averaged ones ({averaged[0].opened.key!r}): leave "
+            "the first out, or take the live weights of all with ",
+            f"key={key!r}",
+            f"--key {key}",
+        )
+
+
+def same_weights(one: Item, other: Item) -> bool:
+    first, second = one.opened, other.opened
+    if first.tensors != second.tensors:
+        return False
+    return all(
+        torch.equal(
+            first.read_slice(name, start, min(start + _COMPARED_NUMEL, info.numel)).view(torch.uint8),
+            second.read_slice(name, start, min(start + _COMPARED_NUMEL, info.numel)).view(torch.uint8),
+        )
+        for name, info in first.tensors.items()
+        if name not in first.ties
+        for start in range(0, info.numel, _COMPARED_NUMEL)
+    )
+
+
+def refuse_without_names(checkpoint: Checkpoint) -> None:
+    """Refuse averages that are a list, as torch_ema and diffusers keep them: no model loads them by name."""
+    if (checkpoint.key or "").rpartition(".")[2] == "shadow_params":
+        raise CheckpointError(
+            f"{checkpoint.path} keeps its averaged weights as a list without names, {checkpoint.key!r}, which no model "
+            "loads: load it with the tool that saved it and save the model's state_dict(); to average the lists as "
+            "they are, choose them with ",
+            f"key={checkpoint.key!r}",
+            f"--key {checkpoint.key}",
+        )
+
+
+# Weights that mean something only together with others.
+
+_CODES = re.compile(r"(?:^|\.)(qweight|qzeros|W_q|weight_packed|.*_blocks|weight\._data)$")
+_SCALES = {"_scale_inv", "_scale", "_scales", ".absmax", ".quant_map"}
+_MODULE_SCALES = {"scales", "scale", "weight_scale", "weight_scale_inv", "SCB"}
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Refuse codes that stand for weights by scales beside them (GPTQ, AWQ, bitsandbytes, FP8 and MX formats)."""
+    names = checkpoint.tensors
+    for name, info in names.items():
+        module = name.rpartition(".")[0]
+        is_narrow = info.dtype.itemsize == 1 and info.dtype != torch.bool
+        scales = [other for other in names if other != name and _is_scale_of(other, name, module)]
+        if scales and (is_narrow or (_CODES.search(name) and not info.dtype.is_floating_point)):
+            raise CheckpointError(
+                f"{checkpoint.path} is quantised: {name!r} holds codes, which mean something only with "
+                f"{name_list(scales)}; the average of codes and of scales is no average of weights: dequantise it first"
+            )
+
+
+def _is_scale_of(other: str, name: str, module: str) -> bool:
+    if other.startswith(name) and other.removeprefix(name) in _SCALES:
+        return True
+    start = f"{module}." if module else ""
+    leaf = name.rpartition(".")[2].removesuffix("_blocks")
+    return other.startswith(start) and other.removeprefix(start) in {*_MODULE_SCALES, f"{leaf}_scales"}
