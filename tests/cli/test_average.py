@@ -69,7 +69,11 @@ def test_dry_run_reads_headers_only(run, capsys):
     out = capsys.readouterr().out
     assert sorted(path.name for path in run.rglob("*")) == names
     rows = [line.split() for line in out.splitlines() if line.startswith("step")]
-    assert rows == [["step9.pt", "9", "0"], ["step10.pt", "10", "0.333333"], ["step11.pt", "11", "0.666667"]]
+    assert rows == [
+        ["step9.pt", "9", "0", "model"],
+        ["step10.pt", "10", "0.333333", "model"],
+        ["step11.pt", "11", "0.666667", "model"],
+    ]
     assert out.count("weights found under 'model'") == 1 and "ignored, as no weights: 'lr'" in out
     assert out.splitlines()[-1].startswith(
         "would write out.pt: 48 bytes to read and 24 bytes to write in at most "

@@ -341,7 +341,7 @@ def _ended_cleanly() -> Iterator[None]:
 
 def _show(report: combine.AverageReport, seconds: float | None) -> None:
     console = _terminal.console()
-    console.print(_inputs(report))
+    console.print(_plan(report) if seconds is None else _inputs(report))
     if report.left_out:
         console.print(_terminal.printable(report.left_out), soft_wrap=True)
     for line in (*report.notes, *_tensors(report), _bytes(report, seconds)):
@@ -353,6 +353,21 @@ def _inputs(report: combine.AverageReport) -> Table:
     steps = report.steps or [None] * len(report.inputs)
     for name, step, coefficient in zip(report.inputs, steps, report.coefficients, strict=True):
         rows.add_row(_terminal.printable(name), "-" if step is None else f"{step:,}", f"{coefficient:.6g}")
+    return rows
+
+
+def _plan(report: combine.AverageReport) -> Table:
+    """The same before anything is read, with the key of each, and with what is left out."""
+    rows = _terminal.table("input", "#step", "#coefficient", "key", "left out")
+    coefficients = iter(report.coefficients)
+    for item in report.plan:
+        rows.add_row(
+            _terminal.printable(item["name"]),
+            "-" if item["step"] is None else f"{item['step']:,}",
+            f"{next(coefficients):.6g}" if item["taken"] else "",
+            _terminal.printable(item["key"] or ""),
+            _terminal.printable(item["why"]),
+        )
     return rows
 
 

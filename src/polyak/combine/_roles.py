@@ -299,19 +299,23 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Refuse codes that stand for weights by scales beside them (GPTQ, AWQ, bitsandbytes, FP8 and MX formats)."""
     names = checkpoint.tensors
     for name, info in names.items():
-        module = name.rpartition(".")[0]
         is_narrow = info.dtype.itemsize == 1 and info.dtype != torch.bool
-        scales = [other for other in names if other != name and _is_scale_of(other, name, module)]
-        if scales and (is_narrow or (_CODES.search(name) and not info.dtype.is_floating_point)):
+        is_code = bool(_CODES.search(name)) and not info.dtype.is_floating_point
+        if not (is_narrow or is_code):
+            continue
+        scales = [
+            other for other in _scales_of(name, is_code or info.dtype.is_floating_point) if other in names
+        ]
+        if scales:
             raise CheckpointError(
                 f"{checkpoint.path} is quantised: {name!r} holds codes, which mean something only with "
                 f"{name_list(scales)}; the average of codes and of scales is no average of weights: dequantise it first"
             )
 
 
-def _is_scale_of(other: str, name: str, module: str) -> bool:
-    if other.startswith(name) and other.removeprefix(name) in _SCALES:
-        return True
-    start = f"{module}." if module else ""
-    leaf = name.rpartition(".")[2].removesuffix("_blocks")
-    return other.startswith(start) and other.removeprefix(start) in {*_MODULE_SCALES, f"{leaf}_scales"}
+def _scales_of(name: str, is_surely_code: bool) -> list[str]:
+    """Where the scales of a tensor of codes would be; a buffer of small integers may lie beside a layer's own scale."""
+    module, dot, leaf = name.rpartition(".")
+    beside = _MODULE_SCALES if is_surely_code or leaf == "weight" else ()
+    own = {f"{leaf.removesuffix('_blocks')}_scales", *beside} - {leaf}
+    return [name + suffix for suffix in _SCALES] + [f"{module}{dot}{other}" for other in sorted(own)]

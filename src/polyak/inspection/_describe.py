@@ -78,6 +78,11 @@ class FolderSummary:
         return tuple(row for row in self.rows if row.error is None)
 
     @property
+    def taken(self) -> tuple[FolderRow, ...]:
+        """The checkpoints that an average of the folder takes."""
+        return tuple(row for row in self.readable if row.taken)
+
+    @property
     def unreadable(self) -> tuple[FolderRow, ...]:
         """The checkpoints that cannot."""
         return tuple(row for row in self.rows if row.error is not None)
@@ -85,7 +90,7 @@ class FolderSummary:
     @property
     def same_layout(self) -> bool:
         """Whether all readable checkpoints have the same names, shapes, dtypes and ties."""
-        return not any(row.layout for row in self.rows)
+        return not any(row.layout for row in self.taken)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -181,6 +181,7 @@ def folder_view(summary: _describe.FolderSummary, show_all: bool = False) -> Ren
         *_notes(summary),
         line(),
         _folder_rows(summary),
+        *_refusal(summary),
         *_movement(summary),
         *_folder_problems(summary, show_all),
     )
@@ -203,6 +204,8 @@ def _folder_rows(summary: _describe.FolderSummary) -> RenderableType:
 def _cells(row: _describe.FolderRow) -> list[str]:
     if row.error is not None:
         return [printable(row.name), "", "", "", "", "", "unreadable"]
+    if not row.taken and not row.format:
+        return [printable(row.name), "", "", "", "", "", f"left out: {printable(row.why)}"]
     differing = len(row.layout.names) if row.layout else 0
     return [
         printable(row.name),
@@ -211,15 +214,24 @@ def _cells(row: _describe.FolderRow) -> list[str]:
         f"{row.tensors:,}",
         size(row.nbytes),
         ", ".join(row.dtypes),
-        f"{counted(differing, 'name')} differ" if differing else "same",
+        f"left out: {printable(row.why)}"
+        if row.why
+        else f"{counted(differing, 'name')} differ"
+        if differing
+        else "same",
     ]
+
+
+def _refusal(summary: _describe.FolderSummary) -> Iterator[RenderableType]:
+    if summary.refusal is not None:
+        yield from (line(), line(f"an average of this folder is refused: {summary.refusal}"))
 
 
 def _movement(summary: _describe.FolderSummary) -> Iterator[RenderableType]:
     if summary.movement is not None:
         rows = table("checkpoint", "#distance", "#cosine", "#turn")
         cells = movement_cells(summary.movement)
-        for row, neighbour in zip(summary.readable, cells, strict=True):
+        for row, neighbour in zip(summary.taken, cells, strict=True):
             rows.add_row(printable(row.name), *neighbour)
         yield from (line(), rows, *movement_lines(summary.movement))
 

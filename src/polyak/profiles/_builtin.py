@@ -274,6 +274,11 @@ class Tail(Profile):
 
     def __post_init__(self) -> None:
         given, value = self._exactly_one("fraction", "steps")
+        if given == "fraction" and isinstance(value, int | float) and value >= 2 and value == int(value):
+            raise OptionError(
+                f"fraction must be a number in (0, 1], got {value:g}: the newest {value:g} checkpoints are "
+                f"--last {value:g}, or last={value:g} in Python, and the last {value:g} steps are tail:steps={value:g}"
+            )
         if given == "fraction":
             self._set(fraction=within("(0, 1]", given, value), unit="samples")
         else:

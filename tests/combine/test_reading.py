@@ -1,0 +1,148 @@
+"""The reading plan: folders of every kind, composed at random, never mix and never lose a step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import polyak
+from polyak import checkpoints
+from polyak.cli import main
+from polyak.combine._reading import read_inputs
+from polyak.errors import OptionError
+
+
+def put(path: Path, value: float, **more) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": {"w": torch.full((2,), float(value))}} | more, path)
+
+
+NAMES = ("step_{}.pt", "epoch={}-step={}.ckpt", "ckpt_{}.pt", "iter_{:07d}.pth", "model_{}.pt")
+SPECIAL = ("best.pt", "last.ckpt", "model_best.pth", "init.pt", "final.pt", "latest.pt", "checkpoint.pth")
+
+
+@st.composite
+def folders(draw):
+    return {
+        "steps": draw(st.lists(st.integers(1, 10**6), min_size=2, max_size=6, unique=True)),
+        "name": draw(st.sampled_from(NAMES)),
+        "saved": draw(st.booleans()),
+        "links": draw(st.lists(st.sampled_from(SPECIAL), max_size=2, unique=True)),
+        "copies": draw(st.lists(st.sampled_from(SPECIAL), max_size=2, unique=True)),
+        "strangers": draw(st.lists(st.sampled_from(SPECIAL), max_size=2, unique=True)),
+        "averages": draw(st.booleans()),
+        "optimizer": draw(st.booleans()),
+        "ranks": draw(st.sampled_from((0, 0, 0, 2))),
+    }
+
+
+def build(folder: Path, plan: dict) -> None:
+    for place, step in enumerate(sorted(plan["steps"])):
+        path = folder / plan["name"].format(*[place, step][-plan["name"].count("{") :])
+        put(path, step, **({"global_step": step} if plan["saved"] else {}))
+        if plan["averages"]:
+            put(
+                path.with_name(f"{path.stem}-EMA{path.suffix}"),
+                -step,
+                **({"global_step": step} if plan["saved"] else {}),
+            )
+    first = min(folder.iterdir())
+    for name in plan["links"]:
+        if not (folder / name).exists():
+            os.link(first, folder / name)
+    for name in plan["copies"]:
+        if not (folder / name).exists():
+            shutil.copy(first, folder / name)
+    for name in plan["strangers"]:
+        if not (folder / name).exists():
+            put(folder / name, 1e9)
+    if plan["optimizer"]:
+        state = {0: {"exp_avg": torch.full((2,), 1e12)}}
+        torch.save({"state": state, "param_groups": [{"params": [0]}]}, folder / "optimizer_state.pt")
+    for rank in range(plan["ranks"]):
+        put(folder / f"weights_rank_{rank}.pt", 1e15)
+
+
+@settings(max_examples=60, deadline=None)
+@given(folders())
+def test_a_folder_is_read_as_one_run_or_refused(plan):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build(folder, plan)
+        reading = read_inputs(folder)
+        if plan["ranks"]:
+            assert isinstance(reading.refusal, OptionError) and "ranks" in str(reading.refusal)
+            return
+        assert reading.refusal is None, reading.refusal
+        sign = -1 if plan["averages"] else 1
+        values = [item.opened.read("w")[0].item() for item in reading.taken]
+        assert values == [sign * step for step in sorted(plan["steps"])]
+        assert reading.steps == sorted(plan["steps"])
+        # All that is there is either taken or named with the reason.
+        assert {path.name for path in folder.iterdir()} == {item.name for item in reading.items}
+
+
+def test_the_newest_are_taken_by_last(tmp_path, capsys):
+    for step in (9, 10, 100):
+        put(tmp_path / f"step_{step}.pt", step)
+    put(tmp_path / "best.pt", -1)
+    assert main(["average", str(tmp_path), "-o", str(tmp_path.parent / "out.npz"), "--last", "2"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "'best.pt' (no part of the numbered series)" in out and "'step_9.pt' (older than the last 2)" in out
+    )
+    assert checkpoints.open(tmp_path.parent / "out.npz").read("w")[0] == 55
+    assert main(["average", str(tmp_path), "-o", "x.npz", "--last", "4"]) == 2
+    assert "give 1 to 3" in capsys.readouterr().err
+    with pytest.raises(OptionError, match="--last 5, or last=5 in Python"):
+        polyak.parse("tail:5")
+
+
+def test_steps_may_be_given(tmp_path):
+    paths = [tmp_path / name for name in ("b.pt", "a.pt")]
+    for path, value in zip(paths, (1, 3), strict=True):
+        put(path, value)
+    report = polyak.average_checkpoints(paths, tmp_path / "out.pt", profile="tail:steps=1", steps=[20, 10])
+    assert report.steps == (10, 20) and report.coefficients == (0, 1)
+    with pytest.raises(OptionError, match="1 steps were given for 2 checkpoints"):
+        polyak.average_checkpoints(paths, tmp_path / "again.pt", steps=[1])
+
+
+def test_every_command_reads_the_same(tmp_path, capsys):
+    for step in (1, 2):
+        put(tmp_path / f"step_{step}.pt", step)
+    os.link(tmp_path / "step_2.pt", tmp_path / "last.pt")
+    reading = read_inputs(tmp_path)
+    with pytest.warns(UserWarning, match=r"left out: 'last\.pt' \(the same file as step_2\.pt\)"):
+        trajectory = polyak.Trajectory.from_checkpoints(tmp_path.glob("*.pt"))
+    assert [block.stop for block in trajectory.blocks] == reading.steps == [1, 2]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "the same file as step_2.pt" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_soup_of_two_runs_of_one_step_has_no_profile(tmp_path):
+    for run, value in (("a", 1), ("b", 3)):
+        put(tmp_path / run / "step_10.pt", value, global_step=10)
+    paths = [tmp_path / "a" / "step_10.pt", tmp_path / "b" / "step_10.pt"]
+    polyak.average_checkpoints(paths, tmp_path / "soup.npz")
+    assert checkpoints.open(tmp_path / "soup.npz").read("w")[0] == 2
+    with pytest.raises(OptionError, match="are both of step 10, as of two runs"):
+        polyak.average_checkpoints(paths, tmp_path / "tail.npz", profile="tail:0.5")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"attn.logit_scale": torch.ones(3)}, {"attn.scale": torch.ones(1)}, {"mask_token": torch.ones(2)}],
+)
+def test_buffers_of_integers_beside_a_scale_are_no_codes(tmp_path, beside):
+    for number in (1, 2):
+        tensors = {"attn.weight": torch.ones(2), "attn.relative_position_index": torch.arange(4), **beside}
+        torch.save(tensors | {"attn.mask": torch.ones(2, dtype=torch.uint8)}, tmp_path / f"{number}.pt")
+    assert read_inputs(tmp_path).refusal is None
