@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyak import _terminal
+from polyak.cli._average import AllowOption
 from polyak.errors import CheckpointError, OptionError, name_list
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def inspect(
         list[str] | None,
         typer.Option(help="Nested key of the weights; given twice, one for each of two paths."),
     ] = None,
+    allow: AllowOption = None,
     movement: Annotated[
         bool, typer.Option("--movement", help="For a folder: read all weights and measure how they moved.")
     ] = False,
@@ -55,11 +57,11 @@ def inspect(
     if len(keys) > paths:
         raise OptionError(f"{len(keys)} keys for {paths} path{'s'[: paths - 1]}: give at most one for each")
     if other is None:
-        summary = inspection.describe(path, keys[0], movement=movement)
+        summary = inspection.describe(path, keys[0], movement=movement, allow=allow or ())
     elif movement:
         raise OptionError("--movement is measured along one folder of checkpoints: leave the second path out")
     else:
-        summary = inspection.compare(path, other, keys[0], keys[-1])
+        summary = inspection.compare(path, other, keys[0], keys[-1], allow=allow or ())
     _show(summary, show_all, as_json)
     if isinstance(summary, inspection.FolderSummary) and summary.unreadable:
         names = name_list([row.name for row in summary.unreadable])

@@ -110,7 +110,6 @@ def summarise_folder(
     key: str | None = None,
     *,
     movement: bool = False,
-    steps: Sequence[int] | None = None,
     allow: Sequence[str] = (),
 ) -> FolderSummary:
     """Describe every checkpoint in a folder; those that cannot be read are named with the reason.
@@ -119,6 +118,7 @@ def summarise_folder(
         path: the folder.
         key: the nested key to take weights from, in each of them.
         movement: also read all weights and measure how they moved.
+        allow: types that torch files may hold, see :func:`polyak.checkpoints.open`.
 
     Raises ``CheckpointError`` if there is none, and for ``movement`` what ``measure_movement`` raises.
 
@@ -131,7 +131,7 @@ def summarise_folder(
     ([('20.pt', 20, 12), ('100.pt', 100, 12)], True)
     >>> folder.cleanup()
     """
-    reading = read_inputs(path, key, steps=steps, allow=allow, keep_going=True)
+    reading = read_inputs(path, key, allow=allow, keep_going=True)
     rows = list(_rows(reading.items))
     if not rows:
         reading.required()
@@ -242,7 +242,11 @@ Summary = _measure.CheckpointSummary | FolderSummary | TrajectorySummary | _meas
 
 
 def describe(
-    path: str | PathLike[str], key: str | None = None, *, movement: bool = False
+    path: str | PathLike[str],
+    key: str | None = None,
+    *,
+    movement: bool = False,
+    allow: Sequence[str] = (),
 ) -> _measure.CheckpointSummary | FolderSummary | TrajectorySummary:
     """Say what is at a path: one checkpoint, a folder of them, or a recorded run.
 
@@ -250,6 +254,7 @@ def describe(
         path: a file or folder.
         key: the nested key to take weights from.
         movement: for a folder, also read all weights and measure how they moved; for a trajectory always.
+        allow: types that a torch file may hold, see :func:`polyak.checkpoints.open`.
 
     Raises ``CheckpointError`` for what is no whole, safe checkpoint, ``OptionError`` for a key that is not there
     and for ``movement`` of a single checkpoint, ``StructureError`` for ``movement`` between different models.
@@ -262,10 +267,10 @@ def describe(
             )
         return summarise_trajectory(path)
     if path.is_dir() and (not is_checkpoint_folder(path) or checkpoints_below(path)):
-        return summarise_folder(path, key, movement=movement)
+        return summarise_folder(path, key, movement=movement, allow=allow)
     if movement:
         raise OptionError(f"{path} is one checkpoint: movement is measured along a folder of several")
-    with checkpoints.open(path, key) as checkpoint:
+    with checkpoints.open(path, key, allow=allow) as checkpoint:
         return _measure.summarise_checkpoint(checkpoint)
 
 
@@ -274,14 +279,20 @@ def compare(
     other: str | PathLike[str],
     key: str | None = None,
     other_key: str | None = None,
+    *,
+    allow: Sequence[str] = (),
 ) -> _measure.Comparison:
     """Say what differs between two checkpoints, and by how much.
 
     Args:
         path, other: a file or folder each.
         key, other_key: the nested key to take weights from in each of them; the best known one by default.
+        allow: as for :func:`describe`.
 
     Raises as ``describe``, and ``StructureError`` if the two have no tensor in common.
     """
-    with checkpoints.open(path, key) as first, checkpoints.open(other, other_key) as second:
+    with (
+        checkpoints.open(path, key, allow=allow) as first,
+        checkpoints.open(other, other_key, allow=allow) as second,
+    ):
         return _measure.compare_checkpoints(first, second)
