@@ -150,7 +150,7 @@ def test_lightning_weight_averaging(tmp_path):
         trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     with checkpoints.open(tmp_path / "last.ckpt") as opened:
-        assert opened.found_keys == ("state_dict", "current_model_state", "averaging_state")
+        assert opened.found_keys == ("state_dict", "current_model_state")
         assert_holds(opened, saved["state_dict"])
         assert opened.step == 4
     with checkpoints.open(tmp_path / "last.ckpt", key="current_model_state") as opened:

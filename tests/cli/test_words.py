@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "ckpts").mkdir()
     for step, value in ((9, 14.0), (10, 8.0)):
         torch.save({"weight": torch.full((1, 2), value)}, tmp_path / "ckpts" / f"step{step}.pt")
-    torch.save({"other": torch.ones(3)}, tmp_path / "other.pt")
+    torch.save({"other": torch.ones(3)}, tmp_path / "step12.pt")
     for name in ("run", "broken", "lost"):
         model = torch.nn.Linear(2, 1, bias=False)
         with polyak.Recorder(model, name, block=2) as run:
@@ -65,7 +65,7 @@ def folder(tmp_path, monkeypatch):
             "--weights or --profile",
         ),
         (["average", "ckpts", "-o", "out.pt", "--max-memory", "1MB"], "a memory of 1MB is too little"),
-        (["average", "ckpts", "other.pt", "-o", "out.pt"], "choose the right weights with --key"),
+        (["average", "ckpts", "step12.pt", "-o", "out.pt"], "choose the right weights with --key"),
         (["average", "ckpts", "run", "-o", "out.pt"], "run is a recorded run"),
         (
             ["average", "broken", "-o", "out.pt"],

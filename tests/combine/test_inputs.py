@@ -21,11 +21,19 @@ def save(path, step=None):
 
 
 def test_saved_steps_come_before_names(tmp_path):
-    for name, step in (("epoch1", 30), ("epoch2", 20), ("epoch3", 100)):
+    for name, step in (("1", 30), ("2", 20), ("3", 100)):
         save(tmp_path / f"{name}.pt", step)
     reading = read_inputs(tmp_path)
     assert reading.steps == [20, 30, 100]
-    assert [item.name for item in reading.taken] == ["epoch2.pt", "epoch1.pt", "epoch3.pt"]
+    assert [item.name for item in reading.taken] == ["2.pt", "1.pt", "3.pt"]
+
+
+def test_saved_steps_that_contradict_a_word_in_the_names_order_nothing(tmp_path):
+    for name, step in (("epoch1", 30), ("epoch2", 20), ("epoch3", 100)):
+        save(tmp_path / f"{name}.pt", step)
+    polyak.average_checkpoints(tmp_path, tmp_path.with_suffix(".npz"))
+    with pytest.raises(OptionError, match=r"epoch1\.pt is of step 30 by its entries and epoch2\.pt of 20"):
+        polyak.average_checkpoints(tmp_path, tmp_path.with_suffix(".pt"), profile="tail:0.5")
 
 
 def test_names_serve_where_saved_steps_are_missing_or_equal(tmp_path):

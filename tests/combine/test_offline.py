@@ -136,7 +136,7 @@ REFUSED = {
     "no size": (OptionError, {"max_memory": "lots"}),
     "dtype that the format lacks": (
         StructureError,
-        {"output": "average.safetensors", "dtype": "float8_e8m0fnu"},
+        {"output": "average.safetensors", "dtype": "float4_e2m1fn_x2"},
     ),
     "no known suffix": (OptionError, {"output": "average.onnx"}),
     "no folder": (CheckpointError, {"output": "nowhere/average.pt"}),

@@ -61,7 +61,9 @@ def test_the_bits_of_one_process(tmp_path, ranks):
     with pytest.warns(UserWarning, match="'n'"):
         alone = polyak.average_checkpoints(run, tmp_path / "alone.safetensors")
     assert (tmp_path / "alone.safetensors").read_bytes() == (tmp_path / "shared.safetensors").read_bytes()
-    assert reports == [alone.to_dict() | {"output": str(tmp_path / "shared.safetensors")}] * ranks
+    notes = tuple(note.replace("alone.", "shared.") for note in alone.notes)
+    expected = alone.to_dict() | {"output": str(tmp_path / "shared.safetensors"), "notes": notes}
+    assert reports == [expected] * ranks
 
 
 @pytest.mark.parametrize("place", ["first", "last"])

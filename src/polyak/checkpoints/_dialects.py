@@ -162,7 +162,10 @@ DIALECTS = (
 
 # Keys of tools without an entry are read by the words that they are made of; averaged ones first, as who saved an
 # average wants it used.
-_AVERAGED_KEY = re.compile(r"(?:.*_)?(?:ema|swa|averaged?|shadow|teacher)(?:_.*)?", re.IGNORECASE)
+_MODEL_WORD = "(?:model|net|network|weights?|params?|state|dict|g|generator|unet|module|dit|transformer)"
+_AVERAGED_KEY = re.compile(
+    rf"(?:{_MODEL_WORD}_)*(?:ema|swa|averaged?|shadow)(?:_{_MODEL_WORD})*(?:_?0?\.\d+)?", re.IGNORECASE
+)
 _UNMARKED = [dialect for dialect in DIALECTS if not dialect.marks]
 
 

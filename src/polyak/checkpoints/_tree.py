@@ -8,7 +8,7 @@ what is data in ``_dialects``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -181,8 +181,23 @@ def _places(entries: Mapping[_Path, Any], tensor_paths: list[_Path]) -> list[_Pl
         length, rank = _known_length(parts)
         if rank is not None:
             ranked.setdefault(parts[:length], rank)
-    order = sorted(ranked, key=lambda place: (ranked[place], len(place)))
+    order = sorted(_without_shells(ranked, tensor_paths), key=lambda place: (ranked[place], len(place)))
     return [_Place(place, ranked[place][0]) for place in order]
+
+
+def _without_shells(places: Iterable[_Path], tensor_paths: list[_Path]) -> list[_Path]:
+    """The places without those that hold another one and, beside it, nothing but counters."""
+    kept = list(places)
+    for outer in list(kept):
+        inner = [place for place in kept if len(place) > len(outer) and place[: len(outer)] == outer]
+        own = [
+            parts
+            for parts in tensor_paths
+            if parts[: len(outer)] == outer and not any(parts[: len(place)] == place for place in inner)
+        ]
+        if inner and all(len(parts) == len(outer) + 1 and "." not in parts[-1] for parts in own):
+            kept.remove(outer)
+    return kept
 
 
 def _is_there(key: str, entries: Mapping[_Path, Any]) -> bool:

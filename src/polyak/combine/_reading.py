@@ -35,7 +35,7 @@ from polyak.errors import OptionError, PolyakError, name_list
 
 __all__ = ["Reading", "checkpoints_below", "read_inputs"]
 
-_MAX_FOLDER_DEPTH = 3
+_MAX_FOLDER_DEPTH = 4
 
 
 @dataclass(eq=False)
@@ -129,7 +129,8 @@ def read_inputs(
         if not all_count:
             leave_out_averages_of_others(reading.taken)
             leave_out_live_twins(reading.taken)
-            leave_out_specials(reading.taken)
+            if steps is None:
+                leave_out_specials(reading.taken)
         refuse_mixed_kinds(reading.taken, all_count)
         _order(reading, steps, all_count)
         _take_last(reading, last)
@@ -162,6 +163,8 @@ def _discovered(paths: list[Path], found: set[Path]) -> list[Item]:
             items += _with_those_below(path, alone=len(paths) == 1, given=path not in found)
         elif is_folder:
             inside = _inside(path)
+            if not inside and path in found:
+                continue
             if not inside:
                 _checkpoint.recognise(path)  # says what the folder holds instead
             items += [Item(each, _below(each, path, len(paths)), False) for each in inside]
@@ -196,13 +199,15 @@ def checkpoints_below(path: Path) -> list[Path]:
 def _inside(folder: Path, depth: int = 1) -> list[Path]:
     """Checkpoints in a folder; where there are none, those in its folders, a few levels down."""
     direct = [item for item in _checkpoint.checkpoint_paths(folder) if not is_no_weights_file(item.name)]
-    if direct or depth == _MAX_FOLDER_DEPTH:
+    # A single file may lie above the run: the best, the last, or something else.
+    is_one_file = len(direct) == 1 and direct[0].is_file()
+    if (direct and not is_one_file) or depth == _MAX_FOLDER_DEPTH:
         return direct
     folders = [item for item in folder.iterdir() if item.is_dir() and not item.name.startswith(".")]
-    return [
+    return direct + [
         each
         for sub in sorted(folders, key=lambda item: _checkpoint.natural_order(item.name))
-        if not is_no_weights_file(sub.name)
+        if sub not in direct and not is_no_weights_file(sub.name)
         for each in _inside(sub, depth + 1)
     ]
 
@@ -250,27 +255,43 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         raise OptionError("there is nothing to average: name one or more checkpoints, or a folder of them")
     if steps is not None and len(steps) != len(items):
         raise OptionError(f"{len(steps)} steps were given for {len(items)} checkpoints: give one for each")
-    known = list(steps) if steps is not None else _saved_steps(items)
     order: Sequence[int] | None = None
+    try:
+        known = list(steps) if steps is not None else _saved_steps(items)
+    except OptionError as error:
+        reading.unordered = error
+        return
     if known is None:
         try:
             named = steps_in_names([item.path for item in items])
         except OptionError as error:
             named, reading.unordered = None, error
+        if (
+            named is not None
+            and named.unit == "number"
+            and len(set(named.values or ())) < len(named.values or ())
+        ):
+            named = None  # numbers of the folders above, as a rule
         if named is None:
             reading.unordered = reading.unordered or _partly_known(items)
-            if not (all_count or all(item.given for item in items)):
+            if reading.unordered and not all_count and any(not item.given for item in items):
                 reading.refuse_unordered()
         else:
             order, known = named.order, None if named.values is None else list(named.values)
     if known is not None and len(set(known)) < len(known):
         reading.unordered = _sharing(items, known)
-        known = None
+        folders = {item.path.parent for item in items}
+        is_soup = len(set(known)) == 1 and len(folders) == len(items)
+        if not (is_soup or all_count) and any(not item.given for item in items):
+            reading.refuse_unordered()
+        known = order = None
     for item, step in zip(items, known or [None] * len(items), strict=True):
         item.step = step
     if known is not None and not all_count:
         order = sorted(range(len(items)), key=known.__getitem__)
-    reading.order_known = order is not None or all_count
+    reading.order_known = order is not None or all(item.given for item in items)
+    if not reading.order_known and reading.unordered is None:
+        reading.unordered = _no_order(items)
     if order is not None and not all_count:
         ordered = [items[index] for index in order]
         reading.items = [*ordered, *(item for item in reading.items if not item.taken)]
@@ -286,6 +307,7 @@ def _saved_steps(items: list[Item]) -> list[int] | None:
     if len(known) < len(steps) or len(set(epochs)) > 1:
         return None
     if len(set(known)) == len(known):
+        _refuse_contradiction(items, known)
         return list(counted_from_one(known, "epoch" if epochs[0] else "step"))
     # Where several are of one epoch, or all of one step, the names may say more.
     try:
@@ -295,6 +317,26 @@ def _saved_steps(items: list[Item]) -> list[int] | None:
     if named is not None and (epochs[0] or len(set(known)) == 1):
         return None
     return known
+
+
+def _refuse_contradiction(items: list[Item], known: list[int]) -> None:
+    """Entries that order the checkpoints otherwise than a word in their names does."""
+    try:
+        named = steps_in_names([item.path for item in items])
+    except OptionError:
+        return
+    if named is None or named.unit not in ("step", "epoch"):
+        return
+    told = [known[index] for index in named.order]
+    if told != sorted(told):
+        at = next(place for place in range(1, len(told)) if told[place - 1] > told[place])
+        first, second = items[named.order[at - 1]], items[named.order[at]]
+        raise OptionError(
+            f"{first.name} is of step {first.step} by its entries and {second.name} of {second.step}, which is not the "
+            "order of their names: give the step of each with ",
+            "steps",
+            "--steps",
+        )
 
 
 def _leave_out_copies(items: list[Item]) -> None:
@@ -352,9 +394,14 @@ def _sharing(items: list[Item], steps: list[int]) -> OptionError:
 
 
 def _partly_known(items: list[Item]) -> OptionError | None:
-    without = [item.name for item in items if item.step is None and number_in_name(item.path.stem) is None]
-    if not 0 < len(without) < len(items):
-        return None
+    """Where some say a step, in an entry or in the name, and the others do not, or not alike."""
+    without = [item.name for item in items if item.step is None]
+    if len(without) == len(items):
+        without = [item.name for item in items if number_in_name(item.path.stem) is None]
+        if len(without) == len(items):
+            return None
+    if not without:
+        return _no_order(items)
     return OptionError(
         f"no training step is known of {name_list(without)}, as it is of the others: leave those out, for example by a "
         "pattern such as 'run/epoch_*.pt', or give the step of each with ",
@@ -363,9 +410,18 @@ def _partly_known(items: list[Item]) -> OptionError | None:
     )
 
 
+def _no_order(items: list[Item]) -> OptionError:
+    return OptionError(
+        f"no step is known for {name_list([item.name for item in items])}, and the paths come in no order: ",
+        "give steps, or a list from the oldest to the newest",
+        "give the step of each with --steps",
+    )
+
+
 def _take_last(reading: Reading, last: int | None) -> None:
     if last is None:
         return
+    reading.refuse_unordered()
     items = reading.taken
     if not 1 <= last <= len(items):
         raise OptionError(

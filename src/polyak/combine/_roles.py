@@ -49,7 +49,7 @@ _SPECIAL = {
     "merged",
 }
 _BARE = {"checkpoint", "ckpt", "model", "state"}
-_AVERAGED = {"ema", "swa"}
+_AVERAGED = {"ema", "swa", "teacher"}
 # A part of one model: the number is that of a rank, or of a part.
 _RANK = re.compile(
     r"consolidated\.(\d+)|(?:^|_)mp_rank_(\d+(?:_\d+)*)|tp_rank_(\d+_pp_rank_\d+)|zero_pp_rank_(\d+)|"
@@ -99,19 +99,23 @@ class Item:
 
 
 def refuse_ranks(items: list[Item]) -> None:
-    ranks: dict[str, list[Item]] = defaultdict(list)
+    """Refuse parts of one model, of different ranks or shards."""
+    ranks: dict[str, Item] = {}
     for item in items:
         for part in (*item.path.parts[-3:-1], item.path.name):
             if match := _RANK.search(part):
-                ranks[next(filter(None, match.groups()))].append(item)
+                ranks.setdefault(next(filter(None, match.groups())), item)
                 break
-    if len(ranks) < 2:
+    if len(ranks) < 2 or not any(int(number) <= 1 for rank in ranks for number in re.findall(r"^\d+", rank)):
         return
-    names = [those[0].name for those in ranks.values()]
-    zero = any("zero_pp_rank" in name for name in names)
+    if all(
+        "rank" in _words(item.name) and "mp" not in _words(item.name) for item in ranks.values()
+    ) and not any(int(rank) == 0 for rank in ranks if rank.isdecimal()):
+        return  # the best so many, or the ranks of adapters
+    names = [item.name for item in ranks.values()]
     cure = (
         "gather DeepSpeed's weights first, with the zero_to_fp32.py beside them"
-        if zero
+        if any("zero_pp_rank" in name for name in names)
         else "average the files of each rank by themselves, by a pattern for each, or gather the model first"
     )
     raise OptionError(
@@ -137,7 +141,7 @@ def leave_out_links(items: list[Item], all_count: bool) -> None:
 
 
 def _words(name: str) -> set[str]:
-    return {word.lower() for word in re.findall(r"[A-Za-z]+", name)}
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
 
 
 def is_special(name: str) -> bool:
@@ -164,7 +168,8 @@ def leave_out_averages_of_others(items: list[Item]) -> None:
 
 def leave_out_live_twins(items: list[Item]) -> None:
     """Averages beside the live weights, told by their names: only the averages are taken."""
-    averaged = [item for item in items if _AVERAGED & _words(item.path.name)]
+    # The folders above say it too, of what was found in them.
+    averaged = [item for item in items if _AVERAGED & _words(item.path.name if item.given else item.name)]
     _refuse_several_rates(averaged)
     live = [item for item in items if item not in averaged]
     if not averaged or not live:
@@ -175,7 +180,7 @@ def leave_out_live_twins(items: list[Item]) -> None:
         raise OptionError(
             f"{name_list([item.name for item in averaged])} are averages and "
             f"{name_list([item.name for item in alone])} are not, by their names: "
-            "take the one or the other, by a pattern such as '*ema*'"
+            "take the one or the other, by a pattern"
         )
     for item in averaged if alone else live:
         twin = twins.get(_without_average(item))
@@ -223,6 +228,10 @@ def leave_out_specials(items: list[Item]) -> None:
         for item in series
     )
     if not is_numbered:
+        for item in items:
+            twin = next((one for one in series if item not in series and same_weights(one, item)), None)
+            if twin is not None:
+                item.why = f"the same weights as {twin.name}"
         return
     steps = {item.step for item in series}
     named = []
@@ -290,9 +299,17 @@ def refuse_without_names(checkpoint: Checkpoint) -> None:
 
 # Weights that mean something only together with others.
 
-_CODES = re.compile(r"(?:^|\.)(qweight|qzeros|W_q|weight_packed|.*_blocks|weight\._data)$")
+_CODES = re.compile(r"(?:^|\.)(qweight|qzeros|W_q|weight_packed|int_weight|.*_blocks|.*_q?data)$")
 _SCALES = {"_scale_inv", "_scale", "_scales", ".absmax", ".quant_map"}
-_MODULE_SCALES = {"scales", "scale", "weight_scale", "weight_scale_inv", "SCB"}
+_MODULE_SCALES = {
+    "scales",
+    "scale",
+    "weight_scale",
+    "weight_scale_inv",
+    "scale_weight",
+    "dequant_scale",
+    "SCB",
+}
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -318,4 +335,6 @@ def _scales_of(name: str, is_surely_code: bool) -> list[str]:
     module, dot, leaf = name.rpartition(".")
     beside = _MODULE_SCALES if is_surely_code or leaf == "weight" else ()
     own = {f"{leaf.removesuffix('_blocks')}_scales", *beside} - {leaf}
+    own.add(re.sub("_q?data$", "_scale", leaf))
+    own.discard(leaf)
     return [name + suffix for suffix in _SCALES] + [f"{module}{dot}{other}" for other in sorted(own)]

@@ -219,11 +219,6 @@ class Trajectory:
         found = () if ordered else paths
         reading = read_inputs(paths, key, found=found, steps=steps, last=last, allow=allow).required()
         reading.refuse_unordered()
-        if not (ordered or reading.order_known):
-            raise OptionError(
-                f"no step is known for {name_list([item.name for item in reading.taken])}, and the paths come in "
-                "no order: give steps, or a list from the oldest to the newest"
-            )
         if steps is not None:
             _warn_of_other_order(reading, steps, paths)
         if reading.left_out:
