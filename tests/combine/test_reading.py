@@ -146,3 +146,85 @@ def test_buffers_of_integers_beside_a_scale_are_no_codes(tmp_path, beside):
         tensors = {"attn.weight": torch.ones(2), "attn.relative_position_index": torch.arange(4), **beside}
         torch.save(tensors | {"attn.mask": torch.ones(2, dtype=torch.uint8)}, tmp_path / f"{number}.pt")
     assert read_inputs(tmp_path).refusal is None
+
+
+def run_of(folder: Path, name: str, values=(1, 2)) -> None:
+    for number, value in enumerate(values, 1):
+        put(folder / name.format(number), value)
+
+
+REFUSED = {
+    "live beside averages, in folders": (["live/step{}.pt", "ema/step{}.pt"], "are averages and"),
+    "two models of each step": (["checkpoint_{}/gen.pt", "checkpoint_{}/disc.pt"], "are both of step 1"),
+    "a pretrained model": (["epoch_{}.pth", "resnet50.pth"], "resnet50"),
+    "a target network": (["actor_{}.pt", "actor_target_{}.pt"], "no step is known"),
+    "parts of ranks": (["iter_{}/model_rank_0.pt", "iter_{}/model_rank_1.pt"], "parts of one model"),
+    "averages of some": (["model_{}.pt", "modelEMA_2.pt"], "are averages and 'model_1.pt'"),
+}
+
+
+@pytest.mark.parametrize(("names", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_series_is_refused(tmp_path, names, message):
+    for name in names:
+        run_of(tmp_path, name)
+    refusal = read_inputs(tmp_path).refusal
+    assert refusal is not None and message in str(refusal)
+
+
+TAKEN = {
+    "twins in camel case": (["net_{}.pt", "netEMA_{}.pt"], {"netEMA_1.pt", "netEMA_2.pt"}),
+    "a last one above the run": (["last.pt", "checkpoints/epoch_{}.pt"], {"epoch_1.pt", "epoch_2.pt"}),
+    "the best by rank": (["rank1_epoch10.pt", "rank2_epoch8.pt"], {"rank1_epoch10.pt", "rank2_epoch8.pt"}),
+    "a resume file": (["epoch_{}.pt", "checkpoint.pt"], {"epoch_1.pt", "epoch_2.pt"}),
+}
+
+
+@pytest.mark.parametrize(("names", "taken"), TAKEN.values(), ids=TAKEN)
+def test_what_is_meant_is_taken(tmp_path, names, taken):
+    for name in names:
+        run_of(tmp_path, name)
+    reading = read_inputs(tmp_path).required()
+    assert {item.path.name for item in reading.taken} == taken
+
+
+def test_names_without_an_order_have_no_newest(tmp_path):
+    run_of(tmp_path, "alpha.pt"), run_of(tmp_path, "beta.pt")
+    assert read_inputs(tmp_path).refusal is None
+    with pytest.raises(OptionError, match="no step is known for 'alpha.pt', 'beta.pt'"):
+        read_inputs(tmp_path, last=1).required()
+
+
+@pytest.mark.parametrize(
+    ("beside", "key"),
+    [
+        ({"average_precision": {"car": torch.ones(1)}}, "model"),
+        ({"loss_ema": {"l": torch.ones(1)}}, "model"),
+        ({"ema": {"num_updates": torch.tensor(1), "module": {"w": torch.ones(2)}}}, "ema.module"),
+        ({"ema_0.999": {"w": torch.ones(2)}}, "ema_0.999"),
+    ],
+)
+def test_the_key_is_that_of_a_model(tmp_path, beside, key):
+    torch.save({"model": {"w": torch.ones(2)}} | beside, tmp_path / "a.pt")
+    assert checkpoints.open(tmp_path / "a.pt").key == key
+
+
+def test_two_rates_in_one_file_are_refused(tmp_path):
+    torch.save({name: {"w": torch.ones(2)} for name in ("model", "ema_0.99", "ema_0.999")}, tmp_path / "a.pt")
+    with pytest.raises(OptionError, match="several averages of one model, 'ema_0.99', 'ema_0.999'"):
+        checkpoints.open(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"l.weight._data": torch.ones(2, 2, dtype=torch.int8), "l.weight._scale": torch.ones(2)},
+        {"l.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "l.scale_weight": torch.ones(1)},
+        {"l.weight": torch.ones(2, 2, dtype=torch.int8), "l.SCB": torch.ones(2)},
+        {"l.weight": torch.ones(4, 1, dtype=torch.uint8), "l.weight.absmax": torch.ones(2)},
+        {"l.up_proj_blocks": torch.ones(4, 1, dtype=torch.uint8), "l.up_proj_scales": torch.ones(2)},
+    ],
+)
+def test_codes_are_refused(tmp_path, tensors):
+    torch.save(tensors, tmp_path / "a.pt")
+    refusal = read_inputs([tmp_path / "a.pt"]).refusal
+    assert refusal is not None and "is quantised" in str(refusal) and "dequantise it first" in str(refusal)

@@ -266,12 +266,8 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
             named = steps_in_names([item.path for item in items])
         except OptionError as error:
             named, reading.unordered = None, error
-        if (
-            named is not None
-            and named.unit == "number"
-            and len(set(named.values or ())) < len(named.values or ())
-        ):
-            named = None  # numbers of the folders above, as a rule
+        if named is not None and named.unit == "number" and _shared_by_folders(items, named.values or ()):
+            named = None
         if named is None:
             reading.unordered = reading.unordered or _partly_known(items)
             if reading.unordered and not all_count and any(not item.given for item in items):
@@ -317,6 +313,12 @@ def _saved_steps(items: list[Item]) -> list[int] | None:
     if named is not None and (epochs[0] or len(set(known)) == 1):
         return None
     return known
+
+
+def _shared_by_folders(items: list[Item], values: Sequence[int]) -> bool:
+    """Whether numbers that several have are those of folders, while the files have numbers of their own."""
+    is_shared = len(set(values)) < len(values)
+    return is_shared and any(number_in_name(item.path.stem) is not None for item in items)
 
 
 def _refuse_contradiction(items: list[Item], known: list[int]) -> None:

@@ -211,7 +211,7 @@ def _refuse_several_rates(averaged: list[Item]) -> None:
 def _without_average(item: Item) -> tuple[Path, tuple[str, ...]]:
     """What a live file and its average have in common: the folder, and the name without the words that say so."""
     words = re.findall(
-        r"[A-Za-z]+|\d+",
+        r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+",
         _RATE.sub("", item.path.name) if _AVERAGED & _words(item.path.name) else item.path.name,
     )
     drop = {*_AVERAGED, "model", "ckpt", "checkpoint"}
