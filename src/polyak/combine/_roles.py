@@ -50,11 +50,13 @@ _SPECIAL = {
 }
 _BARE = {"checkpoint", "ckpt", "model", "state"}
 _AVERAGED = {"ema", "swa", "teacher"}
-# A part of one model: the number is that of a rank, or of a part.
-_RANK = re.compile(
+# A part of one model: the number is that of a rank, of a shard, or of a part.
+_PART = re.compile(
     r"consolidated\.(\d+)|(?:^|_)mp_rank_(\d+(?:_\d+)*)|tp_rank_(\d+_pp_rank_\d+)|zero_pp_rank_(\d+)|"
-    r"(?<!lora)[_-]rank[_-]?(\d+)|^rank[_-]?(\d+)|-shard(\d+)|model_part-(\d+)|-(\d{5}-of-\d{5})(?=\.)"
+    r"-shard(\d+)|model_part-(\d+)|-(\d{5}-of-\d{5})(?=\.)"
 )
+# Perhaps a part: the best checkpoints are ranked too, from 1 on, and adapters have ranks.
+_RANK = re.compile(r"(?:^|[_-])rank[_-]?(\d+)")
 _RATE = re.compile(r"(?<!\d)0\.\d+")
 _COMPARED_NUMEL = 1 << 20
 
@@ -98,20 +100,24 @@ class Item:
         return {"name": self.name, "taken": self.taken, "why": self.why, "step": self.step, "key": key}
 
 
-def refuse_ranks(items: list[Item]) -> None:
-    """Refuse parts of one model, of different ranks or shards."""
-    ranks: dict[str, Item] = {}
+def _numbered(items: list[Item], pattern: re.Pattern[str]) -> dict[str, Item]:
+    """The first item of each number that ``pattern`` finds in a name, or in the names of the two folders above."""
+    found: dict[str, Item] = {}
     for item in items:
         for part in (*item.path.parts[-3:-1], item.path.name):
-            if match := _RANK.search(part):
-                ranks.setdefault(next(filter(None, match.groups())), item)
+            if match := pattern.search(part):
+                found.setdefault(next(filter(None, match.groups())), item)
                 break
-    if len(ranks) < 2 or not any(int(number) <= 1 for rank in ranks for number in re.findall(r"^\d+", rank)):
-        return
-    if all(
-        "rank" in _words(item.name) and "mp" not in _words(item.name) for item in ranks.values()
-    ) and not any(int(rank) == 0 for rank in ranks if rank.isdecimal()):
-        return  # the best so many, or the ranks of adapters
+    return found
+
+
+def refuse_ranks(items: list[Item]) -> None:
+    """Refuse parts of one model, of different ranks or shards."""
+    ranks = _numbered(items, _PART)
+    if len(ranks) < 2:
+        ranks = _numbered(items, _RANK)
+        if len(ranks) < 2 or all(int(rank) > 0 for rank in ranks):
+            return
     names = [item.name for item in ranks.values()]
     cure = (
         "gather DeepSpeed's weights first, with the zero_to_fp32.py beside them"

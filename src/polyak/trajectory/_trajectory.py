@@ -31,10 +31,10 @@ def _warn_of_other_order(
     reading: Reading, steps: Sequence[int], paths: Sequence[str | PathLike[str]]
 ) -> None:
     """Paths sorted as text put epoch-10 before epoch-9, and then the steps given are those of other files."""
-    known = read_inputs(paths).steps
-    if known is None or len(known) != len(reading.taken):
+    other_way = read_inputs(paths)
+    if other_way.refusal is not None or other_way.steps is None:
         return
-    told = {item.path: step for item, step in zip(read_inputs(paths).taken, known, strict=True)}
+    told = {item.path: step for item, step in zip(other_way.taken, other_way.steps, strict=True)}
     pairs = sorted((told.get(item.path, 0), item.step or 0, item.name) for item in reading.taken)
     for (number, step, first), (other, later, second) in pairwise(pairs):
         if number < other and step > later:
