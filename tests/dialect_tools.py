@@ -139,6 +139,11 @@ def lightning_weight_averaging(folder: Path) -> Expectation:
             fill(net, -VALUES[trainer.current_epoch])
 
     lightning_run(folder, Negative(avg_fn=negative))
+    return lightning_average()
+
+
+def lightning_average() -> Expectation:
+    """The whole averaged model, which both callbacks put in the place of the live one."""
     return whole_model(
         "averaged",
         *LIGHTNING_NAMES,
@@ -163,14 +168,7 @@ def polyak_lightning(folder: Path) -> Expectation:
 
     averaging = Averaging("ema:half_life=3")
     lightning_run(folder, averaging, on_epoch=lambda epoch: set_average(averaging.average, -VALUES[epoch]))
-    return whole_model(
-        "averaged",
-        *LIGHTNING_NAMES,
-        prefix="net.",
-        steps=((1, 2, 3),),
-        key="state_dict",
-        left_out=("last.ckpt",),
-    )
+    return lightning_average()
 
 
 @dialect

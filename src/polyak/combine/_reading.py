@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 
 from polyak import checkpoints
+from polyak._checks import whole_within
 from polyak.checkpoints import Checkpoint, _checkpoint
 from polyak.checkpoints._dialects import is_no_weights_file
 from polyak.checkpoints._tree import NoWeightsError
@@ -107,7 +108,7 @@ def read_inputs(
     allow: Sequence[str] = (),
     keep_going: bool = False,
 ) -> Reading:
-    """Plan what is read of ``paths``; nothing but headers is, unless two files claim one step.
+    """Plan what is read of ``paths``; nothing but headers is, unless two files may be copies of one.
 
     Args:
         paths: checkpoints, and folders of them.
@@ -262,25 +263,15 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         reading.unordered = error
         return
     if known is None:
-        try:
-            named = steps_in_names([item.path for item in items])
-        except OptionError as error:
-            named, reading.unordered = None, error
-        if named is not None and named.unit == "number" and _shared_by_folders(items, named.values or ()):
-            named = None
-        if named is None:
-            reading.unordered = reading.unordered or _partly_known(items)
-            if reading.unordered and not all_count and any(not item.given for item in items):
-                reading.refuse_unordered()
-        else:
-            order, known = named.order, None if named.values is None else list(named.values)
+        order, known = _order_in_names(reading, items)
     if known is not None and len(set(known)) < len(known):
         reading.unordered = _sharing(items, known)
         folders = {item.path.parent for item in items}
-        is_soup = len(set(known)) == 1 and len(folders) == len(items)
-        if not (is_soup or all_count) and any(not item.given for item in items):
-            reading.refuse_unordered()
+        if len(set(known)) > 1 or len(folders) < len(items):  # else a soup, a file of each run
+            _refuse_what_was_found(reading, items, all_count)
         known = order = None
+    elif known is None and order is None and reading.unordered is not None:
+        _refuse_what_was_found(reading, items, all_count)
     for item, step in zip(items, known or [None] * len(items), strict=True):
         item.step = step
     if known is not None and not all_count:
@@ -293,6 +284,25 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         reading.items = [*ordered, *(item for item in reading.items if not item.taken)]
         known = None if known is None else [known[index] for index in order]
     reading.steps = known
+
+
+def _order_in_names(reading: Reading, items: list[Item]) -> tuple[Sequence[int] | None, list[int] | None]:
+    """The order and the steps that names tell; where they tell none, the reading says why not."""
+    try:
+        named = steps_in_names([item.path for item in items])
+    except OptionError as error:
+        reading.unordered = error
+        return None, None
+    if named is None or (named.unit == "number" and _shared_by_folders(items, named.values or ())):
+        reading.unordered = _partly_known(items)
+        return None, None
+    return named.order, None if named.values is None else list(named.values)
+
+
+def _refuse_what_was_found(reading: Reading, items: list[Item], all_count: bool) -> None:
+    """Refuse files without an order that nobody named one by one: they may be of several kinds."""
+    if not all_count and any(not item.given for item in items):
+        reading.refuse_unordered()
 
 
 def _saved_steps(items: list[Item]) -> list[int] | None:
@@ -333,11 +343,9 @@ def _refuse_contradiction(items: list[Item], known: list[int]) -> None:
     if told != sorted(told):
         at = next(place for place in range(1, len(told)) if told[place - 1] > told[place])
         first, second = items[named.order[at - 1]], items[named.order[at]]
-        raise OptionError(
+        raise _asking_for_steps(
             f"{first.name} is of step {first.step} by its entries and {second.name} of {second.step}, which is not the "
-            "order of their names: give the step of each with ",
-            "steps",
-            "--steps",
+            "order of their names:"
         )
 
 
@@ -361,11 +369,9 @@ def _leave_out_copies(items: list[Item]) -> None:
             if not same_weights(kept, item):
                 if _tell_apart(items):
                     return
-                raise OptionError(
+                raise _asking_for_steps(
                     f"{kept.name} and {item.name} are both of step {item.step}, and hold different weights: name "
-                    "one of them, or give the step of each with ",
-                    "steps",
-                    "--steps",
+                    "one of them, or"
                 )
             item.why = f"the same weights as {kept.name}"
 
@@ -387,11 +393,9 @@ def _tell_apart(items: list[Item]) -> bool:
 def _sharing(items: list[Item], steps: list[int]) -> OptionError:
     first = next(index for index, step in enumerate(steps) if steps.count(step) > 1)
     other = steps.index(steps[first], first + 1)
-    return OptionError(
+    return _asking_for_steps(
         f"{items[first].name} and {items[other].name} are both of step {steps[first]}, as of two runs, and a "
-        "profile is about one: leave it out, or give the step of each with ",
-        "steps",
-        "--steps",
+        "profile is about one: leave it out, or"
     )
 
 
@@ -404,12 +408,14 @@ def _partly_known(items: list[Item]) -> OptionError | None:
             return None
     if not without:
         return _no_order(items)
-    return OptionError(
+    return _asking_for_steps(
         f"no training step is known of {name_list(without)}, as it is of the others: leave those out, for example by a "
-        "pattern such as 'run/epoch_*.pt', or give the step of each with ",
-        "steps",
-        "--steps",
+        "pattern such as 'run/epoch_*.pt', or"
     )
+
+
+def _asking_for_steps(message: str) -> OptionError:
+    return OptionError(f"{message} give the step of each with ", "steps", "--steps")
 
 
 def _no_order(items: list[Item]) -> OptionError:
@@ -425,7 +431,8 @@ def _take_last(reading: Reading, last: int | None) -> None:
         return
     reading.refuse_unordered()
     items = reading.taken
-    if not 1 <= last <= len(items):
+    last = whole_within("[1, inf)", "last", last)
+    if last > len(items):
         raise OptionError(
             f"the last {last} of {len(items)} checkpoints cannot be taken: give 1 to {len(items)}"
         )

@@ -58,6 +58,8 @@ _PART = re.compile(
 # Perhaps a part: the best checkpoints are ranked too, from 1 on, and adapters have ranks.
 _RANK = re.compile(r"(?:^|[_-])rank[_-]?(\d+)")
 _RATE = re.compile(r"(?<!\d)0\.\d+")
+_RATE_OF_EMA = re.compile(r"ema[^a-z\d]*(0\.\d+)", re.IGNORECASE)
+_WORD = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+"
 _COMPARED_NUMEL = 1 << 20
 
 
@@ -147,7 +149,7 @@ def leave_out_links(items: list[Item], all_count: bool) -> None:
 
 
 def _words(name: str) -> set[str]:
-    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    return {word.lower() for word in re.findall(_WORD, name)}
 
 
 def is_special(name: str) -> bool:
@@ -200,24 +202,18 @@ def leave_out_live_twins(items: list[Item]) -> None:
 
 
 def _refuse_several_rates(averaged: list[Item]) -> None:
-    rates = {rate: item.name for item in averaged for rate in _RATE.findall(item.path.name)}
-    if (
-        len(rates) > 1
-        and all(_RATE.search(item.path.name) for item in averaged)
-        and "ema" in _words(averaged[0].path.name)
-    ):
-        follows = {re.search(r"ema\W?_?(0\.\d+)", item.path.name, re.IGNORECASE) for item in averaged}
-        if None not in follows:
-            raise OptionError(
-                f"{name_list(list(rates.values()))} are averages of different rates: choose one, by a pattern such as "
-                f"'*{next(iter(rates))}*'"
-            )
+    rates = {match[1]: item.name for item in averaged if (match := _RATE_OF_EMA.search(item.path.name))}
+    if len(rates) > 1:
+        raise OptionError(
+            f"{name_list(list(rates.values()))} are averages of different rates: choose one, by a pattern such as "
+            f"'*{next(iter(rates))}*'"
+        )
 
 
 def _without_average(item: Item) -> tuple[Path, tuple[str, ...]]:
     """What a live file and its average have in common: the folder, and the name without the words that say so."""
     words = re.findall(
-        r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+",
+        rf"{_WORD}|\d+",
         _RATE.sub("", item.path.name) if _AVERAGED & _words(item.path.name) else item.path.name,
     )
     drop = {*_AVERAGED, "model", "ckpt", "checkpoint"}
@@ -263,6 +259,7 @@ def leave_out_specials(items: list[Item]) -> None:
 
 
 def refuse_mixed_kinds(items: list[Item], all_count: bool) -> None:
+    """Refuse live weights of some files with the averaged ones of others, as their keys say."""
     kinds = {kind: [item for item in items if item.opened.kind == kind] for kind in ("live", "averaged")}
     live, averaged = kinds["live"], kinds["averaged"]
     if live and averaged and not all_count:
@@ -277,6 +274,7 @@ def refuse_mixed_kinds(items: list[Item], all_count: bool) -> None:
 
 
 def same_weights(one: Item, other: Item) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit; they are read up to the first difference."""
     first, second = one.opened, other.opened
     if first.tensors != second.tensors:
         return False
