@@ -113,6 +113,17 @@ def test_steps_may_be_given(tmp_path):
     assert report.steps == (10, 20) and report.coefficients == (0, 1)
     with pytest.raises(OptionError, match="1 steps were given for 2 checkpoints"):
         polyak.average_checkpoints(paths, tmp_path / "again.pt", steps=[1])
+    for wrong in ([1.5, 2], ["a", "b"], [-1, 2], [True, 2]):
+        with pytest.raises(OptionError, match="each of steps must be a whole number"):
+            polyak.average_checkpoints(paths, tmp_path / "again.pt", steps=wrong)
+    assert not (tmp_path / "again.pt").exists()
+
+
+@pytest.mark.parametrize("last", ["x", 2.5, True, 0, -1])
+def test_last_is_a_count(tmp_path, last):
+    run_of(tmp_path, "step_{}.pt")
+    with pytest.raises(OptionError, match="last must be a whole number"):
+        read_inputs(tmp_path, last=last).required()
 
 
 def test_every_command_reads_the_same(tmp_path, capsys):

@@ -257,8 +257,9 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
     if steps is not None and len(steps) != len(items):
         raise OptionError(f"{len(steps)} steps were given for {len(items)} checkpoints: give one for each")
     order: Sequence[int] | None = None
+    given = None if steps is None else [whole_within("[0, inf)", "each of steps", step) for step in steps]
     try:
-        known = list(steps) if steps is not None else _saved_steps(items)
+        known = _saved_steps(items) if given is None else given
     except OptionError as error:
         reading.unordered = error
         return
