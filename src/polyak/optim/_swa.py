@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -401,7 +402,9 @@ class SWA(Optimizer):
         for hook in _torch.optimizer_hooks(self, "load_state_dict_pre"):
             state = hook(self, state) or state
         saved = saved_buffers(state, self.param_groups)
-        self.optimizer.load_state_dict({"state": state["opt_state"], "param_groups": state["param_groups"]})
+        # torch's optimizers would go on with the very tensors of the state, and so change it.
+        inner = {"state": deepcopy(state["opt_state"]), "param_groups": state["param_groups"]}
+        self.optimizer.load_state_dict(inner)
         self._averages = {
             group["params"][0]: GroupAverage.loaded(averageable(group), saved, group)
             for group in self.param_groups
