@@ -133,7 +133,10 @@ def test_diffusers_ema_model_has_the_numbers_of_a_scheme():
             EMAModel(model.parameters(), decay=0.9, min_decay=0.5, **warm),
             polyak.Average(model, replace(power, min_decay=0.5)),
         ),
-        (EMAModel(model.parameters(), update_after_step=20), polyak.Average(model, "warmup-ema:decay=0.9999", start=20)),
+        (
+            EMAModel(model.parameters(), update_after_step=20),
+            polyak.Average(model, "warmup-ema:decay=0.9999", start=20),
+        ),
     ]
     for _ in range(60):
         moved(model)
