@@ -405,7 +405,8 @@ def _sum_of(term: Callable[[Floats], Floats], slope: Callable[[Floats], Floats],
     """
     summed = np.concatenate([[0.0], np.cumsum(term(np.arange(2.0, _SUMMED + 1)))])
     x = np.maximum(n, float(_SUMMED))
-    edges = 1 + (_SUMMED - 1) * 2.0 ** np.arange(1 + math.ceil(math.log2(np.max(x) / _SUMMED + 1)))
+    doublings = 1 + math.ceil(math.log2(np.max(x) / _SUMMED + 1))
+    edges = 1 + (_SUMMED - 1) * np.exp2(np.arange(doublings, dtype=np.float64))
     integrals = np.concatenate([[0.0], np.cumsum(_integral(term, edges[:-1], edges[1:]))])
     panel = np.searchsorted(edges, x, side="right") - 1
     ends = (term(x) - term(edges[0])) / 2 + (slope(x) - slope(edges[0])) / 12
