@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from polyak import EMA, Decay, Polynomial, Power, Tail, Uniform, Weights, Window
+from polyak import EMA, Decay, Polynomial, Power, Tail, Uniform, WarmupEMA, Weights, Window
 
 fractions = st.floats(1e-9, 1)
 positive = st.floats(1e-3, 1e12)
@@ -13,6 +13,9 @@ ANY_PROFILE = st.one_of(
     st.just(Uniform()),
     st.builds(EMA, half_life=positive, debias=st.booleans()),
     st.builds(EMA, decay=unit_open, debias=st.booleans()),
+    st.builds(WarmupEMA, decay=st.floats(0.5, 1), min_decay=st.floats(0, 0.5)),
+    st.builds(WarmupEMA, decay=st.floats(0, 1), power=st.floats(0.1, 10), inv_gamma=st.floats(0.01, 1e4)),
+    st.builds(Power, half_life_fraction=st.floats(1e-6, 0.69)),
     st.builds(Power, gamma=st.floats(0, 1e6)),
     st.builds(Power, sigma_rel=st.floats(1e-6, 0.2887)),
     st.builds(Polynomial, eta=st.floats(0, 100)),

@@ -469,6 +469,30 @@ def test_copy_to_the_live_model_is_for_good():
 # State.
 
 
+def test_an_average_written_back_into_training_goes_on_with_its_counts():
+    """Switch EMA: every third step training goes on from the average, with the momentum that it has."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, bias=False, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    average = polyak.Average(model, "ema:decay=0.8,debias=false", every=2)
+    weight, momentum, mean = model.weight.detach().clone(), torch.zeros(2, 3).double(), None
+    for step in range(1, 13):
+        gradient = torch.randn(2, 3).double()
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        average.update()
+        momentum = 0.9 * momentum + gradient
+        weight = weight - 0.1 * momentum
+        if step % 2 == 0:
+            mean = weight if mean is None else 0.8 * mean + 0.2 * weight
+        if step % 3 == 0:
+            average.copy_to(model)
+            weight = mean
+        torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-12, atol=1e-12)
+    assert average.n_averaged == 6 and average.n_skipped == 0
+    torch.testing.assert_close(average.named_tensors()["weight"], mean, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("scheme", [polyak.Uniform(), polyak.EMA(half_life=9), polyak.Power(gamma=2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -110,7 +110,7 @@ def test_an_average_follows_one_and_its_state_names_it(own):
     ):
         averaged("steep:1", [], half)
     with pytest.raises(
-        OptionError, match=r"follows a scheme \(Uniform, EMA, Power, Polynomial, Fading, Steep\)"
+        OptionError, match=r"follows a scheme \(Uniform, EMA, Power, Polynomial, WarmupEMA, Fading, Steep\)"
     ):
         averaged(own.Ramp(0.5), [])
 

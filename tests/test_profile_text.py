@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 
 import polyak
-from polyak import EMA, Decay, Polynomial, Power, Tail, Uniform, Weights, Window
+from polyak import EMA, Decay, Polynomial, Power, Tail, Uniform, WarmupEMA, Weights, Window
 from polyak.errors import OptionError
 from polyak.profiles import Profile, Scheme, parse, registered
 from profile_examples import ANY_PROFILE
@@ -71,7 +71,7 @@ def test_text_round_trips(profile):
         ("ema:0.9", "'0.9' is not an option of ema; known: half_life, decay, debias"),
         ("ema:dekay=0.9", "'dekay=0.9' is not an option of ema; did you mean 'decay'"),
         ("ema:decay=fast", "'fast' is not a number"),
-        ("ema:decay=2", r"'ema:decay=2': decay must be a number in \(0, 1\), got 2.0"),
+        ("ema:decay=2", r"'ema:decay=2': decay must be a number in \[0, 1\), got 2.0"),
         ("ema:decay=0.9,debias=no", "'no' is not true or false"),
         ("ema:decay=0.9,decay=0.8", "decay is given twice, the second time by 'decay=0.8'"),
         ("tail:0.4,fraction=0.5", "fraction is given twice"),
@@ -105,4 +105,10 @@ def test_every_class_of_polyak_is_exported():
     exported = {value for value in vars(polyak.profiles).values() if isinstance(value, type)}
     assert ours == exported - {Profile, Scheme}
     assert ours <= {getattr(polyak, name) for name in polyak.__all__}
-    assert {cls for cls in registered(Scheme).values() if cls in ours} == {Uniform, EMA, Power, Polynomial}
+    assert {cls for cls in registered(Scheme).values() if cls in ours} == {
+        Uniform,
+        EMA,
+        Power,
+        Polynomial,
+        WarmupEMA,
+    }

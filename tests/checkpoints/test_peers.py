@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+import polyak
 from polyak import checkpoints
 from polyak.errors import CheckpointError, OptionError
 
@@ -114,6 +116,36 @@ def test_diffusers_ema_model(tmp_path):
     with checkpoints.open(tmp_path / "both.pt") as opened:
         assert (opened.key, opened.found_keys) == ("ema.shadow_params", ("ema.shadow_params", "model"))
         assert opened.step == 1
+
+
+def test_diffusers_ema_model_has_the_numbers_of_a_scheme():
+    """Beside the test above, as importing diffusers takes seconds; the other tools' are in test_peer_laws.py."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers.training_utils import EMAModel
+    model = torch.nn.Linear(2, 3).double()
+    ratio, power = polyak.WarmupEMA(decay=0.9), polyak.WarmupEMA(decay=0.9, power=0.75, inv_gamma=2)
+    warm = {"use_ema_warmup": True, "inv_gamma": 2.0, "power": 0.75}
+    cases = [
+        (EMAModel(model.parameters(), decay=0.9), polyak.Average(model, ratio)),
+        (EMAModel(model.parameters(), decay=0.9, **warm), polyak.Average(model, power)),
+        (
+            EMAModel(model.parameters(), decay=0.9, min_decay=0.5, **warm),
+            polyak.Average(model, replace(power, min_decay=0.5)),
+        ),
+        (
+            EMAModel(model.parameters(), update_after_step=20),
+            polyak.Average(model, "warmup-ema:decay=0.9999", start=20),
+        ),
+    ]
+    for _ in range(60):
+        moved(model)
+        for theirs, average in cases:
+            theirs.step(model.parameters())
+            average.update()
+    for theirs, average in cases:
+        for own, their in zip(average.named_tensors().values(), theirs.shadow_params, strict=True):
+            torch.testing.assert_close(own, their, rtol=1e-12, atol=1e-12)
 
 
 def test_lightning_weight_averaging(tmp_path):

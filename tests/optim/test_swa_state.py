@@ -119,6 +119,17 @@ def test_loading_copies_the_averages_and_leaves_the_state_alone() -> None:
     assert [g["n_avg"] for g in opt.param_groups] == [1]
 
 
+def test_loading_leaves_the_optimizers_state_alone() -> None:
+    model, twin = network(), network()
+    opt, other = SWA(make_momentum(model)), SWA(make_momentum(twin))
+    train(opt, model, range(3))
+    state = copy.deepcopy(opt.state_dict())
+    before = copy.deepcopy(state["opt_state"])
+    other.load_state_dict(state)
+    train(other, twin, range(3))
+    assert [equal([*before[i].values()], [*state["opt_state"][i].values()]) for i in before] == [True] * 4
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -455,8 +455,34 @@ def test_update_bn_refreshes_the_averaged_module() -> None:
     data = torch.randn(50, 64)
     ours.update_bn(data.split(10), averaged)
     torch.testing.assert_close(averaged.module[1].running_mean, averaged.module[0](data).detach().mean(0))
-    assert ours.SWALR is theirs.SWALR and ours.update_bn is polyak.update_bn
+    assert ours.SWALR is theirs.SWALR
     assert set(ours.__all__) == set(theirs.__all__)
+
+
+class TakesBatches(nn.Module):
+    """Keeps what it is called with, and normalises the tensor in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.calls: list[object] = []
+
+    def forward(self, batch: object) -> torch.Tensor:
+        self.calls.append(batch)
+        return self.norm(batch["x"] if isinstance(batch, dict) else batch)
+
+
+def test_update_bn_calls_the_model_as_torch_does() -> None:
+    x = torch.randn(4, 3)
+    batches = [x, (x, "labels"), [x, 1, 2], {"x": x, "y": "labels"}, ({"x": x}, "labels")]
+    for update_bn in (ours.update_bn, theirs.update_bn):
+        model = TakesBatches().train()
+        update_bn(batches, model)
+        assert [type(call) for call in model.calls] == [torch.Tensor] * 3 + [dict] * 2
+        assert model.calls[3] is batches[3] and model.calls[4] is batches[4][0]
+        torch.testing.assert_close(model.norm.running_mean, x.mean(0))
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        polyak.update_bn(batches, TakesBatches())
 
 
 # Errors.

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -343,7 +344,7 @@ class SWA(Optimizer):
 
         Live weights come back bit for bit, and averages keep their own precision, whatever the model's dtype.
         Until then steps, samples and loading are refused, and what else changes the weights is undone with a
-        warning. Groups without a sample are skipped with a warning.
+        warning. Groups without a sample are skipped, with a warning for each parameter.
         """
         if self._is_swapped():
             for average in self._averages.values():
@@ -354,10 +355,8 @@ class SWA(Optimizer):
             average = self._average_of(group)
             if average is not None:
                 average.swap_in()
-            elif group["params"]:
-                names = name_list(group.get("param_names") or [str(i) for i, _ in enumerate(group["params"])])
-                which = f"{names} of group {number}, which has no sample"
-                warnings.warn(f"SWA wasn't applied to param {which}; skipping it", UserWarning, stacklevel=2)
+            else:
+                _warn_of_no_sample(number, group)
 
     @staticmethod
     def bn_update(
@@ -403,7 +402,9 @@ class SWA(Optimizer):
         for hook in _torch.optimizer_hooks(self, "load_state_dict_pre"):
             state = hook(self, state) or state
         saved = saved_buffers(state, self.param_groups)
-        self.optimizer.load_state_dict({"state": state["opt_state"], "param_groups": state["param_groups"]})
+        # torch's optimizers would go on with the very tensors of the state, and so change it.
+        inner = {"state": deepcopy(state["opt_state"]), "param_groups": state["param_groups"]}
+        self.optimizer.load_state_dict(inner)
         self._averages = {
             group["params"][0]: GroupAverage.loaded(averageable(group), saved, group)
             for group in self.param_groups
@@ -463,6 +464,18 @@ def _steps(option: str, value: float, least: int) -> int:
     if not isinstance(value, int):
         warnings.warn("Casting swa_start, swa_freq to int", UserWarning, stacklevel=4)
     return int(value)
+
+
+def _warn_of_no_sample(number: int, group: Mapping[str, Any]) -> None:
+    """In torchcontrib's words, which callers match on: each parameter as it prints; and what helps to find it."""
+    names = group.get("param_names") or range(len(group["params"]))
+    for name, parameter in zip(names, group["params"], strict=True):
+        what = f"SWA wasn't applied to param {parameter}; skipping it"
+        warnings.warn(
+            f"{what}, as group {number} has no sample: its name or place there is {name!r}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:

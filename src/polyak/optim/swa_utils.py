@@ -6,7 +6,7 @@ They are plain data, so they pickle and compare equal, and work in torch's own `
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR
 
-from polyak import _torch
+from polyak import _torch, batchnorm
 from polyak._batches import in_place_of
 from polyak._checks import Difference
 from polyak._mean import Accumulator, mean_dtype
 from polyak._model import ModelTensors, NamedTensor, is_sharded, refuse_swapped, shape_of
 from polyak._swap import copy_into
 from polyak._torch import refuse_unseen_conversions
-from polyak.batchnorm import update_bn
 from polyak.errors import OptionError, StructureError, name_list
 from polyak.profiles import EMA, Scheme, Uniform
 
@@ -60,10 +59,10 @@ class AvgLaw:
 
     @property
     def scheme(self) -> Scheme | None:
-        """None for the decays 0 and 1, which keep one sample and so are no average."""
+        """None for the decay 1, which keeps the first sample for ever and so is no average."""
         if self.decay is None:
             return Uniform()
-        return EMA(decay=self.decay, debias=False) if 0 < self.decay < 1 else None
+        return EMA(decay=self.decay, debias=False) if self.decay < 1 else None
 
     def weight(self, num_averaged: Count) -> float:
         """Of a sample that comes after ``num_averaged`` others."""
@@ -143,6 +142,48 @@ def _between(averaged: Tensor, current: Tensor, weight: float) -> Tensor:
     if can_be_lerped(averaged):
         return torch.lerp(averaged, current, weight)
     return averaged + (current - averaged) * weight
+
+
+def update_bn(
+    loader: Iterable[Any], model: nn.Module, device: torch.device | str | int | None = None
+) -> None:
+    """Set BatchNorm statistics to those of all samples in ``loader``, calling the model as torch's function does.
+
+    That is ``model(batch[0])`` for a list or tuple and ``model(batch)`` for all else, a dict too, which
+    :func:`polyak.update_bn` unpacks. The rest is as there, and not as in torch:
+
+    - mean and variance are those of all samples together, over all ranks: the variance is divided by their number,
+      the spread between batches counts, and a short last batch counts for what it holds. In torch each batch counts
+      the same, and variances within batches are averaged;
+    - only BatchNorm layers run in training mode, so dropout is off; those that are in evaluation mode while the model
+      trains are left alone;
+    - DDP and ``torch.compile`` are seen through;
+    - a loader without samples is an error, and after a failure statistics, momenta and modes are those of before.
+
+    Args:
+        loader: batches.
+        model: updated in place.
+        device: where tensors in the batches are moved, also those in a dict; None leaves them where they are.
+
+    Raises:
+        BatchError: no sample reached a BatchNorm layer; and what :func:`polyak.update_bn` raises.
+
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.norm = nn.BatchNorm1d(1)
+    ...     def forward(self, batch):
+    ...         return self.norm(batch["x"])
+    >>> model = Model()
+    >>> update_bn([{"x": torch.tensor([[0.0], [2.0]]), "y": "labels"}], model)
+    >>> model.norm.running_mean
+    tensor([1.])
+    """
+    batchnorm.update_bn(loader, model, device, forward=_call_as_torch)
+
+
+def _call_as_torch(model: nn.Module, batch: Any) -> object:
+    return model(batch[0] if isinstance(batch, (list, tuple)) else batch)
 
 
 # The running mean of a model in a module that is a copy of it: what stands behind ``AveragedModel``.

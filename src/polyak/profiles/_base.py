@@ -192,12 +192,12 @@ class Profile(ABC):
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def _exactly_one(self, first: str, second: str) -> tuple[str, float]:
-        """The name and value of the one of two hyper-parameters that was given."""
-        given = [(name, getattr(self, name)) for name in (first, second) if getattr(self, name) is not None]
+    def _exactly_one(self, *names: str) -> tuple[str, float]:
+        """The name and value of the one of these hyper-parameters that was given."""
+        given = [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
         if len(given) != 1:
             got = "both" if given else "neither"
-            raise OptionError(f"{type(self).__name__} takes either {first} or {second}, got {got}")
+            raise OptionError(f"{type(self).__name__} takes either {' or '.join(names)}, got {got}")
         return given[0]
 
 

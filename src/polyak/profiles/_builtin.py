@@ -19,6 +19,10 @@ from polyak.profiles._base import Floats, Profile, Scheme, rounded, suggestion
 _ROUNDING = 1e-12
 # σ of γ = 0, 1/√12, rounded up.
 _WIDEST = 0.2887
+# In place of -ln 0, with which positions cannot be multiplied: exp(-_FORGOTTEN t) is 0 for any t that is worth a name.
+_FORGOTTEN = 1e100
+# What the exponent of `Power` may be given by, and in which range.
+_POWERS = {"gamma": "[0, inf)", "sigma_rel": f"(0, {_WIDEST}]", "half_life_fraction": f"(0, {math.log(2)}]"}
 
 # Schemes.
 
@@ -54,7 +58,7 @@ class EMA(Scheme):
     Args:
         half_life: optimizer steps after which a weight has halved, positive: β = 2^(-1/half_life) per step,
             so it means the same whatever the gap between samples. Unit: steps.
-        decay: β per sample, in (0, 1). Unit: samples.
+        decay: β per sample, in [0, 1). Unit: samples. 0 keeps the newest sample alone.
         debias: False gives torch's form, which copies the first sample (c_1 = 1, then 1-β): the first sample
             keeps the weight of all that came before it, F(t, T) = β^(T-t) for t > 0.
 
@@ -85,7 +89,7 @@ class EMA(Scheme):
         if given == "half_life":
             self._set(half_life=within("(0, inf)", given, value), unit="steps")
         else:
-            self._set(decay=within("(0, 1)", given, value), unit="samples")
+            self._set(decay=within("[0, 1)", given, value), unit="samples")
         if not isinstance(self.debias, bool):
             raise OptionError(f"debias must be True or False, got {self.debias!r}")
 
@@ -114,7 +118,34 @@ class EMA(Scheme):
     def _rate(self) -> float:
         """-ln β per unit."""
         given, value = self._exactly_one("half_life", "decay")
-        return math.log(2) / value if given == "half_life" else -math.log(value)
+        if given == "half_life":
+            return math.log(2) / value
+        return -math.log(value) if value else _FORGOTTEN
+
+
+def decay_at_batch_size(decay: float, batch_size: float, reference: float) -> float:
+    """The decay that has the memory in examples that ``decay`` has at another batch size: decay^(batch/reference).
+
+    An EMA that halves over so many examples does so in fewer steps where batches are larger. Only the decay of a
+    scheme per sample wants this, where the learning rate is scaled with the batch size, too; a half-life in steps is
+    multiplied by reference/batch.
+
+    Args:
+        decay: per step at the reference batch size, in [0, 1].
+        batch_size: examples per step now.
+        reference: examples per step that ``decay`` was chosen at.
+
+    Raises:
+        OptionError: a decay or a size out of range.
+
+    Source: Busbridge et al. 2023, How to Scale Your EMA, arXiv:2307.13813.
+
+    >>> from polyak.profiles import decay_at_batch_size
+    >>> round(decay_at_batch_size(0.999, batch_size=1024, reference=256), 6)
+    0.996006
+    """
+    sizes = (within("(0, inf)", "batch_size", batch_size), within("(0, inf)", "reference", reference))
+    return within("[0, 1]", "decay", decay) ** (sizes[0] / sizes[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +158,12 @@ class Power(Scheme):
     Args:
         gamma: γ, at least 0; 0 is the uniform average.
         sigma_rel: σ, in (0, 0.2887], instead of γ; smaller is closer to the newest weights.
+        half_life_fraction: f, in (0, ln 2], instead of γ = ln 2/f - 1: at step t weights halve with every f t steps
+            of age, to first order. Half the weight lies on the last 1 - e^-f of the run, about f where that is small.
+            It is torchtitan's EMA, whose decay at its t-th update is 2^(-1/(f t)): c_t is the same up to 1/t².
 
     Raises:
-        OptionError: both or neither of ``gamma`` and ``sigma_rel``, or one out of range.
+        OptionError: not exactly one of the three was given, or it is out of range.
 
     Source: Karras et al. 2024 (EDM2), arXiv:2312.02696, section 3.
 
@@ -142,22 +176,25 @@ class Power(Scheme):
 
     gamma: float | None = None
     sigma_rel: float | None = None
+    half_life_fraction: float | None = None
 
     unit = "steps"
-    examples = ("power:sigma_rel=0.1", "power:gamma=6.94")
+    examples = ("power:sigma_rel=0.1", "power:gamma=6.94", "power:half_life_fraction=0.05")
 
     @classmethod
     def candidates(cls, steps: int) -> Sequence[Profile]:
         return [cls(gamma=gamma) for gamma in (1, 2, 4, 8, 16, 32)]
 
     def __post_init__(self) -> None:
-        given, value = self._exactly_one("gamma", "sigma_rel")
-        self._set(**{given: within("[0, inf)" if given == "gamma" else f"(0, {_WIDEST}]", given, value)})
+        given, value = self._exactly_one(*_POWERS)
+        self._set(**{given: within(_POWERS[given], given, value)})
 
     @cached_property
     def exponent(self) -> float:
-        """γ + 1, also where the width σ was given."""
-        given, value = self._exactly_one("gamma", "sigma_rel")
+        """γ + 1, whatever was given."""
+        given, value = self._exactly_one(*_POWERS)
+        if given == "half_life_fraction":
+            return math.log(2) / value
         return 1 + (value if given == "gamma" else _gamma_of_width(value))
 
     def coefficient_between(self, before: Any, now: Any, xp: ModuleType = np) -> Any:
@@ -169,10 +206,11 @@ class Power(Scheme):
         return (t / total) ** self.exponent
 
     def longer(self, factor: float) -> Scheme:
-        given, value = self._exactly_one("gamma", "sigma_rel")
+        given, value = self._exactly_one(*_POWERS)
         if given == "gamma":
             return replace(self, gamma=rounded(value / factor, 4))
-        return replace(self, sigma_rel=min(rounded(value * factor, 4), _WIDEST))
+        widest = _WIDEST if given == "sigma_rel" else math.log(2)
+        return replace(self, **{given: min(rounded(value * factor, 4), widest)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +276,151 @@ def _log_gamma_rise(z: Floats, rise: float) -> Floats:
     leading = (z - 0.5) * np.log1p(rise / z) + rise * np.log(z + rise)
     series = sum(factor * ((z + rise) ** -power - z**-power) for power, factor in _SERIES)
     return leading + series - carried
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupEMA(Scheme):
+    """EMA with the warm-up of torch_ema, diffusers, timm or ema-pytorch: its decay rises sample by sample.
+
+    The first sample is copied, c_1 = 1, and the n-th is taken in with c_n = 1 - d_n, where d_n is ::
+
+        n / (n + 9)                                 without ``power``: torch_ema, diffusers
+        1 - (1 + (n - 1)/inv_gamma)^-power          with it: timm, ema-pytorch, diffusers' ``use_ema_warmup``
+
+    but never below ``min_decay`` or above ``decay``. So F(t, T) = d_{t+1} d_{t+2} … d_T; between two samples it is
+    interpolated geometrically, up to the first in a straight line from 0. Unit: samples.
+
+    No warm-up is needed where :class:`EMA` debiases; this is for runs that shall have those tools' numbers.
+
+    Args:
+        decay: the most that d_n rises to, in [0, 1]; at 1 it goes on rising.
+        power: how fast it rises, positive: 2/3 and 3/4 are usual, and 1 is the uniform average where
+            ``inv_gamma`` is 1 too.
+        inv_gamma: the number of samples in which it begins to, positive; only with ``power``.
+        min_decay: the least that d_n is after the first sample, in [0, 1) and at most ``decay``.
+
+    Raises:
+        OptionError: a value out of range, or ``inv_gamma`` without ``power``.
+
+    Source: the first law is that of TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``, the second K.
+    Crowson's in k-diffusion, from where timm, ema-pytorch and diffusers have it.
+
+    >>> import polyak
+    >>> law = polyak.WarmupEMA(decay=0.999)
+    >>> [round(1 - law.coefficient(n), 4) for n in (1, 2, 3, 10**6)]
+    [0.0, 0.1818, 0.25, 0.999]
+    >>> polyak.WarmupEMA(decay=0.999, power=1).weights([0, 1, 2, 4]).round(4).tolist()
+    [0.25, 0.25, 0.5]
+    """
+
+    decay: float
+    power: float | None = None
+    inv_gamma: float = 1.0
+    min_decay: float = 0.0
+
+    unit = "samples"
+    name = "warmup-ema"
+    examples = ("warmup-ema:decay=0.9999", "warmup-ema:decay=0.9999,power=0.75")
+
+    def __post_init__(self) -> None:
+        decay = within("[0, 1]", "decay", self.decay)
+        self._set(decay=decay, min_decay=within("[0, 1)", "min_decay", self.min_decay))
+        self._set(inv_gamma=within("(0, inf)", "inv_gamma", self.inv_gamma))
+        if self.min_decay > decay:
+            raise OptionError(f"min_decay must be at most decay, which is {decay}, got {self.min_decay}")
+        if self.power is not None:
+            self._set(power=within("(0, inf)", "power", self.power))
+        elif self.inv_gamma != 1:
+            raise OptionError("inv_gamma belongs to the law with a power: give both, or neither")
+
+    def coefficient_between(self, before: Any, now: Any, xp: ModuleType = np) -> Any:
+        taken = xp.clip(self._rising(now), 1 - self.decay, 1 - self.min_decay)
+        return xp.where(before == 0, xp.ones_like(taken), taken)
+
+    def share(self, t: Floats, total: float) -> Floats:
+        sample, last = np.floor(t), np.floor(total)
+        kept = self._log_kept(np.maximum(sample, 1), np.maximum(last, 1))
+        # Parts of the step to the next sample; the one to the first sample is the straight line.
+        kept = kept - np.where(sample > 0, (t - sample) * self._log_decay(sample + 1), 0.0)
+        kept = kept + np.where(last > 0, (total - last) * self._log_decay(last + 1), 0.0)
+        return np.minimum(t, 1.0) / np.minimum(total, 1.0) * np.exp(kept)
+
+    def longer(self, factor: float) -> Scheme | None:
+        return replace(self, decay=1 - rounded((1 - self.decay) / factor, 4)) if self.decay < 1 else None
+
+    @property
+    def _law(self) -> tuple[float, float, float]:
+        """a, g and p of c_n = a (1 + (n - 1)/g)^-p, which both laws are: 9/(n + 9) has 0.9, 10 and 1."""
+        return (0.9, 10.0, 1.0) if self.power is None else (1.0, self.inv_gamma, self.power)
+
+    def _rising(self, n: Any) -> Any:
+        """The coefficient of sample n that the law gives, before ``decay`` and ``min_decay``."""
+        a, g, p = self._law
+        return a * (1 + (n - 1) / g) ** -p
+
+    def _log_rising(self, n: Floats) -> Floats:
+        with np.errstate(divide="ignore"):
+            return np.maximum(np.log1p(-self._rising(n)), -_FORGOTTEN)
+
+    def _slope(self, n: Floats) -> Floats:
+        """The derivative of `_log_rising`."""
+        _, g, p = self._law
+        taken = self._rising(n)
+        return p / (g + n - 1) * taken / (1 - taken)
+
+    def _last_below(self, decay: float) -> float:
+        """The last sample, at least the first, up to which the law gives a decay below this one."""
+        a, g, p = self._law
+        with np.errstate(over="ignore", divide="ignore"):
+            reached = 1 + g * (np.float64(a) / (1 - decay) if decay < 1 else np.inf) ** (1 / p) - g
+        return float(np.clip(np.floor(reached), 1, _FORGOTTEN))
+
+    def _log_decay(self, n: Floats) -> Floats:
+        with np.errstate(divide="ignore"):
+            return np.maximum(np.log1p(-self.coefficient_between(n - 1, n)), -_FORGOTTEN)
+
+    def _log_kept(self, n: Floats, last: Floats) -> Floats:
+        """ln F between two samples: a sum of ln d_k, part by part, so that nothing large cancels."""
+        rises = self._last_below(self.min_decay)
+        capped = max(rises, self._last_below(self.decay))
+        flat = np.minimum(last, rises) - np.minimum(n, rises)
+        full = np.maximum(last, capped) - np.maximum(n, capped)
+        to, start = (_sum_of(self._log_rising, self._slope, np.clip(x, rises, capped)) for x in (last, n))
+        return flat * _log(self.min_decay) + (to - start) + full * _log(self.decay)
+
+
+def _log(decay: float) -> float:
+    return math.log(decay) if decay else -_FORGOTTEN
+
+
+# Terms that are added up one by one; with the two corrections after them, a sum of logarithms is exact to 1e-13.
+_SUMMED = 4096
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(12)
+
+
+def _sum_of(term: Callable[[Floats], Floats], slope: Callable[[Floats], Floats], n: Floats) -> Floats:
+    """The sum of term(2), …, term(n), for whole n from 1 on, where ``slope`` is the derivative of ``term``.
+
+    Beyond the first terms by the formula of Euler and Maclaurin, whose integral is taken between doublings of n.
+    """
+    summed = np.concatenate([[0.0], np.cumsum(term(np.arange(2.0, _SUMMED + 1)))])
+    x = np.maximum(n, float(_SUMMED))
+    doublings = 1 + math.ceil(math.log2(np.max(x) / _SUMMED + 1))
+    edges = 1 + (_SUMMED - 1) * np.exp2(np.arange(doublings, dtype=np.float64))
+    integrals = np.concatenate([[0.0], np.cumsum(_integral(term, edges[:-1], edges[1:]))])
+    panel = np.searchsorted(edges, x, side="right") - 1
+    ends = (term(x) - term(edges[0])) / 2 + (slope(x) - slope(edges[0])) / 12
+    return (
+        summed[np.minimum(n, _SUMMED).astype(int) - 1]
+        + integrals[panel]
+        + _integral(term, edges[panel], x)
+        + ends
+    )
+
+
+def _integral(f: Callable[[Floats], Floats], start: Floats, stop: Floats) -> Floats:
+    middle, half = (start + stop) / 2, (stop - start) / 2
+    return half * sum(w * f(middle + half * node) for node, w in zip(_NODES, _NODE_WEIGHTS, strict=True))
 
 
 # Profiles that look at a run from its end: they are applied after training.
