@@ -193,8 +193,8 @@ class Checkpoint:
         _refuse_empty(path, self.tensors)
 
     @classmethod
-    def joined(cls, path: Path, parts: Mapping[str, Checkpoint]) -> Self:
-        """One checkpoint of several that hold parts of it: tensor ``w`` of part ``p`` is ``p/w``.
+    def joined(cls, path: Path, parts: Mapping[str, Checkpoint], what: str) -> Self:
+        """One checkpoint of several that hold parts of it, which are ``what``: tensor ``w`` of part ``p`` is ``p/w``.
 
         The parts have their weights under one key; what they say of the step and in metadata must be the same.
         """
@@ -204,7 +204,7 @@ class Checkpoint:
         joined.format, joined.key, joined.kind = first.format, first.key, first.kind
         joined.found_keys = first.found_keys
         notes = dict.fromkeys(part.note for part in parts.values() if part.note)
-        joined.note = "; ".join((f"{len(parts)} ranks, {name_list(list(parts))}", *notes))
+        joined.note = "; ".join((f"{what}, {name_list(list(parts))}", *notes))
         joined.ignored = tuple(dict.fromkeys(entry for part in parts.values() for entry in part.ignored))
         joined.metadata = {
             key: text
