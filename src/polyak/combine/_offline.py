@@ -177,6 +177,7 @@ class Plan:
             spans = _inputs.spans_of_steps(self.steps or range(1, len(self.opened) + 1))
         self.dtype = None if self.dtype is None else parse_dtype(self.dtype)
         self.coefficients = _inputs.coefficients(chosen, spans)
+        self._refuse_parts_of_adapters()
         self._adapters = _lora.planned(
             self.opened, self.coefficients, rank=self.rank, mode=self.lora, dtype=self.dtype
         )
@@ -193,14 +194,16 @@ class Plan:
             self.layout, note = _nesting.nested_like(self.layout, Path(self.like), self.key, output)
             self.output_notes = [*self.output_notes, note]
 
-    def _plan_ranks(self, layout: checkpoints.Layout, output: Path) -> None:
-        if isinstance(self._adapters, _lora.MeanOfUpdates):
+    def _refuse_parts_of_adapters(self) -> None:
+        if self.lora != "factors" and any(one.parts and _lora.is_adapter(one) for one in self.opened):
             raise OptionError(
                 f"{name_list([item.name for item in self.reading.taken])} are the ranks' parts of LoRA adapters, whose "
                 "updates are products of whole factors: make whole adapters first, or average the factors with ",
                 'lora="factors"',
                 "--lora factors",
             )
+
+    def _plan_ranks(self, layout: checkpoints.Layout, output: Path) -> None:
         self.ranks = _ranks.RankFolder(self.opened, output, layout)
         if self.like is not None:
             like = Path(self.like)

@@ -8,6 +8,7 @@ checkpoint, whose tensors are named after their file; from there on it is averag
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,7 +55,8 @@ def with_ranks_together(items: list[Item]) -> list[Item]:
         if path not in whole:
             whole[path] = Item(path, _name(item, path), True)
             together.append(whole[path])
-        whole[path].parts[part] = item.path
+        # Both relative or both absolute.
+        whole[path].parts[part] = item.path.absolute() if path.is_absolute() else item.path
         whole[path].given &= item.given
     return together
 
@@ -97,14 +99,14 @@ def _counted(parts: Sequence[str] | Mapping[str, object]) -> str:
 
 
 def _refuse_unlike(item: Item, opened: Mapping[str, Checkpoint]) -> None:
-    steps = {one.step: part for part, one in opened.items() if one.step is not None}
+    steps = {one.step: part for part, one in reversed(opened.items()) if one.step is not None}
     if len(steps) > 1:
         told = [f"{part} is of step {step}" for step, part in sorted(steps.items())]
         raise CheckpointError(
             f"the files of {item.path} are not of one moment: {'; '.join(told[:3])}. It was cut off while it was "
             "saved, or saved over another: leave it out"
         )
-    keys = {one.key: part for part, one in opened.items()}
+    keys = {one.key: part for part, one in reversed(opened.items())}
     if len(keys) > 1:
         told = [f"{part} under {key!r}" if key else f"{part} at the top" for key, part in keys.items()]
         raise CheckpointError(
@@ -142,12 +144,27 @@ def _missing(parts: Mapping[str, Item]) -> Iterator[str]:
     for template, names in ranks.items():
         if template.startswith(_LAYER):
             continue
-        axes = [range(max(axis) + 1) for axis in zip(*names, strict=True)]
+        sizes = [max(axis) + 1 for axis in zip(*names, strict=True)]
         example = next(iter(names.values()))
-        for numbers in itertools.product(*axes):
+        for index in range(math.prod(sizes)):
+            numbers = _place(index, sizes)
             if numbers not in names:
-                digits = iter(numbers)
-                yield re.sub(r"\d+", lambda match: f"{next(digits):0{len(match[0])}d}", example)  # noqa: B023
+                yield _numbered(example, numbers)
+
+
+def _place(index: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Where the element ``index`` of a grid lies; ``np.unravel_index`` for sizes that a file name may claim."""
+    numbers: list[int] = []
+    for size in reversed(sizes):
+        index, number = divmod(index, size)
+        numbers.insert(0, number)
+    return tuple(numbers)
+
+
+def _numbered(example: str, numbers: Sequence[int]) -> str:
+    """The name with other numbers, as wide as its own."""
+    rest = iter(numbers)
+    return re.sub(r"\d+", lambda match: f"{next(rest):0{len(match[0])}d}", example)
 
 
 def refuse_parts(items: Sequence[Item]) -> None:
