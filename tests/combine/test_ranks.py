@@ -246,6 +246,9 @@ def test_the_plan_says_how_many_ranks_there_are(llama, tmp_path, capsys):
     assert "would write" in out and not (tmp_path / "out").exists()
     assert main(["inspect", str(llama)]) == 0
     assert "3 ranks" in capsys.readouterr().out
+    assert main(["inspect", str(llama / "step-100"), str(llama / "step-200")]) == 0
+    assert "consolidated.02.pth/wq.weight" in capsys.readouterr().out
+    assert main(["inspect", str(llama), str(llama / "step-200")]) == 2
 
 
 def test_a_checkpoint_with_itself_is_itself_in_little_memory(tmp_path):

@@ -399,8 +399,10 @@ def average_checkpoints(
     tied. The output appears whole or not at all.
 
     Args:
-        inputs: checkpoints, and folders of checkpoints, in any formats.
-        output: the file or folder to write; its suffix says the format.
+        inputs: checkpoints, and folders of checkpoints, in any formats. Those that are one file for each rank are
+            averaged rank by rank, where the layout is known.
+        output: the file or folder to write; its suffix says the format. For inputs that are one file for each rank it
+            is a folder like theirs.
         weights: one number for each input, in the order given; they are divided by their sum. By default all
             count the same.
         profile: instead of ``weights``, a profile or its text. The inputs are then taken in the order of their

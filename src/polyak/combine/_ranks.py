@@ -99,14 +99,14 @@ def _counted(parts: Sequence[str] | Mapping[str, object]) -> str:
 
 
 def _refuse_unlike(item: Item, opened: Mapping[str, Checkpoint]) -> None:
-    steps = {one.step: part for part, one in reversed(opened.items()) if one.step is not None}
+    steps = {one.step: part for part, one in reversed(list(opened.items())) if one.step is not None}
     if len(steps) > 1:
         told = [f"{part} is of step {step}" for step, part in sorted(steps.items())]
         raise CheckpointError(
             f"the files of {item.path} are not of one moment: {'; '.join(told[:3])}. It was cut off while it was "
             "saved, or saved over another: leave it out"
         )
-    keys = {one.key: part for part, one in reversed(opened.items())}
+    keys = {one.key: part for part, one in reversed(list(opened.items()))}
     if len(keys) > 1:
         told = [f"{part} under {key!r}" if key else f"{part} at the top" for key, part in keys.items()]
         raise CheckpointError(

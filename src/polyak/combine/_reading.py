@@ -7,7 +7,7 @@ meant, and can be shown. What is not certain is refused, with what to type inste
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -225,9 +225,9 @@ def _below(path: Path, folder: Path, n_inputs: int) -> str:
 
 def _with_distinct_names(items: list[Item]) -> list[Item]:
     """Names that more than one has get that of the folder around them."""
-    names = [item.name for item in items]
+    counts = Counter(item.name for item in items)
     for item in items:
-        if names.count(item.name) > 1 and item.path.name == item.name:
+        if counts[item.name] > 1 and item.path.name == item.name:
             item.name = f"{item.path.absolute().parent.name}/{item.name}"
     return items
 
