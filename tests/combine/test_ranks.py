@@ -316,6 +316,10 @@ def test_folders_in_the_output_are_replaced_if_they_are_its_own(tmp_path):
     polyak.average_checkpoints(run, output)
     polyak.average_checkpoints(run, output, overwrite=True, last=1)
     assert_holds(output / "mp_rank_01" / "model_optim_rng.pt", mean(1, {400: 1}))
+    (output / "mine").mkdir()
+    with pytest.raises(OutputExistsError, match="also holds 'mine'"):
+        polyak.average_checkpoints(run, output, overwrite=True)
+    (output / "mine").rmdir()
     (output / "mp_rank_01" / "notes").write_text("mine")
     with pytest.raises(OutputExistsError, match="also holds 'mp_rank_01/notes'"):
         polyak.average_checkpoints(run, output, overwrite=True)
@@ -374,6 +378,15 @@ def test_links_and_copies_are_those_of_all_ranks(tmp_path):
     }
     put(fairseq(400, 1, part(1, 1)), tmp_path / "checkpoint_extra400-model_part-1.pt")
     assert "checkpoint_extra400.pt" in refusal(tmp_path)
+
+
+def test_a_link_to_the_file_of_one_rank_is_no_copy_of_all(tmp_path):
+    layout = LAYOUTS["Llama"]
+    run_of(tmp_path, layout, ranks=(0, 1))
+    file = tmp_path / layout.file(200, 0)
+    file.unlink()
+    os.link(tmp_path / layout.file(100, 0), file)
+    assert read_inputs(tmp_path).required(by_rank=True).steps == list(STEPS)
 
 
 def test_optimizers_beside_are_left_out(tmp_path, monkeypatch, capsys):
