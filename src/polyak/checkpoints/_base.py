@@ -517,7 +517,8 @@ def _locations(writer: Writer, output: Path) -> dict[str, Location]:
     known = {name: location for name, location in found.items() if location is not None}
     if len(known) < len(found):
         raise OptionError(
-            f"{output} is of a format that only one process can write: write .safetensors, which several can"
+            f"{output} is of a format that only one process can write: write .safetensors, which several can, or "
+            "start one process"
         )
     return known
 

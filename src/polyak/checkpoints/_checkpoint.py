@@ -168,6 +168,7 @@ class Checkpoint:
         kind: ``"averaged"`` or ``"live"`` where its keys say so, else the empty string.
         step_key: the entry that says it, such as ``"global_step"`` or ``"epoch"``.
         is_lazy: False if the format forced the whole file into memory (torch files from before 1.6).
+        parts: those of a checkpoint that is one file for each rank, by their names; none of a whole one.
     """
 
     def __init__(self, path: Path, format: str, contents: Contents, key: str | None = None) -> None:
@@ -188,7 +189,45 @@ class Checkpoint:
         self._stored = weights.tensors
         self._files = contents.files
         self.ties = _ties(weights.tensors)
+        self.parts: Mapping[str, Checkpoint] = {}
         _refuse_empty(path, self.tensors)
+
+    @classmethod
+    def joined(cls, path: Path, parts: Mapping[str, Checkpoint], what: str) -> Self:
+        """One checkpoint of several that hold parts of it, which are ``what``: tensor ``w`` of part ``p`` is ``p/w``.
+
+        The parts have their weights under one key; what they say of the step and in metadata must be the same.
+        """
+        first = next(iter(parts.values()))
+        joined = cls.__new__(cls)
+        joined.path, joined.parts = path, parts
+        joined.format, joined.key, joined.kind = first.format, first.key, first.kind
+        joined.found_keys = first.found_keys
+        notes = dict.fromkeys(part.note for part in parts.values() if part.note)
+        joined.note = "; ".join((f"{what}, {name_list(list(parts))}", *notes))
+        joined.ignored = tuple(dict.fromkeys(entry for part in parts.values() for entry in part.ignored))
+        joined.metadata = {
+            key: text
+            for key, text in first.metadata.items()
+            if all(part.metadata.get(key) == text for part in parts.values())
+        }
+        told = [part for part in parts.values() if part.step is not None]
+        joined.step, joined.step_key = (told[0].step, told[0].step_key) if told else (None, None)
+        joined.is_lazy = all(part.is_lazy for part in parts.values())
+        joined._stored = {
+            f"{place}/{name}": stored
+            for place, part in parts.items()
+            for name, stored in part._stored.items()
+        }
+        joined.tensors = {name: stored.info for name, stored in joined._stored.items()}
+        joined._files = [file for part in parts.values() for file in part._files]
+        joined.ties = _ties(joined._stored)
+        return joined
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files, or the folder, that it was opened from."""
+        return [part.path for part in self.parts.values()] or [self.path]
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, in its own dtype, in memory of its own."""

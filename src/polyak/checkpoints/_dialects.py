@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
-__all__ = ["DIALECTS", "STEP_KEYS", "STEP_PATHS", "Dialect", "is_no_weights_file", "key_rank"]
+__all__ = ["DIALECTS", "STEP_KEYS", "STEP_PATHS", "Dialect", "is_no_weights_file", "key_rank", "rank_part"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Dialect:
         without_dots: averaged names lack the dots of the live ones.
         steps: entries that tell the step, the best first; those that end in ``epoch`` count epochs.
         no_weights: patterns of files of its folders that hold no weights.
+        ranks: where each rank writes a file of its own, patterns of what in its path says of which rank it is; the
+            rest is the path of the whole checkpoint: its folder, or a file that is not there.
     """
 
     tool: str
@@ -43,6 +46,7 @@ class Dialect:
     without_dots: bool = False
     steps: tuple[str, ...] = ()
     no_weights: tuple[str, ...] = ()
+    ranks: tuple[str, ...] = ()
 
 
 DIALECTS = (
@@ -106,13 +110,27 @@ DIALECTS = (
         averaged=("extra_state.ema",),
         live=("model",),
         steps=("extra_state.train_iterator.epoch", "extra_state.epoch"),
+        ranks=(r"-model_part-\d+(?:-shard\d+)?(?=\.\w+$)", r"-shard\d+(?=\.\w+$)"),
     ),
-    Dialect("Megatron", live=("model",), steps=("iteration",), no_weights=("distrib_optim.pt", "common.pt")),
+    Dialect(
+        "Megatron",
+        live=("model",),
+        steps=("iteration",),
+        no_weights=("distrib_optim.pt", "common.pt"),
+        ranks=(r"(?<=/)mp_rank_\d+(?:_\d+)*/model_(?:optim_)?rng\.pt$",),
+    ),
+    Dialect("NeMo", ranks=(r"(?<=/)(?:mp_rank_\d+(?:_\d+)*|tp_rank_\d+_pp_rank_\d+)/(?=[^/]+$)",)),
+    Dialect("Llama", ranks=(r"(?<=/)consolidated\.\d+\.\w+$",)),
     Dialect(
         "DeepSpeed",
         live=("module",),
         steps=("global_steps",),
         no_weights=("*_optim_states.pt",),
+        # The second are the layers of a pipeline, each in a file of its own for each rank.
+        ranks=(
+            r"(?<=/)(?:layer_\d+_expert_\d+_)?mp_rank_\d+_model_states\.pt$",
+            r"(?<=/)layer_\d+-model_\d+-model_states\.pt$",
+        ),
     ),
     Dialect(
         "transformers",
@@ -206,3 +224,21 @@ def is_no_weights_file(name: str) -> bool:
     (True, False)
     """
     return any(fnmatch(name, pattern) for dialect in DIALECTS for pattern in dialect.no_weights)
+
+
+_RANKS = [re.compile(pattern) for dialect in DIALECTS for pattern in dialect.ranks]
+
+
+def rank_part(path: Path) -> tuple[str, Path] | None:
+    """Which rank's part a path is of, and the path of the whole checkpoint; None where it is no such part.
+
+    >>> rank_part(Path("run/iter_0000100/mp_rank_00/model_optim_rng.pt"))
+    ('mp_rank_00/model_optim_rng.pt', PosixPath('run/iter_0000100'))
+    >>> rank_part(Path("run/checkpoint_3-model_part-1.pt"))
+    ('model_part-1', PosixPath('run/checkpoint_3.pt'))
+    """
+    text = path.as_posix()
+    found = next((match for pattern in _RANKS if (match := pattern.search(text))), None)
+    return (
+        None if found is None else (found[0].strip("-/"), Path(text[: found.start()] + text[found.end() :]))
+    )

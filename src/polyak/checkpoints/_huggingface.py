@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from polyak.checkpoints._base import Contents, Format, Layout, Location, Writer
-from polyak.checkpoints._io import SIDECAR, AtomicOutput, sha256, writing
+from polyak.checkpoints._base import Contents, Format, Layout
+from polyak.checkpoints._folder import FolderFile, FolderWriter
+from polyak.checkpoints._io import SIDECAR
 from polyak.checkpoints._pt import TorchFormat
 from polyak.checkpoints._safetensors import SafetensorsFormat
-from polyak.errors import CheckpointError, StructureError, name_list
+from polyak.errors import CheckpointError, name_list
 
 # Above this many bytes a folder gets several files; the usual choice of the hub's tools.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -68,8 +65,16 @@ class _Folder(Format):
             else replace(contents, metadata={"global_step": step} | contents.metadata)
         )
 
-    def writer(self, path: Path, layout: Layout, overwrite: bool) -> HuggingFaceWriter:
-        return HuggingFaceWriter(path, layout, overwrite, self)
+    def writer(self, path: Path, layout: Layout, overwrite: bool) -> FolderWriter:
+        """One weights file, or shards and an index where there are too many bytes for one."""
+        stem = layout.stem or self.stems[0]
+        parts = _split(layout)
+        files = []
+        for number, part in enumerate(parts, 1):
+            shard = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+            files.append(FolderFile(stem + shard + self.suffix, self.file_format, part))
+        index = {stem + self.suffix + _INDEX: _index(files, layout)} if len(files) > 1 else None
+        return FolderWriter(path, layout, overwrite, files, more=index)
 
 
 class HuggingFaceFormat(_Folder):
@@ -149,73 +154,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     )
 
 
-class HuggingFaceWriter(Writer):
-    """A new folder with one weights file, or with shards and an index where there are too many bytes for one."""
-
-    def __init__(self, path: Path, layout: Layout, overwrite: bool, format: _Folder) -> None:
-        super().__init__(layout)
-        self._output = AtomicOutput(path, overwrite)
-        self._format = format
-        self._stem = layout.stem or format.stems[0]
-        parts = _split(layout)
-        self._writers: dict[str, Writer] = {}
-        self._file_of: dict[str, str] = {}
-        folder = self._output.create_folder()
-        try:
-            with self._under_its_name():
-                self._put_beside(folder)
-                for number, part in enumerate(parts, 1):
-                    shard = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
-                    file = self._stem + shard + format.suffix
-                    self._writers[file] = format.file_format.writer(folder / file, part, False)
-                    self._file_of |= dict.fromkeys([*part.tensors, *part.ties], file)
-        except BaseException:
-            self.abort()
-            raise
-
-    def _put_beside(self, folder: Path) -> None:
-        with writing(self._output.path):
-            for name, source in self.layout.beside.items():
-                if isinstance(source, Path):
-                    shutil.copyfile(source, folder / name)
-                else:
-                    (folder / name).write_bytes(source)
-            if self.layout.beside:
-                copied = {name: sha256(folder / name) for name in self.layout.beside}
-                (folder / SIDECAR).write_text(json.dumps({"copied": copied}, indent=1))
-
-    @contextmanager
-    def _under_its_name(self) -> Iterator[None]:
-        """Errors of the shards name the folder as it was asked for, not the temporary one."""
-        try:
-            yield
-        except (CheckpointError, StructureError) as error:
-            text = str(error).replace(str(self._output.temporary), str(self._output.path))
-            raise type(error)(text) from error
-
-    def _write(self, name: str, start: int, values: Tensor) -> None:
-        with self._under_its_name():
-            self._writers[self._file_of[name]]._write(name, start, values)
-
-    def location(self, name: str) -> Location | None:
-        return self._writers[self._file_of[name]].location(name)
-
-    def commit(self) -> None:
-        with self._under_its_name():
-            for writer in self._writers.values():
-                writer.commit()
-        if len(self._writers) > 1:
-            total_bytes = sum(info.nbytes for info in self.layout.tensors.values())
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": self._file_of}
-            name = self._stem + self._format.suffix + _INDEX
-            with writing(self._output.path):
-                (self._output.temporary / name).write_text(json.dumps(index, indent=2))
-        self._output.commit()
-
-    def abort(self) -> None:
-        for writer in self._writers.values():
-            writer.abort()
-        self._output.abort()
+def _index(files: Sequence[FolderFile], layout: Layout) -> bytes:
+    """Which tensor is in which file."""
+    total_bytes = sum(info.nbytes for info in layout.tensors.values())
+    file_of = {name: file.name for file in files for name in [*file.layout.tensors, *file.layout.ties]}
+    return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": file_of}, indent=2).encode()
 
 
 def _split(layout: Layout) -> list[Layout]:

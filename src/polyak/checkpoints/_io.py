@@ -241,6 +241,7 @@ class FilePart(io.RawIOBase):
 OWN_FILES: set[str] = set()
 # Formats with no place for metadata and ties carry them in a file of this name; in a folder with files that were
 # copied, it says which these are, by name and SHA-256, so that they may be replaced as long as nobody changed them.
+# Where the names of what was written are those of the inputs, these are noted as well, with their bytes.
 SIDECAR = "polyak.json"
 
 # Called with the offset and the bytes of what was written.
@@ -321,8 +322,7 @@ class AtomicOutput:
         if self.path.is_dir():
             if self.path.is_symlink():
                 raise OutputExistsError(f"{self.path} is a link to a folder: name the folder itself")
-            copied = _copied(self.path)
-            foreign = [item.name for item in self.path.iterdir() if not _is_ours(item, copied)]
+            foreign = list(_foreign(self.path, _noted(self.path, "copied"), _noted(self.path, "written")))
             if foreign:
                 raise OutputExistsError(
                     f"{self.path} is a folder that also holds {name_list(sorted(foreign))}, which would be lost: "
@@ -393,18 +393,31 @@ def write_file(path: Path, content: bytes, *, overwrite: bool) -> None:
         output.abort()
 
 
-def _is_ours(item: Path, copied: Mapping[str, str]) -> bool:
+def _foreign(
+    folder: Path, copied: Mapping[str, str], written: Mapping[str, str], above: str = ""
+) -> Iterator[str]:
+    """Names of what is in a folder, and in those of its folders that a writer made, and is not of a writer."""
+    for item in folder.iterdir():
+        name = above + item.name
+        if item.is_dir() and any(file.startswith(f"{name}/") for file in written):
+            yield from _foreign(item, copied, written, f"{name}/")
+        elif not _is_ours(item, name, copied, written):
+            yield name
+
+
+def _is_ours(item: Path, name: str, copied: Mapping[str, str], written: Mapping[str, str]) -> bool:
     if not item.is_file():
         return False
-    is_written = any(fnmatch(item.name, pattern) for pattern in OWN_FILES)
-    return is_written or (item.name in copied and copied[item.name] == sha256(item))
+    if any(fnmatch(name, pattern) for pattern in OWN_FILES if "/" not in name):
+        return True
+    return written.get(name) == str(item.stat().st_size) or (name in copied and copied[name] == sha256(item))
 
 
-def _copied(folder: Path) -> Mapping[str, str]:
-    """What a writer copied into ``folder``: names and hashes."""
+def _noted(folder: Path, section: str) -> Mapping[str, str]:
+    """What a writer copied into ``folder``, names and hashes; or wrote there, names and bytes."""
     try:
-        copied = json.loads((folder / SIDECAR).read_bytes())["copied"]
-        return copied if isinstance(copied, dict) else {}
+        noted = json.loads((folder / SIDECAR).read_bytes())[section]
+        return noted if isinstance(noted, dict) else {}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
 

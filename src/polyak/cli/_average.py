@@ -210,6 +210,7 @@ def average(
     polyak average timm/*.pth.tar -o average.pt --key state_dict_ema
     polyak average run/*.ckpt -o average.ckpt --like run/last.ckpt      loads as that file does
     polyak average run/ -o average.pt --model my.model:build --recalibrate my.data:batches
+    polyak average step-1000/ step-2000/ -o average/         one file a rank (Llama, Megatron, ...): so is the average
     torchrun --nproc-per-node 4 -m polyak average run/ -o average.safetensors
     polyak average recorded/ -o average.safetensors --profile tail:0.4     a run that was recorded
 

@@ -77,7 +77,11 @@ def built(text: str, build: Callable[[], Any]) -> nn.Module:
 
 
 def recalibrated_report(plan: combine.Plan, differing: Sequence[str] = ()) -> combine.AverageReport:
-    """``plan.report`` for an average with new statistics, which is held in memory, as the model is."""
+    """``plan.report`` for an average with new statistics, which is held in memory, as the model is.
+
+    Raises ``OptionError`` where the average is one file for each rank.
+    """
+    _refuse_ranks(plan)
     report = plan.report(differing, recalibrated=True)
     return replace(report, memory_bytes=report.memory_bytes + 2 * report.bytes_written)
 
@@ -95,6 +99,7 @@ def run_recalibrated(
     from polyak._evaluate import apply_weights
     from polyak.combine._engine import MemoryWriter
 
+    _refuse_ranks(plan)
     batches = imported("--recalibrate", recalibrate)()
     if not isinstance(batches, Iterable):
         raise OptionError(
@@ -116,6 +121,14 @@ def run_recalibrated(
             average.tensors[name].copy_(statistic)
         writer.fill(average.tensors)
     return recalibrated_report(plan, differing)
+
+
+def _refuse_ranks(plan: combine.Plan) -> None:
+    if plan.ranks is not None:
+        raise OptionError(
+            f"{plan.output} is in parts, one a rank, which no model in one process takes: "
+            "leave out --model and --recalibrate"
+        )
 
 
 def _statistics(network: nn.Module) -> dict[str, Tensor]:

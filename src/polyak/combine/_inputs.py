@@ -135,7 +135,8 @@ def provenance(
         record["sha256"] = {
             file.relative_to(checkpoint.path.parent).as_posix(): sha256(file)
             for checkpoint in inputs
-            for file in _files(checkpoint.path)
+            for path in checkpoint.paths
+            for file in _files(path)
         }
     return _agreed(inputs) | {METADATA_KEY: json.dumps(record)}
 

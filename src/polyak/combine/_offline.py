@@ -19,7 +19,7 @@ from polyak import checkpoints
 from polyak._distributed import RankGroup
 from polyak.checkpoints import _base, _io
 from polyak.checkpoints._checkpoint import format_for
-from polyak.combine import _inputs, _lora, _nesting, _outputs
+from polyak.combine import _inputs, _lora, _nesting, _outputs, _ranks
 from polyak.combine._engine import Progress, combine
 from polyak.combine._inputs import Budget, is_averaged
 from polyak.combine._reading import Paths, Reading, read_inputs
@@ -119,6 +119,7 @@ class Plan:
         steps: the training step of each; None if not known for all.
         layout: of the output, with the files that lie beside its weights.
         output_notes: what to know about the output, one sentence each.
+        ranks: the folder to write where each input is one file for each rank; else None.
     """
 
     inputs: Paths
@@ -144,6 +145,7 @@ class Plan:
     coefficients: list[float] = field(init=False)
     layout: checkpoints.Layout = field(init=False)
     output_notes: list[str] = field(init=False)
+    ranks: _ranks.RankFolder | None = field(init=False, default=None)
     _adapters: _lora.MeanOfUpdates | _lora.MeanOfFactors | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -161,7 +163,7 @@ class Plan:
             last=self.last,
             all_count=self.weights is not None,
             allow=self.allow,
-        ).required()
+        ).required(by_rank=True)
         self.opened, self.steps = self.reading.checkpoints, self.reading.steps
         _refuse_input_as_output(self.opened, self.output)
         # Refuses what must not be overwritten, and touches nothing.
@@ -175,15 +177,39 @@ class Plan:
             spans = _inputs.spans_of_steps(self.steps or range(1, len(self.opened) + 1))
         self.dtype = None if self.dtype is None else parse_dtype(self.dtype)
         self.coefficients = _inputs.coefficients(chosen, spans)
+        self._refuse_parts_of_adapters()
         self._adapters = _lora.planned(
             self.opened, self.coefficients, rank=self.rank, mode=self.lora, dtype=self.dtype
         )
         layout = self._adapters.layout if self._adapters else _inputs.common_layout(self.opened, self.dtype)
-        self.layout, self.output_notes = _outputs.completed(layout, self.opened, self.output)
-        if self.like is not None:
-            self.layout, note = _nesting.nested_like(self.layout, Path(self.like), self.key, self.output)
-            self.output_notes = [*self.output_notes, note]
+        if self.opened[0].parts:
+            self._plan_ranks(layout, self.output)
+        else:
+            self._plan_one(layout, self.output)
         self._memory_bytes()
+
+    def _plan_one(self, layout: checkpoints.Layout, output: Path) -> None:
+        self.layout, self.output_notes = _outputs.completed(layout, self.opened, output)
+        if self.like is not None:
+            self.layout, note = _nesting.nested_like(self.layout, Path(self.like), self.key, output)
+            self.output_notes = [*self.output_notes, note]
+
+    def _refuse_parts_of_adapters(self) -> None:
+        if self.lora != "factors" and any(one.parts and _lora.is_adapter(one) for one in self.opened):
+            raise OptionError(
+                f"{name_list([item.name for item in self.reading.taken])} are the ranks' parts of LoRA adapters, whose "
+                "updates are products of whole factors: make whole adapters first, or average the factors with ",
+                'lora="factors"',
+                "--lora factors",
+            )
+
+    def _plan_ranks(self, layout: checkpoints.Layout, output: Path) -> None:
+        self.ranks = _ranks.RankFolder(self.opened, output, layout)
+        if self.like is not None:
+            like = Path(self.like)
+            named = [item for item in self.reading.items if like in (item.path, *item.parts.values())]
+            self.ranks.nest(named or read_inputs(like, self.key, allow=self.allow).taken, like, self.key)
+        self.layout, self.output_notes = self.ranks.layout, self.ranks.notes
 
     def report(self, differing: Sequence[str] = (), *, recalibrated: bool = False) -> AverageReport:
         """What will be, or has been, averaged; ``recalibrated`` if BatchNorm statistics are computed anew."""
@@ -222,6 +248,8 @@ class Plan:
         """The writer of the output, which says what it was made of."""
         profile = None if self.profile is None else str(self.profile)
         metadata = _inputs.provenance(self.opened, self.coefficients, profile, self.steps, hashes=self.hashes)
+        if self.ranks is not None:
+            return self.ranks.create(metadata, self.overwrite)
         layout = replace(self.layout, metadata=metadata)
         return checkpoints.create(self.output, layout, overwrite=self.overwrite)
 
@@ -295,10 +323,10 @@ def _batchnorm_note(tensors: Mapping[str, checkpoints.TensorInfo], recalibrated:
 def _refuse_input_as_output(inputs: Sequence[checkpoints.Checkpoint], output: Path) -> None:
     place = output.resolve()
     for checkpoint in inputs:
-        path = checkpoint.path.resolve()
-        is_same_file = output.exists() and os.path.samefile(output, path)
-        if is_same_file or path.is_relative_to(place):
-            raise OptionError(f"the output {output} is the input {checkpoint.path}: name another output")
+        for path in checkpoint.paths:
+            is_same_file = output.exists() and os.path.samefile(output, path)
+            if is_same_file or path.resolve().is_relative_to(place):
+                raise OptionError(f"the output {output} is the input {checkpoint.path}: name another output")
 
 
 # One average shared out over processes and machines: each rank fills its bytes of the one output file.
@@ -371,8 +399,10 @@ def average_checkpoints(
     tied. The output appears whole or not at all.
 
     Args:
-        inputs: checkpoints, and folders of checkpoints, in any formats.
-        output: the file or folder to write; its suffix says the format.
+        inputs: checkpoints, and folders of checkpoints, in any formats. Those that are one file for each rank are
+            averaged rank by rank, where the layout is known.
+        output: the file or folder to write; its suffix says the format. For inputs that are one file for each rank it
+            is a folder like theirs.
         weights: one number for each input, in the order given; they are divided by their sum. By default all
             count the same.
         profile: instead of ``weights``, a profile or its text. The inputs are then taken in the order of their

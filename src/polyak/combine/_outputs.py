@@ -17,7 +17,7 @@ from polyak.checkpoints._huggingface import library_stem
 from polyak.checkpoints._io import SIDECAR
 from polyak.errors import CheckpointError, name_list
 
-__all__ = ["completed"]
+__all__ = ["completed", "small_files"]
 
 
 def completed(layout: Layout, inputs: Sequence[Checkpoint], output: Path) -> tuple[Layout, list[str]]:
@@ -77,7 +77,7 @@ def _as_library_folder(
     layout: Layout, first: Checkpoint, folders: Sequence[Path]
 ) -> tuple[Layout, list[str]]:
     home = folders[0]
-    copied, left_out = _small_files(home)
+    copied, left_out = small_files(home)
     beside: dict[str, Path | bytes] = {file.name: file for file in copied}
     notes = [f"copied from {home.name}: {name_list(list(beside), most=20)}"]
     if left_out:
@@ -97,6 +97,7 @@ _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken")
 _NEVER_COPIED = (
     "*.index.json",
     "*_results.json",
+    "latest*",
     "*optim*",
     "*sched*",
     "manifest.json",
@@ -112,7 +113,7 @@ _WEIGHTS = ("*.safetensors", "*model*.bin", "*.index.json", SIDECAR)
 _MOST_BYTES = 50_000_000
 
 
-def _small_files(folder: Path) -> tuple[list[Path], list[str]]:
+def small_files(folder: Path) -> tuple[list[Path], list[str]]:
     """What is copied, and the names of what else there is beside the weights; hidden files are passed over."""
     copied, left_out = [], []
     try:

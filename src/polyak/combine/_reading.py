@@ -7,7 +7,7 @@ meant, and can be shown. What is not certain is refused, with what to type inste
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -18,6 +18,7 @@ from polyak._checks import whole_within
 from polyak.checkpoints import Checkpoint, _checkpoint
 from polyak.checkpoints._dialects import is_no_weights_file
 from polyak.checkpoints._tree import NoWeightsError
+from polyak.combine._ranks import opened_parts, refuse_missing_parts, refuse_parts, with_ranks_together
 from polyak.combine._roles import (
     Item,
     is_special,
@@ -87,10 +88,12 @@ class Reading:
         if self.unordered is not None:
             raise self.unordered
 
-    def required(self) -> Reading:
-        """Itself; raises the refusal where there is one."""
+    def required(self, *, by_rank: bool = False) -> Reading:
+        """Itself; raises the refusal where there is one, or where checkpoints are in parts, unless ``by_rank``."""
         if self.refusal is not None:
             raise self.refusal
+        if not by_rank:
+            refuse_parts(self.taken)
         return self
 
 
@@ -123,7 +126,7 @@ def read_inputs(
     given = [Path(paths)] if isinstance(paths, str | PathLike) else [Path(path) for path in paths]
     reading = Reading()
     try:
-        reading.items = _discovered(given, set(found))
+        reading.items = with_ranks_together(_discovered(given, set(found)))
         refuse_ranks(reading.items)
         leave_out_links(reading.items, all_count)
         _open(reading.items, key, allow, keep_going)
@@ -135,8 +138,10 @@ def read_inputs(
         refuse_mixed_kinds(reading.taken, all_count)
         _order(reading, steps, all_count)
         _take_last(reading, last)
+        refuse_missing_parts(reading.taken)
         for item in reading.taken:
-            refuse_quantised(item.opened)
+            for checkpoint in item.opened.parts.values() or (item.opened,):
+                refuse_quantised(checkpoint)
             if key is None:
                 refuse_without_names(item.opened)
     except PolyakError as error:
@@ -220,9 +225,9 @@ def _below(path: Path, folder: Path, n_inputs: int) -> str:
 
 def _with_distinct_names(items: list[Item]) -> list[Item]:
     """Names that more than one has get that of the folder around them."""
-    names = [item.name for item in items]
+    counts = Counter(item.name for item in items)
     for item in items:
-        if names.count(item.name) > 1 and item.path.name == item.name:
+        if counts[item.name] > 1 and item.path.name == item.name:
             item.name = f"{item.path.absolute().parent.name}/{item.name}"
     return items
 
@@ -232,7 +237,11 @@ def _open(items: list[Item], key: str | None, allow: Sequence[str], keep_going: 
         if not item.taken:
             continue
         try:
-            item.checkpoint = checkpoints.open(item.path, key, allow=allow)
+            item.checkpoint = (
+                opened_parts(item, key, allow)
+                if item.parts
+                else checkpoints.open(item.path, key, allow=allow)
+            )
             item.step = item.checkpoint.step
         except PolyakError as error:
             item.error = error

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from polyak.checkpoints import Checkpoint, _checkpoint
+from polyak.checkpoints._dialects import is_no_weights_file
 from polyak.combine._inputs import averaged_inputs
 from polyak.combine._steps import number_in_name
 from polyak.errors import CheckpointError, OptionError, PolyakError, name_list
@@ -75,6 +76,7 @@ class Item:
         error: why it cannot.
         step: the training step, where it is known.
         why: why it is not taken; empty for what is.
+        parts: the files of a checkpoint that is one for each rank, by the names of these.
     """
 
     path: Path
@@ -84,6 +86,7 @@ class Item:
     error: PolyakError | None = None
     step: int | None = None
     why: str = ""
+    parts: dict[str, Path] = field(default_factory=dict)
 
     @property
     def taken(self) -> bool:
@@ -99,7 +102,14 @@ class Item:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         key = self.checkpoint.key if self.checkpoint else None
-        return {"name": self.name, "taken": self.taken, "why": self.why, "step": self.step, "key": key}
+        return {
+            "name": self.name,
+            "taken": self.taken,
+            "why": self.why,
+            "step": self.step,
+            "key": key,
+            "ranks": sorted(self.parts),
+        }
 
 
 def _numbered(items: list[Item], pattern: re.Pattern[str]) -> dict[str, Item]:
@@ -114,10 +124,17 @@ def _numbered(items: list[Item], pattern: re.Pattern[str]) -> dict[str, Item]:
 
 
 def refuse_ranks(items: list[Item]) -> None:
-    """Refuse parts of one model, of different ranks or shards."""
-    ranks = _numbered(items, _PART)
+    """Refuse parts of one model, of different ranks or shards, that are not known to belong together."""
+    whole = [item for item in items if item.taken and not item.parts]
+    parted = [item.name for item in items if item.parts]
+    if parted and any(not is_no_weights_file(item.path.name) for item in whole):
+        raise OptionError(
+            f"{name_list(parted)} are in parts, one a rank, and {name_list([item.name for item in whole])} are not: "
+            "take the one or the other, by a pattern"
+        )
+    ranks = _numbered(whole, _PART)
     if len(ranks) < 2:
-        ranks = _numbered(items, _RANK)
+        ranks = _numbered(whole, _RANK)
         if len(ranks) < 2 or all(int(rank) > 0 for rank in ranks):
             return
     names = [item.name for item in ranks.values()]
@@ -136,11 +153,11 @@ def leave_out_links(items: list[Item], all_count: bool) -> None:
     places: dict[Any, list[Item]] = defaultdict(list)
     for item in items:
         try:
-            status = os.stat(item.path)
+            statuses = [os.stat(path) for path in item.parts.values() or (item.path,)]
         except OSError:
             continue  # opening it says so
         if item.taken and not all_count:
-            places[status.st_dev, status.st_ino].append(item)
+            places[tuple((status.st_dev, status.st_ino) for status in statuses)].append(item)
     for same in places.values():
         kept = min(same, key=lambda item: is_special(item.name))
         for item in same:

@@ -292,7 +292,17 @@ def compare(
     Raises as ``describe``, and ``StructureError`` if the two have no tensor in common.
     """
     with (
-        checkpoints.open(path, key, allow=allow) as first,
-        checkpoints.open(other, other_key, allow=allow) as second,
+        _one(path, key, allow) as first,
+        _one(other, other_key, allow) as second,
     ):
         return _measure.compare_checkpoints(first, second)
+
+
+def _one(path: str | PathLike[str], key: str | None, allow: Sequence[str]) -> Checkpoint:
+    """The checkpoint at a path; where that is a folder of one that is a file for each rank, these."""
+    folder = Path(path)
+    if folder.is_dir() and not is_checkpoint_folder(folder):
+        reading = read_inputs(folder, key, allow=allow)
+        if reading.refusal is None and len(reading.taken) == 1:
+            return reading.checkpoints[0]
+    return checkpoints.open(path, key, allow=allow)
