@@ -175,8 +175,8 @@ class Recorder:
         model: as for :class:`polyak.Average`. A model sharded by ``fully_shard`` is recorded by all its ranks, each
             writing its own part of every file, without gathering. Every method that records, saves or loads is then a
             collective call, metrics and learning rates are the first rank's, and all must share ``directory``.
-        directory: made if need be. One that holds a trajectory of the same model is continued after its last
-            block; see ``step``.
+        directory: made if need be. One that holds a run already is refused, unless ``resume`` or ``step`` says that
+            this is to go on with it.
         every: optimizer steps between samples.
         block: length of the first blocks in optimizer steps, a multiple of ``every``; it doubles whenever the
             run exceeds 1,024 of them. None: lengthened over the first blocks until writing one takes at most a
@@ -189,9 +189,10 @@ class Recorder:
         keep_in_memory: how much of the host's memory, on each rank, block means may take that are kept beside their
             files, as bytes or text such as ``"2GB"``, so that :meth:`applied` need not read them: a model of the
             parameters in ``dtype`` each, the newest first. 0: all are read.
+        resume: whether to go on with the run that ``directory`` holds, if it holds one: from the state that
+            :meth:`load_state_dict` is given next, or else, with a warning, after the last block.
         step: the optimizer steps already taken, where training is resumed and :meth:`load_state_dict` is not
-            used: later blocks are dropped, all of them where it is 0. None: continue after the last block, with
-            a warning.
+            used: later blocks are dropped, all of them where it is 0.
 
     Attributes:
         directory: where the blocks are.
@@ -200,8 +201,8 @@ class Recorder:
 
     Raises:
         OptionError: an option is out of range, or nothing would be averaged.
-        StateError: the directory is that of another model or of other options, is being recorded by somebody
-            else, or has a block that lies across ``step``.
+        StateError: the directory holds a run and neither ``resume`` nor ``step`` is given, is that of another model
+            or of other options, is being recorded by somebody else, or has a block that lies across ``step``.
         CheckpointError: the directory cannot be read or written.
 
     >>> import tempfile, torch, polyak
@@ -233,6 +234,7 @@ class Recorder:
         buffers: Literal["copy", "average"] = "copy",
         optimizer: Optimizer | None = None,
         keep_in_memory: int | str = 0,
+        resume: bool = False,
         step: int | None = None,
     ):
         self.directory = Path(directory)
@@ -255,7 +257,8 @@ class Recorder:
         self._pace = Pace(_FIRST_SAMPLES * self.every)
         given = _given_steps(block, self.every)
         fresh = Manifest(self._options, given or self._pace.block_steps(), settled=given is not None)
-        self._folder = TrajectoryFolder(self.directory, fresh, given, self._group)
+        goes_on = resume or step is not None
+        self._folder = TrajectoryFolder(self.directory, fresh, given, goes_on, self._group)
         self._is_open = True
         try:
             self._begin(step)
@@ -284,7 +287,7 @@ class Recorder:
         self._refuse_while_swapped("update() would record the averaged weights")
         if self._group.size == 1:  # ranks find a failure together, where they hand the next block over
             self._writer.raise_if_failed()
-        if self._goes_on_unasked:
+        if self._goes_on_blindly:
             self._warn_of_going_on()
         block = self._open_block or self._follow_model()
         block.note(metrics, self._learning_rate())
@@ -437,7 +440,7 @@ class Recorder:
         self._means.follow(self._folder.manifest.blocks)
         block.load_state_dict(state)
         self._go_on_from(state["step"])
-        self._goes_on_unasked = False
+        self._goes_on_blindly = False
 
     # How it works inside.
 
@@ -492,14 +495,15 @@ class Recorder:
         if self._open_block is not None:
             self._open_block.begin(self._folder.manifest.stop)
         self._go_on_from(self._folder.manifest.stop if step is None else step)
-        self._goes_on_unasked = step is None and bool(self._folder.manifest.blocks)
+        self._goes_on_blindly = step is None and bool(self._folder.manifest.blocks)
 
     def _warn_of_going_on(self) -> None:
-        """Running a script once more is no resuming, but looks the same from here."""
-        self._goes_on_unasked = False
+        """From here, one that was resumed at its last block looks the same as one that went back."""
+        self._goes_on_blindly = False
         warnings.warn(
-            f"{self.directory} holds a recording up to optimizer step {self._step}, which goes on: both count as one "
-            "run. Pass step=0 to start over; where training was resumed, load_state_dict() or step= says from where",
+            f"{self.directory}: the recording goes on after its last block, optimizer step {self._step}. Where training "
+            "went back to an earlier step, its steps since are in the run twice: load_state_dict() or step= says "
+            "from where it goes on",
             UserWarning,
             stacklevel=3,
         )
@@ -597,7 +601,8 @@ class Recorder:
     def _refuse_closed(self, call: str) -> None:
         if not self._is_open:
             raise StateError(
-                f"{call} after close(): remove its hook, or make a new Recorder on {self.directory} to go on"
+                f"{call} after close(): averages are those of its trajectory now. To record more, make a new Recorder "
+                f"on {self.directory} with resume=True; otherwise remove the hook that calls it"
             )
 
 

@@ -46,21 +46,25 @@ class TrajectoryFolder:
         path: a folder, made where it does not exist; one that holds a trajectory is continued.
         fresh: the manifest to begin with where there is none.
         given_block_steps: the block length that the caller insists on, if any.
+        goes_on: whether the caller knows of a run that is there.
         group: the ranks that write together; they must share the folder.
 
     Raises:
-        StateError: it was recorded with other options, or somebody is recording it now.
+        StateError: it holds a run and ``goes_on`` is False, it was recorded with other options, or somebody is
+            recording it now.
         CheckpointError: its manifest is damaged.
     """
 
-    def __init__(self, path: Path, fresh: Manifest, given_block_steps: int | None, group: RankGroup):
+    def __init__(
+        self, path: Path, fresh: Manifest, given_block_steps: int | None, goes_on: bool, group: RankGroup
+    ):
         self.path, self._group = path, group
         self._damaged: set[str] = set()
         # One for all threads: a recorder may be closed, or collected, on another than it was made on. And none of the
         # kind that outlives a process that was killed, where the file system knows no other.
         self._lock = FileLock(path / "lock", thread_local=False, fallback_to_soft=False)
         self.manifest = fresh
-        self._on_first(lambda: self._open(fresh, given_block_steps))
+        self._on_first(lambda: self._open(fresh, given_block_steps, goes_on))
         try:
             with group.all_or_none(f"recording into {path}"):
                 self._refuse_other_folder()
@@ -72,7 +76,7 @@ class TrajectoryFolder:
         """Let other writers in; more than once is harmless."""
         self._lock.release()
 
-    def _open(self, fresh: Manifest, given_block_steps: int | None) -> None:
+    def _open(self, fresh: Manifest, given_block_steps: int | None, goes_on: bool) -> None:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -81,6 +85,8 @@ class TrajectoryFolder:
                 self._refuse_orphans()
             self.manifest = Manifest.read(self.path) if Manifest.exists(self.path) else fresh
             if self.manifest.blocks:
+                if not goes_on:
+                    self._refuse_unasked()
                 self._refuse_other_options(fresh.options, given_block_steps)
             else:
                 self.manifest = fresh
@@ -292,6 +298,14 @@ class TrajectoryFolder:
                 f"{self.path} holds the blocks of a recording, {name_list(orphans)}, but its manifest is missing: "
                 "restore manifest.json, move the blocks away, or record into a new folder"
             )
+
+    def _refuse_unasked(self) -> None:
+        raise StateError(
+            f"{self.path} holds a run already, of {len(self.manifest.blocks)} blocks up to optimizer step "
+            f"{self.manifest.stop}. A new run needs another folder, or step=0 to replace that one. To go on with it, "
+            "pass resume=True and load the recorder's saved state with load_state_dict(), or pass step= with the "
+            "optimizer steps taken so far"
+        )
 
     def _refuse_other_options(self, options: Mapping[str, Any], given_block_steps: int | None) -> None:
         recorded: dict[str, Any] = {**self.manifest.options, "block": self.manifest.block_steps}
