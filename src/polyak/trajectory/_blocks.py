@@ -18,7 +18,6 @@ from torch import Tensor
 from polyak._distributed import RankGroup, shard_runs
 from polyak._model import Binding, ModelTensors, NamedTensor, is_sharded, local
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer, _safetensors
-from polyak.checkpoints import open as open_checkpoint
 from polyak.checkpoints._base import on_host, written_together
 from polyak.checkpoints._checkpoint import RECORDING_NAME
 from polyak.checkpoints._io import DataFile, Observer, write_file
@@ -37,6 +36,7 @@ __all__ = [
     "copied_names",
     "holds_frozen",
     "merge_files",
+    "open_stored",
     "refuse_damaged",
     "refuse_other_checksum",
     "write_block",
@@ -469,10 +469,19 @@ def write_frozen(path: Path, snapshot: Snapshot, group: RankGroup) -> int:
     return _written(path, snapshot, snapshot.frozen, {}, group)
 
 
+def open_stored(file: Path | DataFile) -> Checkpoint:
+    """What was written of a model here: its tensors by its own names, whatever another tool's would mean.
+
+    Raises ``CheckpointError`` for what is no whole file.
+    """
+    file = DataFile(file) if isinstance(file, Path) else file
+    return Checkpoint(file.path, "safetensors", replace(_safetensors.read_file(file), exact=True))
+
+
 def holds_frozen(path: Path, snapshot: Snapshot, group: RankGroup) -> bool:
     """Whether the file has the frozen parameters as they are now; each rank looks at its own part."""
     same = False
-    with group.all_or_none(f"comparing {path}"), open_checkpoint(path) as stored:
+    with group.all_or_none(f"comparing {path}"), open_stored(path) as stored:
         same = all(
             torch.equal(stored.read_slice(name, start, start + len(values)), values)
             for name, part in snapshot.frozen.items()
@@ -523,7 +532,7 @@ def merge_files(sources: Mapping[Path, Block], target: Path) -> int:
         CheckpointError: a source cannot be read, or is not what was written; there is no target.
     """
     files = {path: CheckedFile(path) for path in sources}
-    inputs = [Checkpoint(path, "safetensors", _safetensors.read_file(file)) for path, file in files.items()]
+    inputs = [open_stored(file) for file in files.values()]
     counts = [block.count for block in sources.values()]
     newest = inputs[-1]
     copied = copied_names(newest)

@@ -18,7 +18,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from polyak import checkpoints
 from polyak._checks import Difference
 from polyak._distributed import RankGroup
 from polyak.checkpoints._io import writing
@@ -235,12 +234,12 @@ class TrajectoryFolder:
     def _frozen_shapes(self) -> dict[str, Shape]:
         if not self.manifest.has_frozen:
             return {}
-        with checkpoints.open(self.path / FROZEN_NAME) as stored:
+        with _blocks.open_stored(self.path / FROZEN_NAME) as stored:
             return {name: info.shape for name, info in stored.tensors.items() if name not in stored.ties}
 
     def _averaged_shapes(self) -> dict[str, Shape] | None:
         for block in reversed(self.manifest.blocks):
-            with suppress(CheckpointError), checkpoints.open(self._file(block)) as checkpoint:
+            with suppress(CheckpointError), _blocks.open_stored(self._file(block)) as checkpoint:
                 others = {*_blocks.copied_names(checkpoint), *checkpoint.ties}
                 return {name: info.shape for name, info in checkpoint.tensors.items() if name not in others}
         return None

@@ -19,7 +19,7 @@ from polyak.combine import MemoryWriter, _inputs, batchnorm_statistics, combine,
 from polyak.combine._reading import Reading, read_inputs
 from polyak.errors import CheckpointError, NotStartedError, OptionError, name_list
 from polyak.profiles import Profile, Weights, as_profile
-from polyak.trajectory._blocks import FROZEN_NAME, Block, Manifest, copied_names, refuse_damaged
+from polyak.trajectory._blocks import FROZEN_NAME, Block, Manifest, copied_names, open_stored, refuse_damaged
 from polyak.trajectory._explain import Explanation, block_coefficients, explain
 
 __all__ = ["Trajectory"]
@@ -172,7 +172,7 @@ class Trajectory:
         self._place = str(folder)
         self.blocks = manifest.blocks
         self._unchecked = {index for index in range(len(self.blocks)) if index not in self.damaged}
-        self._frozen = checkpoints.open(folder / FROZEN_NAME) if manifest.has_frozen else None
+        self._frozen = open_stored(folder / FROZEN_NAME) if manifest.has_frozen else None
         self._live = None if manifest.live_name is None else folder / manifest.live_name
         self._live_checksum = manifest.live_checksum
         self._frozen_checksum = manifest.frozen_checksum
@@ -400,7 +400,7 @@ class Trajectory:
             self._refuse_outdated()
             raise
         self._check_frozen()
-        sources = [checkpoints.open(self._live), *([self._frozen] if self._frozen else [])]
+        sources = [open_stored(self._live), *([self._frozen] if self._frozen else [])]
         return {name: source.read(name) for source in sources for name in source.tensors}
 
     def __len__(self) -> int:
@@ -491,7 +491,7 @@ def _read(folder: Path) -> tuple[Manifest, list[Checkpoint | None], dict[int, st
         damaged: dict[int, str] = {}
         for index, block in enumerate(manifest.blocks):
             try:
-                inputs.append(checkpoints.open(folder / block.file_name))
+                inputs.append(open_stored(folder / block.file_name))
             except CheckpointError as error:
                 inputs.append(None)
                 damaged[index] = str(error)
