@@ -33,6 +33,11 @@ class Average:
     c_n. Parameters are matched by name, tied ones averaged once, frozen ones and buffers taken from the live
     model. The average costs one copy of the parameters, in fp32 at least.
 
+    Samples are taken after optimizer steps start + every, start + 2·every, …: ``start`` is where the first cycle of
+    ``every`` steps begins, at whose end the first sample is taken. Recipes that name the step of the first sample,
+    as the SWA paper's does, mean ``start + every`` by it: with 390 steps an epoch, one sample at the end of each
+    from the 161st on is ``start=160 * 390, every=390``.
+
     Args:
         model: any module: plain, compiled, in DistributedDataParallel, or sharded by ``fully_shard``. It is
             never copied.

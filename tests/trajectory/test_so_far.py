@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -167,14 +168,16 @@ def test_before_a_sample_and_for_what_does_not_fit_it_is_refused(tmp_path: Path)
     assert not (tmp_path / "other").exists()
 
 
-def test_a_damaged_block_is_named_where_it_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [lambda data: data[-3] ^ 1, lambda data: 0xFF], ids=["a bit", "a NaN"])
+def test_a_damaged_block_is_named_where_it_counts(tmp_path: Path, damage: Callable[[bytearray], int]) -> None:
     model = nn.Linear(3, 1)
     run = polyak.Recorder(model, tmp_path, block=2)
     for _ in range(9):
         run.update()
     path = tmp_path / run.trajectory.blocks[1].file_name
     data = bytearray(path.read_bytes())
-    data[-3] ^= 1
+    data[-3:-1] = [damage(data)] * 2
+    data[-1] |= 0x7F * (damage(data) == 0xFF)
     path.write_bytes(data)
     before = state_of(model)
     with (

@@ -459,14 +459,14 @@ class Recorder:
         return self._means.average(profile, blocks, filling, self._step, self._binding)
 
     def _swap_out(self) -> None:
-        if self._swap is not None:
+        if self._swap is not None and self._swap.active:
             self._binding.tensors.reshard()
             self._swap.undo()
             self._swap = None
             self._pace.restart()
 
     def _refuse_while_swapped(self, why: str) -> None:
-        if self._swap is not None:
+        if self._swap is not None and self._swap.active:
             raise SwapError(f"an average of the run is in the model: {why}. Leave applied() first")
 
     def _warn_of_statistics(self, before: list[int]) -> None:
@@ -501,9 +501,9 @@ class Recorder:
         """From here, one that was resumed at its last block looks the same as one that went back."""
         self._goes_on_blindly = False
         warnings.warn(
-            f"{self.directory}: the recording goes on after its last block, optimizer step {self._step}. Where training "
-            "went back to an earlier step, its steps since are in the run twice: load_state_dict() or step= says "
-            "from where it goes on",
+            f"{self.directory}: the recording goes on after its last block, optimizer step {self._step}. Where "
+            "training went back to an earlier step, the steps since are in the run twice: load_state_dict() or step= "
+            "says from where it goes on",
             UserWarning,
             stacklevel=3,
         )

@@ -17,6 +17,7 @@ from polyak.checkpoints import Checkpoint, TensorInfo, _safetensors
 from polyak.checkpoints._base import Contents, LoadedTensor, StoredTensor
 from polyak.combine import MemoryWriter, combine, common_layout
 from polyak.combine._inputs import parse_bytes
+from polyak.errors import NonFiniteError
 from polyak.profiles import Profile
 from polyak.trajectory._blocks import Block, CheckedFile, refuse_damaged, refuse_other_checksum
 from polyak.trajectory._explain import block_coefficients
@@ -121,10 +122,13 @@ class BlockMeans:
             if filling and row[-1]:
                 inputs.append(_in_memory(self._folder, filling[1]))
             # Who checks a file while it is read does so on one thread.
-            means = _combined(inputs, [a for a in row if a], workers=1 if files else None)
-            for block in counted if self._group.size == 1 else ():
-                if block.file_name in files:
-                    refuse_other_checksum(files[block.file_name], block.checksum, f"block {block}")
+            try:
+                means = _combined(inputs, [a for a in row if a], workers=1 if files else None)
+            except NonFiniteError:
+                self._refuse_other_checksums(counted, files)  # where it comes from
+                raise
+            if self._group.size == 1:
+                self._refuse_other_checksums(counted, files)
         return [means[name] for name in binding.names]
 
     def _kept_means(self, block: Block) -> Means | None:
@@ -161,6 +165,11 @@ class BlockMeans:
             if name in stored  # what is missing is found when the blocks are compared
         }
         return Checkpoint(file.path, "safetensors", Contents(parts, exact=True))
+
+    def _refuse_other_checksums(self, blocks: Sequence[Block], files: Mapping[str, CheckedFile]) -> None:
+        for block in blocks:
+            if block.file_name in files:
+                refuse_other_checksum(files[block.file_name], block.checksum, f"block {block}")
 
     def _refuse_damaged(self, blocks: Sequence[Block]) -> None:
         """Have the first rank look at the files that any rank reads, each once: nobody reads the whole of one."""

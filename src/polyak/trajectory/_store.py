@@ -42,7 +42,7 @@ class TrajectoryFolder:
     the first rank alone does the rest, and the others take up the manifest that it comes to.
 
     Args:
-        path: a folder, made where it does not exist; one that holds a trajectory is continued.
+        path: a folder, made where it does not exist; one that holds a trajectory goes on, if ``goes_on``.
         fresh: the manifest to begin with where there is none.
         given_block_steps: the block length that the caller insists on, if any.
         goes_on: whether the caller knows of a run that is there.
