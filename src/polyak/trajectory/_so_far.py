@@ -142,6 +142,8 @@ class BlockMeans:
             return None
         if len(parts) == 1:
             return parts[0][1]
+        if any(means.keys() != parts[0][1].keys() for _, means in parts):
+            return None  # what thawed between them is in a file only
         inputs = [_in_memory(self._folder, means) for _, means in parts]
         # One thread: the training that goes on beside this has use for the other cores.
         return _combined(inputs, [part.count / block.count for part, _ in parts], workers=1)
