@@ -432,20 +432,19 @@ class Binding:
         self._take_up()
         return self.names != before
 
+    def take_up_thawed(self) -> bool:
+        """Average what thawed from now on; True where something did."""
+        thawed = self.thawed()
+        self._refuse_sparse(thawed)
+        return bool(thawed) and self.average_these([*self.names, *thawed])
+
     def follow(self) -> bool:
-        """Notice what changed in the model; True where its tensors were replaced, retyped or moved, or some thawed.
+        """Notice what changed in the model; True where its tensors were replaced, retyped or moved.
 
         Raises:
             StructureError: tensors were added, removed or reshaped, or some have no data yet. The message names
                 them.
         """
-        replaced, thawed = self._follow_tensors(), self.thawed()
-        if thawed:
-            self._refuse_sparse(thawed)
-            self.average_these([*self.names, *thawed])
-        return replaced or bool(thawed)
-
-    def _follow_tensors(self) -> bool:
         if self._ready and not self.tensors.changed():
             return False
         tensors = ModelTensors(self.model, watch_buffers=self._watch_buffers)

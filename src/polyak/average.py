@@ -389,7 +389,7 @@ class Average:
         """
         self._refuse_while_swapped("load_state_dict() would be undone by the swap")
         accumulator = self._follow_model()
-        before, names = self._binding.names, self._binding.names_beside(state.get("frozen", ()))
+        before, names = self._binding.names, self._binding.names_beside(state.get("frozen", self._binding.frozen))
         # What is frozen here and was averaged there may be averaged here too. What was frozen there goes last.
         self._average_these(accumulator, [*before, *names])
         try:
@@ -425,6 +425,7 @@ class Average:
         self._modules.refuse_trained()
         self._sampled_at = self._step
         accumulator = self._follow_model()
+        self._take_up_thawed()
         origin = self._origin = self._step - self.every if self._origin is None else self._origin
         accumulator.add(self._binding.live, self._step - origin)
         self._modules.follow(self._binding, accumulator)
@@ -448,7 +449,9 @@ class Average:
 
     def _take_up_thawed(self) -> None:
         if self._binding.thawed():
-            self._follow_model()
+            accumulator = self._follow_model()
+            if self._binding.take_up_thawed():
+                self._bind(accumulator)
 
     def _watch(self) -> None:
         if self._binding.frozen:
