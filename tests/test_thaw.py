@@ -81,7 +81,9 @@ def test_a_thawed_parameter_has_been_what_it_was_when_frozen(scheme, every):
         assert_is_mean(one, training, scheme, every=every)
 
 
-@pytest.mark.parametrize("options", [{"compensated": True}, {"dtype": torch.float32}, {"check_finite": False}])
+@pytest.mark.parametrize(
+    "options", [{"compensated": True}, {"dtype": torch.float32}, {"check_finite": False}]
+)
 def test_it_is_so_under_every_option(options):
     training = Training(two_layers(torch.float32))
     average = polyak.Average(training.model, "uniform", **options)
@@ -138,9 +140,7 @@ def test_copies_and_several_averages_see_the_thaw():
     training = Training(two_layers())
     average = polyak.Average(training.model, "uniform")
     training.steps(THAW - 1, average)
-    training.model, average, training.optimizer = copy.deepcopy(
-        (training.model, average, training.optimizer)
-    )
+    training.model, average, training.optimizer = copy.deepcopy((training.model, average, training.optimizer))
     training.steps(STEPS - THAW + 1, average)
     assert_is_mean(average, training, "uniform")
     pickle.loads(pickle.dumps(average)).update()
@@ -272,7 +272,9 @@ def test_resuming_around_the_thaw_is_as_if_never_interrupted(stop, compensated, 
 
 
 @pytest.mark.parametrize("trained_at_load", [True, False])
-def test_a_state_from_after_the_thaw_goes_into_a_model_that_is_frozen_and_the_other_way_round(trained_at_load):
+def test_a_state_from_after_the_thaw_goes_into_a_model_that_is_frozen_and_the_other_way_round(
+    trained_at_load,
+):
     training = Training(two_layers())
     average = polyak.Average(training.model, "uniform")
     training.steps(THAW if trained_at_load else THAW + 2, average)

@@ -118,54 +118,59 @@ class AverageModules:
     def __bool__(self) -> bool:
         return bool(self._links)
 
-    def add(self, module: nn.Module, model: nn.Module, *, is_copy: bool) -> None:
-        """Have ``module``, which :func:`module_without_weights` made of ``model``, follow from now on."""
-        ours = ModelTensors(model)
-        names = ours.all_names()
+    def add(self, module: nn.Module, binding: Binding, accumulator: Accumulator, *, is_copy: bool) -> None:
+        """Have ``module``, which :func:`module_without_weights` made of the model, follow the average from now on."""
+        names = binding.tensors.all_names()
         theirs = [entry for entry in ModelTensors(module).values() if entry.name in names]
-        links = [_link(entry, ours[names[entry.name]], is_copy) for entry in theirs]
+        links = [_link(entry, names[entry.name], is_copy) for entry in theirs]
+        self._has_started = accumulator.n_averaged > 0
+        self._take(links, binding, accumulator, with_buffers=True)
         self._links.append((ref(module), links))
 
     def refuse_trained(self) -> None:
         """Raise :class:`StructureError` for a module whose parameters are trained: they are the average's own."""
-        trained = [link.name for link in self._alive() if link.tensor.requires_grad]
+        alive = (links for module, links in self._links if module() is not None)
+        trained = [link.name for links in alive for link in links if link.tensor.requires_grad]
         if trained:
             raise StructureError(
                 f"{name_list(trained)} of a module() of this average require gradients, and training them changes the "
                 "average: call requires_grad_(False) on it, or train a copy.deepcopy of it"
             )
 
-    def follow(self, binding: Binding, accumulator: Accumulator, *, anew: bool = False) -> None:
-        """Hold the averaged model as it is now; before its first sample the live one, whose memory it then shares.
+    def follow(self, binding: Binding, accumulator: Accumulator, *, with_buffers: bool = False) -> None:
+        """Hold the averaged model as it is now; before its first sample the live one, whose memory it then shares."""
+        self._links = [(module, links) for module, links in self._links if module() is not None]
+        if (
+            self._links and not self._has_started
+        ):  # read no more often than needed, as on an accelerator it waits
+            self._has_started = accumulator.n_averaged > 0
+        for _, links in self._links:
+            self._take(links, binding, accumulator, with_buffers)
 
-        ``anew`` says that the average may have fewer samples than before.
-        """
-        # Read no more often than needed, as on an accelerator it waits.
-        self._has_started = accumulator.n_averaged > 0 if anew or not self._has_started else True
+    def restart(self) -> None:
+        """The average may have no samples any more."""
+        self._has_started = False
+
+    @torch.no_grad()
+    def _take(
+        self, links: list[_Link], binding: Binding, accumulator: Accumulator, with_buffers: bool
+    ) -> None:
         averaged = zip(binding.names, accumulator.memory, strict=True) if self._has_started else ()
         means = dict(averaged)
-        with torch.no_grad():
-            for link in self._alive():
-                _follow(link, binding.tensors[link.name], means.get(link.name))
-
-    def _alive(self) -> Iterator[_Link]:
-        self._links = [(module, links) for module, links in self._links if module() is not None]
-        return (link for _, links in self._links for link in links)
+        for link in links:
+            live, mean = binding.tensors[link.name], means.get(link.name)
+            if live.kind == "parameter":
+                link.share(live.tensor if mean is None else mean)
+            elif with_buffers and (live.persistent or mean is not None):
+                link.copy(live.place[live.key] if mean is None else mean)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AverageModules, ()
 
 
-def _link(entry: NamedTensor, live: NamedTensor, is_copy: bool) -> _Link:
+def _link(entry: NamedTensor, name: str, is_copy: bool) -> _Link:
     is_given = is_copy and entry.kind == "parameter" and _is_dense(entry.tensor)
-    return _Link(entry.place, entry.key, live.name, entry.tensor.data_ptr() if is_given else None)
-
-
-def _follow(link: _Link, live: NamedTensor, mean: Tensor | None) -> None:
-    if live.kind == "parameter":
-        link.share(live.tensor if mean is None else mean)
-    elif live.persistent or mean is not None:
-        link.copy(live.place[live.key] if mean is None else mean)
+    return _Link(entry.place, entry.key, name, entry.tensor.data_ptr() if is_given else None)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -320,8 +320,7 @@ class Average:
                 "model, shard it alike, and call average.copy_to(second) after each update"
             )
         module = module_without_weights(self._binding.model, factory)
-        self._modules.add(module, self._binding.model, is_copy=factory is None)
-        self._modules.follow(self._binding, accumulator)
+        self._modules.add(module, self._binding, accumulator, is_copy=factory is None)
         return module
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -389,7 +388,10 @@ class Average:
         """
         self._refuse_while_swapped("load_state_dict() would be undone by the swap")
         accumulator = self._follow_model()
-        before, names = self._binding.names, self._binding.names_beside(state.get("frozen", self._binding.frozen))
+        before, names = (
+            self._binding.names,
+            self._binding.names_beside(state.get("frozen", self._binding.frozen)),
+        )
         # What is frozen here and was averaged there may be averaged here too. What was frozen there goes last.
         self._average_these(accumulator, [*before, *names])
         try:
@@ -402,7 +404,8 @@ class Average:
             copy_into(local(tensors.values()), local(state[kind][name] for name in tensors))
         accumulator.restart(state["n_averaged"], state["n_skipped"], state["position"])
         self._step, self._sampled_at, self._origin = state["step"], state["sampled_at"], state["origin"]
-        self._modules.follow(self._binding, accumulator, anew=True)
+        self._modules.restart()
+        self._modules.follow(self._binding, accumulator)
 
     def _refuse_other_state(self, state: dict[str, Any], names: list[str]) -> None:
         current = self.state_dict()
@@ -428,7 +431,7 @@ class Average:
         self._take_up_thawed()
         origin = self._origin = self._step - self.every if self._origin is None else self._origin
         accumulator.add(self._binding.live, self._step - origin)
-        self._modules.follow(self._binding, accumulator)
+        self._modules.follow(self._binding, accumulator, with_buffers=True)
 
     def _follow_model(self) -> Accumulator:
         replaced = self._binding.follow()
