@@ -33,7 +33,7 @@ def under_ddp():
     y = module(X)
     model.eval()
     with average.applied():
-        return type(module) is nn.Sequential and torch.equal(y, model(X).detach())
+        return type(module) is nn.Sequential and torch.equal(y, model.module(X).detach())
 
 
 def sharded():
