@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -414,10 +414,27 @@ class Binding:
         averaged = set(self.names)
         return [n for n in self._choosable if self._follows_thaws and n not in averaged]
 
-    def names_beside(self, frozen: Iterable[str]) -> list[str]:
-        """What is averaged in a run in which ``frozen`` were frozen so far."""
-        left_out = set(frozen) if self._follows_thaws else ()
-        return [name for name in self._choosable if name not in left_out]
+    @contextmanager
+    def choosing_as(self, state: Mapping[str, Any], rebind: Callable[[], object]) -> Iterator[list[str]]:
+        """Average what a saved state does, which was frozen then and which is frozen here may differ; their names.
+
+        Until all of the state was looked at, inside, what is averaged now is averaged as well. An error leaves
+        everything as it was.
+
+        Args:
+            state: names what was frozen and not averaged as ``"frozen"``.
+            rebind: called after each change of :attr:`names`.
+        """
+        before = self.names
+        left_out = set(state.get("frozen", self.frozen)) if self._follows_thaws else set()
+        names = [name for name in self._choosable if name not in left_out]
+        try:
+            self._average_these([*before, *names], rebind)
+            yield names
+        except BaseException:
+            self._average_these(before, rebind)
+            raise
+        self._average_these(names, rebind)
 
     def thawed(self) -> list[str]:
         """Those of them that are trained now; not while another average is swapped in, whose values they may hold."""
@@ -425,18 +442,10 @@ class Binding:
             return []
         return [n for n in self.frozen if self.tensors[n].tensor.requires_grad and not self._is_swapped(n)]
 
-    def average_these(self, names: Iterable[str]) -> bool:
-        """Average ``names`` from now on, as far as they may be averaged, and no others; True where these are others."""
-        wanted, before = set(names), self.names
-        self.names = [name for name in self._choosable if name in wanted]
-        self._take_up()
-        return self.names != before
-
-    def take_up_thawed(self) -> bool:
-        """Average what thawed from now on; True where something did."""
-        thawed = self.thawed()
-        self._refuse_sparse(thawed)
-        return bool(thawed) and self.average_these([*self.names, *thawed])
+    def average_also(self, names: Iterable[str], rebind: Callable[[], object] = bool) -> None:
+        """Average ``names`` as well from now on, those that may be averaged; ``rebind()`` if these are more."""
+        self._refuse_sparse(names := [name for name in self._choosable if name in names])
+        self._average_these([*self.names, *names], rebind)
 
     def follow(self) -> bool:
         """Notice what changed in the model; True where its tensors were replaced, retyped or moved.
@@ -487,6 +496,13 @@ class Binding:
                 "be on one device mesh"
             )
         return list(*found)
+
+    def _average_these(self, names: Iterable[str], rebind: Callable[[], object]) -> None:
+        wanted, before = set(names), self.names
+        self.names = [name for name in self._choosable if name in wanted]
+        if self.names != before:
+            self._take_up()
+            rebind()
 
     def _take_up(self) -> None:
         self._live = [self.tensors[name].tensor for name in self.names]

@@ -388,18 +388,9 @@ class Average:
         """
         self._refuse_while_swapped("load_state_dict() would be undone by the swap")
         accumulator = self._follow_model()
-        before, names = (
-            self._binding.names,
-            self._binding.names_beside(state.get("frozen", self._binding.frozen)),
-        )
-        # What is frozen here and was averaged there may be averaged here too. What was frozen there goes last.
-        self._average_these(accumulator, [*before, *names])
-        try:
+        with self._binding.choosing_as(state, partial(self._bind, accumulator)) as names:
             self._refuse_other_state(state, names)
-        except StateError:
-            self._average_these(accumulator, before)
-            raise
-        self._average_these(accumulator, names)
+        self._watch()
         for kind, tensors in self._saved_tensors(accumulator).items():
             copy_into(local(tensors.values()), local(state[kind][name] for name in tensors))
         accumulator.restart(state["n_averaged"], state["n_skipped"], state["position"])
@@ -445,16 +436,10 @@ class Average:
         accumulator.bind(self._binding.live, self._binding.names)
         self._modules.follow(self._binding, accumulator)
 
-    def _average_these(self, accumulator: Accumulator, names: list[str]) -> None:
-        if self._binding.average_these(names):
-            self._bind(accumulator)
-            self._watch()
-
     def _take_up_thawed(self) -> None:
         if self._binding.thawed():
             accumulator = self._follow_model()
-            if self._binding.take_up_thawed():
-                self._bind(accumulator)
+            self._binding.average_also(self._binding.thawed(), partial(self._bind, accumulator))
 
     def _watch(self) -> None:
         if self._binding.frozen:
