@@ -23,7 +23,7 @@ from polyak._attach import Attachment
 from polyak._checks import refuse_other_state, whole_within
 from polyak._distributed import RankGroup, refuse_unplaced
 from polyak._mean import Accumulator
-from polyak._model import Binding, ModelTensors, local, refuse_swapped, sharded_like
+from polyak._model import Binding, ModelTensors, local, refuse_swapped, sharded_like, watch_for_thaws
 from polyak._swap import Swap, copy_into, undoing
 from polyak.batchnorm import statistics
 from polyak.errors import NotStartedError, OptionError, StateError, StructureError, SwapError, name_list
@@ -77,9 +77,9 @@ class OpenBlock:
         self._metrics, self._lr = Metrics(), Metrics()
 
     def rebind(self) -> None:
-        """Take up tensors that the model has in the place of those before."""
+        """Take up tensors that the model has in the place of those before, and those that thawed."""
         for accumulator in (self._filling, self._resting):
-            accumulator.bind(self._binding.live)
+            accumulator.bind(self._binding.live, self._binding.names)
 
     def note(self, metrics: Mapping[str, Any], lr: float | Tensor | None) -> None:
         """Take the numbers of one optimizer step."""
@@ -128,6 +128,7 @@ class OpenBlock:
             "n_averaged": self._filling.n_averaged,
             "n_skipped": self._filling.n_skipped,
             "summaries": json.dumps({"lr": self._lr.to_json(), "metrics": self._metrics.to_json()}),
+            "frozen": self._binding.frozen,
             "open_block": _named(self._binding, self._filling.means),
         }
 
@@ -433,12 +434,15 @@ class Recorder:
         self._refuse_closed("load_state_dict()")
         self._writer.wait()
         block = self._follow_model()
-        current = {**self._options, "step": self._step, **block.state_dict()}
-        refuse_other_state(current, state, options=list(self._options))
-        self._folder.refuse_gap_before(state["start"])
-        self._folder.begin_at(state["start"], live_step=state["step"])
+        with self._binding.choosing_as(state, partial(self._rebind, block)) as names:
+            current = {**self._options, "step": self._step, **block.state_dict()}
+            current["open_block"] = {name: current["open_block"][name] for name in names}
+            refuse_other_state(current, state, options=list(self._options))
+            self._folder.refuse_gap_before(state["start"])
+            self._folder.begin_at(state["start"], live_step=state["step"])
         self._means.follow(self._folder.manifest.blocks)
         block.load_state_dict(state)
+        self._watch()
         self._go_on_from(state["step"])
         self._goes_on_blindly = False
 
@@ -496,6 +500,7 @@ class Recorder:
             self._open_block.begin(self._folder.manifest.stop)
         self._go_on_from(self._folder.manifest.stop if step is None else step)
         self._goes_on_blindly = step is None and bool(self._folder.manifest.blocks)
+        self._watch()
 
     def _warn_of_going_on(self) -> None:
         """From here, one that was resumed at its last block looks the same as one that went back."""
@@ -533,6 +538,7 @@ class Recorder:
 
     def _sample(self) -> None:
         block = self._follow_model()
+        self._take_up_thawed()
         block.sample(self._step)
         # A block without an accepted sample goes on until it has one.
         if self._step >= self._stop and block.count:
@@ -575,9 +581,21 @@ class Recorder:
         if self._open_block is None:
             return self._allocate()
         if replaced:
-            self._writer.wait()  # it reads the means of the block before
-            self._open_block.rebind()
+            self._rebind(self._open_block)
         return self._open_block
+
+    def _rebind(self, block: OpenBlock) -> None:
+        self._writer.wait()  # it reads the means of the block before
+        block.rebind()
+
+    def _take_up_thawed(self) -> None:
+        if self._is_open and self._binding.thawed():
+            block = self._follow_model()
+            self._binding.average_also(self._binding.thawed(), partial(self._rebind, block))
+
+    def _watch(self) -> None:
+        if self._binding.frozen:
+            watch_for_thaws(self._take_up_thawed)
 
     def _allocate(self) -> OpenBlock:
         binding = self._binding
@@ -587,7 +605,8 @@ class Recorder:
         shapes = {e.name: tuple(e.tensor.shape) for e in binding.tensors.values() if e.kind == "parameter"}
         averaged = dict(zip(binding.names, map(_shape, binding.whole), strict=True))
         frozen = {name: shape for name, shape in shapes.items() if name not in averaged}
-        self._folder.refuse_other_model(averaged, frozen)
+        # What was trained once stays averaged: blocks hold no more of what is frozen than its first value.
+        binding.average_also(self._folder.refuse_other_model(averaged, frozen))
         self._open_block = OpenBlock(binding, **self._accumulation)
         self._open_block.refuse_unstorable()
         self._open_block.begin(self._folder.manifest.stop)

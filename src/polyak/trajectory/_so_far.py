@@ -15,11 +15,12 @@ from polyak._distributed import RankGroup, held_runs
 from polyak._model import Binding, is_sharded
 from polyak.checkpoints import Checkpoint, TensorInfo, _safetensors
 from polyak.checkpoints._base import Contents, LoadedTensor, StoredTensor
+from polyak.checkpoints._io import DataFile
 from polyak.combine import MemoryWriter, combine, common_layout
 from polyak.combine._inputs import parse_bytes
 from polyak.errors import NonFiniteError
 from polyak.profiles import Profile
-from polyak.trajectory._blocks import Block, CheckedFile, refuse_damaged, refuse_other_checksum
+from polyak.trajectory._blocks import FROZEN_NAME, Block, CheckedFile, refuse_damaged, refuse_other_checksum
 from polyak.trajectory._explain import block_coefficients
 
 __all__ = ["BlockMeans"]
@@ -157,16 +158,18 @@ class BlockMeans:
         return file
 
     def _input(self, block: Block, file: CheckedFile | None, binding: Binding) -> Checkpoint:
-        if file is None:
-            return _in_memory(self._folder, self._kept[block.file_name][1])
-        stored = _safetensors.read_file(file).tree
-        tensors = zip(binding.names, binding.live, binding.whole, strict=True)
+        """A block as what the sum takes it from; what thawed after it is taken as it was while frozen."""
+        kept = self._kept[block.file_name][1] if file is None else {}
+        stored = {} if file is None else dict(_safetensors.read_file(file).tree)
+        if not {*kept, *stored}.issuperset(binding.names):
+            stored = dict(_safetensors.read_file(DataFile(self._folder / FROZEN_NAME)).tree) | stored
         parts = {
             name: PartOfTensor(stored[name], part, whole) if is_sharded(whole) else stored[name]
-            for name, part, whole in tensors
-            if name in stored  # what is missing is found when the blocks are compared
+            for name, part, whole in zip(binding.names, binding.live, binding.whole, strict=True)
+            if name not in kept
         }
-        return Checkpoint(file.path, "safetensors", Contents(parts, exact=True))
+        parts |= {name: LoadedTensor(kept[name]) for name in binding.names if name in kept}
+        return Checkpoint(self._folder / block.file_name, "safetensors", Contents(parts, exact=True))
 
     def _refuse_other_checksums(self, blocks: Sequence[Block], files: Mapping[str, CheckedFile]) -> None:
         for block in blocks:

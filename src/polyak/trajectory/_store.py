@@ -122,25 +122,39 @@ class TrajectoryFolder:
 
         self.manifest = self._group.first(changed)
 
-    def refuse_other_model(self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]) -> None:
+    def refuse_other_model(
+        self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]
+    ) -> frozenset[str]:
         """Compare a model, name to shape, with the newest block that can be read and the frozen parameters.
+
+        Which of them are frozen may differ. What the newest block averages is given back: it has thawed, and goes on
+        being averaged where it is frozen again.
 
         Raises:
             StateError: the folder holds the trajectory of another model.
         """
-        self._on_first(lambda: self._refuse_other_shapes(averaged, frozen))
+        return self._group.first(lambda: self._refuse_other_shapes(averaged, frozen))
 
-    def _refuse_other_shapes(self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]) -> None:
+    def _refuse_other_shapes(
+        self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]
+    ) -> frozenset[str]:
         recorded = self._averaged_shapes()
         if recorded is None:
-            return
-        shapes = {**averaged, **{f"{name} (frozen)": shape for name, shape in frozen.items()}}
-        recorded |= {f"{name} (frozen)": shape for name, shape in self._frozen_shapes().items()}
-        if found := Difference.of(recorded, shapes):
+            return frozenset()
+        recorded_frozen = self._frozen_shapes()
+        both = {*recorded, *recorded_frozen} & {*averaged, *frozen}
+
+        def named(averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]) -> dict[str, Shape]:
+            return {n if n in both else f"{n} (frozen)": shape for n, shape in frozen.items()} | dict(
+                averaged
+            )
+
+        if found := Difference.of(named(recorded, recorded_frozen), named(averaged, frozen)):
             raise StateError(
                 f"{self.path} holds the trajectory of another model: this one {found}. Give each model a directory of "
                 "its own"
             )
+        return frozenset(recorded)
 
     def refuse_gap_before(self, start: int) -> None:
         """Raise StateError unless the recorded blocks reach to ``start``, or there are none."""
@@ -211,8 +225,9 @@ class TrajectoryFolder:
         Parameters that the optimizer leaves alone may have been moved by hand, as a momentum encoder is; they are
         kept once, as they are now.
         """
-        if snapshot.frozen and not _blocks.holds_frozen(self.path / FROZEN_NAME, snapshot, self._group):
-            self._write_frozen(snapshot)
+        path = self.path / FROZEN_NAME
+        if snapshot.frozen and not _blocks.holds_frozen(path, snapshot, self._group):
+            self._write_frozen(_blocks.with_thawed(path, snapshot, self._group))
         # A file must not be replaced while it is listed with its checksum.
         if self.manifest.live_step == step:
             self._on_first(lambda: self._save(self.manifest.without_live()))
@@ -250,7 +265,9 @@ class TrajectoryFolder:
             pair = manifest.blocks[index : index + 2]
             both = pair[0] + pair[1]
             try:
-                checksum = _blocks.merge_files({self._file(block): block for block in pair}, self._file(both))
+                frozen = self.path / FROZEN_NAME if manifest.has_frozen else None
+                files = {self._file(block): block for block in pair}
+                checksum = _blocks.merge_files(files, self._file(both), frozen)
             except Exception:  # a damaged header can provoke any
                 if not any(self._found_damage(block) for block in pair):
                     raise
