@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -22,135 +21,18 @@ from polyak import _torch
 from polyak._attach import Attachment
 from polyak._checks import refuse_other_state, whole_within
 from polyak._distributed import RankGroup, refuse_unplaced
-from polyak._mean import Accumulator
-from polyak._model import Binding, ModelTensors, local, refuse_swapped, sharded_like, watch_for_thaws
-from polyak._swap import Swap, copy_into, undoing
+from polyak._model import Binding, ModelTensors, refuse_swapped, watch_for_thaws
+from polyak._swap import Swap, undoing
 from polyak.batchnorm import statistics
-from polyak.errors import NotStartedError, OptionError, StateError, StructureError, SwapError, name_list
-from polyak.profiles import Profile, Uniform, as_profile
-from polyak.trajectory._blocks import Block, Manifest, Metrics, Snapshot, Summary
+from polyak.errors import NotStartedError, OptionError, StateError, StructureError, SwapError
+from polyak.profiles import Profile, as_profile
+from polyak.trajectory._blocks import Block, Manifest, Snapshot
 from polyak.trajectory._policy import BackgroundWriter, Pace, block_steps_after
-from polyak.trajectory._so_far import BlockMeans
+from polyak.trajectory._so_far import BlockMeans, OpenBlock, named
 from polyak.trajectory._store import TrajectoryFolder
 from polyak.trajectory._trajectory import Trajectory
 
 __all__ = ["Recorder"]
-
-# The block that is being filled.
-
-
-class OpenBlock:
-    """Samples, learning rates and metrics since ``start``.
-
-    Two accumulators take turns: the means of the block before stay as they are while this one fills.
-
-    Attributes:
-        start: the optimizer step after which the block begins.
-        last_sample: the step of the last sample, accepted or not.
-    """
-
-    def __init__(self, binding: Binding, dtype: torch.dtype | None, device: torch.device | str | None):
-        self._binding = binding
-        agree = binding.agree if binding.sharded else None
-        self._filling, self._resting = (
-            Accumulator(binding.live, binding.names, Uniform(), dtype=dtype, device=device, agree=agree)
-            for _ in range(2)
-        )
-        self.begin(0)
-
-    def refuse_unstorable(self) -> None:
-        """Raise OptionError for means that the blocks' format cannot hold."""
-        wide = [
-            n
-            for n, m in zip(self._binding.names, self._filling.means, strict=True)
-            if m.dtype == torch.complex128
-        ]
-        if wide:
-            raise OptionError(
-                f"{name_list(wide)} would be complex128, which blocks cannot hold: pass dtype=torch.float32"
-            )
-
-    def begin(self, start: int) -> None:
-        """Empty it, for a block after ``start``."""
-        self.start = self.last_sample = start
-        self._filling.restart()
-        self._metrics, self._lr = Metrics(), Metrics()
-
-    def rebind(self) -> None:
-        """Take up tensors that the model has in the place of those before, and those that thawed."""
-        for accumulator in (self._filling, self._resting):
-            accumulator.bind(self._binding.live, self._binding.names)
-
-    def note(self, metrics: Mapping[str, Any], lr: float | Tensor | None) -> None:
-        """Take the numbers of one optimizer step."""
-        if metrics:
-            self._metrics.add(metrics)
-        if lr is not None:
-            self._lr.add({"lr": lr})
-
-    def sample(self, step: int) -> None:
-        """Take the weights as they are after ``step``."""
-        self._filling.add(self._binding.live)
-        self.last_sample = step
-
-    @property
-    def count(self) -> int:
-        """Accepted samples; on an accelerator reading it waits for the device."""
-        return self._filling.n_averaged
-
-    def take(self) -> tuple[Block, list[Tensor]]:
-        """What was filled, up to the last sample, and its means; the next block begins there."""
-        block = Block(
-            self.start,
-            self.last_sample,
-            self._filling.n_averaged,
-            self._filling.n_skipped,
-            self._lr.summaries().get("lr"),
-            self._metrics.summaries(),
-        )
-        means = self._filling.means
-        self._filling, self._resting = self._resting, self._filling
-        self.begin(block.stop)
-        return block, means
-
-    def so_far(self) -> tuple[Block, dict[str, Tensor]] | None:
-        """What was filled until now and its means, on ranks this one's part of each; None before a sample."""
-        if not self.count:
-            return None
-        block = Block(self.start, self.last_sample, self.count)
-        return block, dict(zip(self._binding.names, self._filling.means, strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values, and the means by name, which are not copied."""
-        return {
-            "start": self.start,
-            "last_sample": self.last_sample,
-            "n_averaged": self._filling.n_averaged,
-            "n_skipped": self._filling.n_skipped,
-            "summaries": json.dumps({"lr": self._lr.to_json(), "metrics": self._metrics.to_json()}),
-            "frozen": self._binding.frozen,
-            "open_block": _named(self._binding, self._filling.means),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that fits."""
-        copy_into(self._filling.means, local(state["open_block"][name] for name in self._binding.names))
-        self._filling.restart(state["n_averaged"], state["n_skipped"])
-        self.start, self.last_sample = state["start"], state["last_sample"]
-        summaries = json.loads(state["summaries"])
-        self._lr, self._metrics = (_metrics(summaries[kind]) for kind in ("lr", "metrics"))
-
-
-def _named(binding: Binding, parts: list[Tensor]) -> dict[str, Tensor]:
-    """Name to tensor, distributed as the model's is."""
-    return {n: sharded_like(p, w) for n, p, w in zip(binding.names, parts, binding.whole, strict=True)}
-
-
-def _metrics(entries: Mapping[str, dict[str, Any]]) -> Metrics:
-    return Metrics({name: Summary(**numbers) for name, numbers in entries.items()})
-
-
-# The recorder itself.
 
 _LEAST_MAX_BLOCKS = 8
 # Where the length of a block follows the pace of the run: samples in the first one, and blocks until it is final.
@@ -401,7 +283,7 @@ class Recorder:
         Averaged tensors are the caller's, in the blocks' dtype and on the host, for a sharded model on ranks as it
         is; the rest are the live model's own.
         """
-        means = _named(self._binding, self._average("average()", profile))
+        means = named(self._binding, self._average("average()", profile))
         tensors = ModelTensors(self._binding.model)
         return {
             name: means.get(first, tensors[first].tensor.detach())
