@@ -265,7 +265,9 @@ class RecordedRun:
         """Follow ``optimizer``, from a saved state where there is one; ``StructureError`` for a sharded model."""
         self.close()
         refuse_sharded(model, "Recorder")
-        recorder = self._recorder = Recorder(model, self._directory, optimizer=optimizer, **self._options)
+        # A state says more than resume= and step= do.
+        options = {**self._options, **({"resume": True, "step": None} if state else {})}
+        recorder = self._recorder = Recorder(model, self._directory, optimizer=optimizer, **options)
         try:
             if state:
                 recorder.load_state_dict(dict(state))
