@@ -26,6 +26,7 @@ from polyak.combine._roles import (
     leave_out_live_twins,
     leave_out_specials,
     refuse_mixed_kinds,
+    refuse_parts,
     refuse_quantised,
     refuse_ranks,
     refuse_without_names,
@@ -139,6 +140,7 @@ def read_inputs(
             refuse_quantised(item.opened)
             if key is None:
                 refuse_without_names(item.opened)
+                refuse_parts(item.opened)
     except PolyakError as error:
         reading.refusal = error
     return reading

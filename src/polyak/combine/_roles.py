@@ -27,6 +27,7 @@ __all__ = [
     "leave_out_live_twins",
     "leave_out_specials",
     "refuse_mixed_kinds",
+    "refuse_parts",
     "refuse_quantised",
     "refuse_ranks",
     "refuse_without_names",
@@ -298,6 +299,18 @@ def refuse_without_names(checkpoint: Checkpoint) -> None:
             "they are, choose them with ",
             f"key={checkpoint.key!r}",
             f"--key {checkpoint.key}",
+        )
+
+
+def refuse_parts(checkpoint: Checkpoint) -> None:
+    """Refuse to take one of several state dicts that may be parts of one model, such as an encoder beside a decoder."""
+    if checkpoint.parts:
+        there = name_list(list(checkpoint.parts))
+        raise OptionError(
+            f"{checkpoint.path} holds weights under {checkpoint.key!r} and, with other names, under {there}, which may "
+            "be parts of one model: say which are meant, and average each by itself where several are, ",
+            f"by key={checkpoint.key!r} or key={checkpoint.parts[0]!r}",
+            f"by --key {checkpoint.key} or --key {checkpoint.parts[0]}",
         )
 
 
