@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from polyak.checkpoints._base import Contents, StoredTensor
+from polyak.checkpoints._base import Contents, NoWeightsError, StoredTensor
 from polyak.checkpoints._dialects import DIALECTS, STEP_KEYS, STEP_PATHS, Dialect, key_rank
 from polyak.checkpoints._pickle import Record
 from polyak.errors import CheckpointError, OptionError, name_list
 
-__all__ = ["FoundWeights", "NoWeightsError", "bare_names", "find_weights"]
+__all__ = ["FoundWeights", "bare_names", "find_weights"]
 
 _Path = tuple[str, ...]
 Value = TypeVar("Value")
@@ -32,10 +32,6 @@ _MODULE = "module."
 # A damaged pickle may hold itself, or the same list many times over.
 _MAX_DEPTH = 32
 _MAX_ENTRIES = 1_000_000
-
-
-class NoWeightsError(CheckpointError):
-    """A file that is whole and holds no weights, as that of an optimizer."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ meant, and can be shown. What is not certain is refused, with what to type inste
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,13 @@ from polyak import checkpoints
 from polyak._checks import whole_within
 from polyak.checkpoints import Checkpoint, _checkpoint
 from polyak.checkpoints._dialects import is_no_weights_file
-from polyak.checkpoints._tree import NoWeightsError
+from polyak.checkpoints._base import NoWeightsError
 from polyak.combine._roles import (
     Item,
+    is_half_precision,
     is_special,
     leave_out_averages_of_others,
+    leave_out_half_precision,
     leave_out_links,
     leave_out_live_twins,
     leave_out_specials,
@@ -29,6 +32,7 @@ from polyak.combine._roles import (
     refuse_parts,
     refuse_quantised,
     refuse_ranks,
+    refuse_several_widths,
     refuse_without_names,
     same_weights,
 )
@@ -124,15 +128,17 @@ def read_inputs(
     given = [Path(paths)] if isinstance(paths, str | PathLike) else [Path(path) for path in paths]
     reading = Reading()
     try:
-        reading.items = _discovered(given, set(found))
+        reading.items = _with_half_precision(_discovered(given, set(found)))
         refuse_ranks(reading.items)
         leave_out_links(reading.items, all_count)
         _open(reading.items, key, allow, keep_going)
         if not all_count:
+            leave_out_half_precision(reading.taken)
             leave_out_averages_of_others(reading.taken)
             leave_out_live_twins(reading.taken)
             if steps is None:
                 leave_out_specials(reading.taken)
+            refuse_several_widths(reading.taken)
         refuse_mixed_kinds(reading.taken, all_count)
         _order(reading, steps, all_count)
         _take_last(reading, last)
@@ -188,6 +194,18 @@ def _with_those_below(path: Path, alone: bool, given: bool) -> list[Item]:
         why="the model above the checkpoints of its run: name it with others to take it",
     )
     return [final, *(Item(item, item.name, False) for item in below)]
+
+
+def _with_half_precision(items: list[Item]) -> list[Item]:
+    """The items, and the weights in half precision that lie in a library's folders beside those that it loads."""
+    halved = [
+        Item(file, (Path(item.name) / file.name).as_posix(), False, why="half precision, beside the weights in full")
+        for item in items
+        if item.path.is_dir()
+        for file in _checkpoint.checkpoint_paths(item.path)
+        if is_half_precision(file.name)
+    ]
+    return items + halved
 
 
 def checkpoints_below(path: Path) -> list[Path]:
@@ -297,7 +315,7 @@ def _order_in_names(reading: Reading, items: list[Item]) -> tuple[Sequence[int] 
         reading.unordered = error
         return None, None
     if named is None or (named.unit == "number" and _shared_by_folders(items, named.values or ())):
-        reading.unordered = _partly_known(items)
+        reading.unordered = _of_one_step(items) or _partly_known(items)
         return None, None
     return named.order, None if named.values is None else list(named.values)
 
@@ -400,6 +418,23 @@ def _sharing(items: list[Item], steps: list[int]) -> OptionError:
         f"{items[first].name} and {items[other].name} are both of step {steps[first]}, as of two runs, and a "
         "profile is about one: leave it out, or"
     )
+
+
+def _of_one_step(items: list[Item]) -> OptionError | None:
+    """Where files of one folder have the number of one step, and names of different nets."""
+    first: dict[tuple[Path, int], Item] = {}
+    for item in items:
+        number = number_in_name(item.path.stem)
+        if number is None:
+            return None
+        other = first.setdefault((item.path.parent, number), item)
+        if other is not item:
+            pattern = re.sub(rf"(?<!\d)0*{number}(?!\d)", "*", other.path.name)
+            return _asking_for_steps(
+                f"{other.name} and {item.name} are both of step {number}, and differ in their names as different "
+                f"networks or runs do: choose one by a pattern such as {pattern!r}, or, where they are one run,"
+            )
+    return None
 
 
 def _partly_known(items: list[Item]) -> OptionError | None:
