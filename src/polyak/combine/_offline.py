@@ -222,6 +222,8 @@ class Plan:
         """The writer of the output, which says what it was made of."""
         profile = None if self.profile is None else str(self.profile)
         metadata = _inputs.provenance(self.opened, self.coefficients, profile, self.steps, hashes=self.hashes)
+        if self._adapters is not None:
+            metadata = self._adapters.metadata(metadata)
         layout = replace(self.layout, metadata=metadata)
         return checkpoints.create(self.output, layout, overwrite=self.overwrite)
 
