@@ -17,7 +17,7 @@ from pathlib import Path
 from polyak import checkpoints
 from polyak._checks import whole_within
 from polyak.checkpoints import Checkpoint, _checkpoint
-from polyak.checkpoints._dialects import is_no_weights_file
+from polyak.checkpoints._dialects import PIPELINE_FILES, is_no_weights_file
 from polyak.checkpoints._base import NoWeightsError
 from polyak.combine._roles import (
     Item,
@@ -168,6 +168,8 @@ def _discovered(paths: list[Path], found: set[Path]) -> list[Item]:
                 f"by polyak.Trajectory({str(path)!r}).write, or let polyak.select choose one",
                 "by polyak average, or let polyak select choose one",
             )
+        if is_folder:
+            _refuse_pipeline(path)
         if is_folder and _checkpoint.is_checkpoint_folder(path):
             items += _with_those_below(path, alone=len(paths) == 1, given=path not in found)
         elif is_folder:
@@ -225,12 +227,28 @@ def _inside(folder: Path, depth: int = 1) -> list[Path]:
     if (direct and not is_one_file) or depth == _MAX_FOLDER_DEPTH:
         return direct
     folders = [item for item in folder.iterdir() if item.is_dir() and not item.name.startswith(".")]
+    for sub in folders:
+        _refuse_pipeline(sub)
     return direct + [
         each
         for sub in sorted(folders, key=lambda item: _checkpoint.natural_order(item.name))
         if sub not in direct and not is_no_weights_file(sub.name)
         for each in _inside(sub, depth + 1)
     ]
+
+
+def _refuse_pipeline(folder: Path) -> None:
+    """Refuse several models that work together, each in a folder of its own: they are no checkpoints of one another."""
+    if not any((folder / name).is_file() for name in PIPELINE_FILES):
+        return
+    parts = [item.name for item in _checkpoint.checkpoint_paths(folder) if item.is_dir()]
+    if _checkpoint.is_checkpoint_folder(folder):
+        parts = ["its own weights", *parts]
+    if len(parts) > 1:
+        raise OptionError(
+            f"{folder} is a pipeline of several models ({name_list(parts)}): average each of them by itself, as "
+            f"{Path(folder.name) / parts[-1]} of every input, into a folder of its own"
+        )
 
 
 def _below(path: Path, folder: Path, n_inputs: int) -> str:

@@ -170,7 +170,8 @@ def is_special(name: str) -> bool:
     (True, True, False)
     """
     stem = name.rpartition("/")[2].partition(".")[0]
-    is_bare = "/" not in name and bool(stem) and _words(stem) <= _BARE and not re.search(r"\d", stem)
+    is_bare = bool(stem) and _words(stem) <= _BARE and not re.search(r"\d", stem)
+    is_bare = is_bare and "/" not in name and number_in_name(name) is None
     return is_bare or bool(_SPECIAL & _words(name))
 
 
