@@ -272,7 +272,9 @@ def test_old_files_with_dicts_of_other_classes(tmp_path):
     assert list(opened(AttributeDict(lr=0.1)).tensors) == ["w"]
     assert list(opened(Entry(lr=Entry(a=1)), "Entry").tensors) == ["w"]
     # torch's own reader of old files fills no list of another class: not to be read is not to be damaged.
-    with pytest.raises(CheckpointError, match="objects that cannot be read as data there .* load it with torch.load"):
+    with pytest.raises(
+        CheckpointError, match="objects that cannot be read as data there .* load it with torch.load"
+    ):
         opened(Items([1]), "Items")
 
 

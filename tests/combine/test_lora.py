@@ -530,7 +530,10 @@ def test_metadata_of_kohya_is_that_of_the_output(tmp_path, rank, dim, alpha, oth
     metadata |= {"ss_network_args": '{"conv_dim": "4"}', "sshs_model_hash": "abc"}
     for seed in (1, 2):
         torch.manual_seed(seed)
-        factors = {"lora_unet_x.lora_down.weight": torch.randn(4, 8), "lora_unet_x.lora_up.weight": torch.randn(8, 4)}
+        factors = {
+            "lora_unet_x.lora_down.weight": torch.randn(4, 8),
+            "lora_unet_x.lora_up.weight": torch.randn(8, 4),
+        }
         tensors = factors | {"lora_unet_x.alpha": torch.tensor(2.0 if rank is None else 1.0)}
         checkpoints.write(tmp_path / f"{seed}.safetensors", tensors, metadata=metadata)
     inputs = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]

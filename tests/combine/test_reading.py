@@ -226,13 +226,24 @@ def test_one_width_is_a_series_and_two_may_be_weighted(tmp_path):
     assert checkpoints.open(tmp_path / "out.npz").read("w")[0] == 500
 
 
+def test_two_nets_at_several_steps_are_refused_also_by_name(tmp_path):
+    for name in ("{}_net_G_A.pth", "{}_net_G_B.pth", "seed1_{}.pt", "seed2_{}.pt"):
+        run_of(tmp_path, name)
+    assert "both of step 1" in str(read_inputs(sorted(tmp_path.glob("*_G_?.pth"))).refusal)
+    # One step, typed file by file, and runs that differ in their number: soups.
+    assert read_inputs([tmp_path / "1_net_G_A.pth", tmp_path / "1_net_G_B.pth"]).refusal is None
+    assert read_inputs(sorted(tmp_path.glob("seed*.pt"))).refusal is None
+
+
 def test_the_best_and_the_last_alone_are_no_series(tmp_path):
     for name in ("best.pt", "last.pt"):
         put(tmp_path / "run" / name, len(name))
     refusal = str(read_inputs(tmp_path / "run").refusal)
     assert "best.pt and last.pt are, by their names, two states of one run" in refusal
     # Who names both wants both; and one of them is what a folder with one holds.
-    assert len(read_inputs([tmp_path / "run" / name for name in ("best.pt", "last.pt")]).required().taken) == 2
+    assert (
+        len(read_inputs([tmp_path / "run" / name for name in ("best.pt", "last.pt")]).required().taken) == 2
+    )
     (tmp_path / "run" / "best.pt").unlink()
     assert len(read_inputs(tmp_path / "run").required().taken) == 1
     run_of(tmp_path / "tops", "best_epoch_{}.pt")

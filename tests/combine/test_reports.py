@@ -105,14 +105,21 @@ def sentence_transformers_has_a_dense_layer():
 
 
 @report(
-    Right("average pipeA pipeB -o out", words=("pipeA is a pipeline of several models", "pipeA/vae of every input")),
+    Right(
+        "average pipeA pipeB -o out",
+        words=("pipeA is a pipeline of several models", "pipeA/vae of every input"),
+    ),
     Right("average pipeA/unet pipeB/unet -o out", {"conv.weight": 2}),
 )
 def two_pipelines_of_diffusers():
     """https://github.com/huggingface/diffusers/issues/8977: how to merge two Stable Diffusion pipelines."""
     for name, value in (("pipeA", 1), ("pipeB", 3)):
         put_json({"_class_name": "StableDiffusionPipeline"}, f"{name}/model_index.json")
-        for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        for part, stem in (
+            ("unet", "diffusion_pytorch_model"),
+            ("vae", "diffusion_pytorch_model"),
+            ("text_encoder", "model"),
+        ):
             put_safe({"conv.weight": full(value)}, f"{name}/{part}/{stem}.safetensors")
             put_json({}, f"{name}/{part}/config.json")
 
@@ -143,7 +150,11 @@ def ema_pytorch_writes_two_widths():
     """
     net = nn.Linear(1, 1)
     ema = PostHocEMA(
-        net, sigma_rels=(0.05, 0.2), checkpoint_every_num_steps=2, checkpoint_folder="results", checkpoint_dtype=torch.float32
+        net,
+        sigma_rels=(0.05, 0.2),
+        checkpoint_every_num_steps=2,
+        checkpoint_folder="results",
+        checkpoint_dtype=torch.float32,
     )
     for step in range(1, 5):
         # The averages of one value are this value.
@@ -159,14 +170,20 @@ def ema_pytorch_writes_two_widths():
 
 
 @report(
-    Right("average results -o out.npz", words=("fold_0/checkpoint_best.pth and fold_0/checkpoint_final.pth",)),
+    Right(
+        "average results -o out.npz", words=("fold_0/checkpoint_best.pth and fold_0/checkpoint_final.pth",)
+    ),
     Right("average 'results/*/checkpoint_final.pth' -o out.npz", {"conv.weight": 2}),
 )
 def nnunet_has_a_best_and_a_final_model_of_every_fold():
     """https://github.com/MIC-DKFZ/nnUNet/issues/2030: where is the checkpoint of the ensemble of folds."""
     for fold, value in ((0, 1), (1, 3)):
         for name, epoch, weights in (("best", 700 + fold, full(50)), ("final", 1000, full(value))):
-            tree = {"network_weights": {"conv.weight": weights}, "current_epoch": epoch, "trainer_name": "nnUNetTrainer"}
+            tree = {
+                "network_weights": {"conv.weight": weights},
+                "current_epoch": epoch,
+                "trainer_name": "nnUNetTrainer",
+            }
             put(tree | {"_best_ema": np.float64(0.8)}, f"results/fold_{fold}/checkpoint_{name}.pth")
 
 
@@ -188,7 +205,9 @@ def marian_has_smoothed_and_original_weights():
         save(name, value)
     for name in ("model.npz.orig.npz", "model.npz.best-cross-entropy.npz"):
         save(name, 50)
-    np.savez("model.npz.optimizer.npz", adam_mt=np.ones((1, 4), np.float32), adam_vt=np.ones((1, 4), np.float32))
+    np.savez(
+        "model.npz.optimizer.npz", adam_mt=np.ones((1, 4), np.float32), adam_vt=np.ones((1, 4), np.float32)
+    )
 
 
 @report(
@@ -239,7 +258,13 @@ def position_ids_became_numbers():
         put_safe({"w": full(1), "text_model.embeddings.position_ids": ids[None]}, f"{name}.safetensors")
 
 
-@report(Right("average 'epoch_*.pt' -o out.npz", {"bn.running_mean": 2, "bn.num_batches_tracked": 20}, ("update_bn",)))
+@report(
+    Right(
+        "average 'epoch_*.pt' -o out.npz",
+        {"bn.running_mean": 2, "bn.num_batches_tracked": 20},
+        ("update_bn",),
+    )
+)
 def batchnorm_counts_batches_in_integers():
     """https://github.com/rwth-i6/returnn/pull/1509: an int64 buffer cannot be divided in place."""
     for epoch, value in ((1, 1), (2, 3)):
@@ -264,7 +289,9 @@ def flux_adapters_under_the_names_of_diffusers():
         put_safe(factors, f"{name}.safetensors", {"format": "pt"})
 
 
-@report(Right("average a.safetensors b.safetensors -o out.safetensors --rank 1", words=("the mean of 2 updates",)))
+@report(
+    Right("average a.safetensors b.safetensors -o out.safetensors --rank 1", words=("the mean of 2 updates",))
+)
 def alphas_of_kohya_count():
     """https://github.com/cloneofsimo/lora/issues/187: the alphas of the files are not seen by the merge."""
     for name, alpha in (("a", 1), ("b", 3)):
@@ -322,5 +349,7 @@ def test_the_update_of_a_merge_is_scaled_by_alpha(tmp_path, monkeypatch):
     alphas_of_kohya_count()
     assert main(["average", "a.safetensors", "b.safetensors", "-o", "out.safetensors"]) == 0
     read = checkpoints.open("out.safetensors").read
-    up, down, alpha = (read(f"lora_unet_q.{name}") for name in ("lora_up.weight", "lora_down.weight", "alpha"))
+    up, down, alpha = (
+        read(f"lora_unet_q.{name}") for name in ("lora_up.weight", "lora_down.weight", "alpha")
+    )
     torch.testing.assert_close(up @ down * alpha, full(2, 4, 4))

@@ -231,7 +231,9 @@ def test_a_refusal_names_two_files_and_what_their_numbers_say():
 
 
 def test_a_step_that_may_be_in_threes_is_refused():
-    with pytest.raises(OptionError, match="'1_500' in .*may be the step 1500, or a step and another") as caught:
+    with pytest.raises(
+        OptionError, match="'1_500' in .*may be the step 1500, or a step and another"
+    ) as caught:
         read("step_1_500.pt", "step_2_750.pt")
     assert "--steps" in caught.value.for_command
 

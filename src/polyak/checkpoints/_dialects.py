@@ -12,7 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-__all__ = ["DIALECTS", "PIPELINE_FILES", "STEP_KEYS", "STEP_PATHS", "Dialect", "is_no_weights_file", "key_rank"]
+__all__ = [
+    "DIALECTS",
+    "PIPELINE_FILES",
+    "STEP_KEYS",
+    "STEP_PATHS",
+    "Dialect",
+    "is_no_weights_file",
+    "key_rank",
+]
 
 
 @dataclass(frozen=True)

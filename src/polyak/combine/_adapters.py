@@ -122,7 +122,9 @@ def is_adapter(checkpoint: Checkpoint) -> bool:
 # diffusers puts the name of the pipeline's component before that of the module; without a word about alpha it is the
 # rank, so that updates are scaled by 1.
 DIFFUSERS_STEM = "pytorch_lora_weights"
-_COMPONENT = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?|prior|denoiser|controlnet|diffusion_model)\.")
+_COMPONENT = re.compile(
+    r"(unet|transformer(_\d)?|text_encoder(_\d)?|prior|denoiser|controlnet|diffusion_model)\."
+)
 # Its newer files hold PEFT's config in their metadata, each entry after the name of the component.
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"
 # What kohya's files say about the factors, and about the bytes of the file.

@@ -201,7 +201,12 @@ def _with_those_below(path: Path, alone: bool, given: bool) -> list[Item]:
 def _with_half_precision(items: list[Item]) -> list[Item]:
     """The items, and the weights in half precision that lie in a library's folders beside those that it loads."""
     halved = [
-        Item(file, (Path(item.name) / file.name).as_posix(), False, why="half precision, beside the weights in full")
+        Item(
+            file,
+            (Path(item.name) / file.name).as_posix(),
+            False,
+            why="half precision, beside the weights in full",
+        )
         for item in items
         if item.path.is_dir()
         for file in _checkpoint.checkpoint_paths(item.path)
@@ -294,6 +299,8 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         raise OptionError("there is nothing to average: name one or more checkpoints, or a folder of them")
     if steps is not None and len(steps) != len(items):
         raise OptionError(f"{len(steps)} steps were given for {len(items)} checkpoints: give one for each")
+    if not all_count and steps is None:
+        _refuse_several_nets(items)
     order: Sequence[int] | None = None
     given = None if steps is None else [whole_within("[0, inf)", "each of steps", step) for step in steps]
     try:
@@ -436,6 +443,16 @@ def _sharing(items: list[Item], steps: list[int]) -> OptionError:
         f"{items[first].name} and {items[other].name} are both of step {steps[first]}, as of two runs, and a "
         "profile is about one: leave it out, or"
     )
+
+
+def _refuse_several_nets(items: list[Item]) -> None:
+    """Refuse two nets at each of several steps, also where they were named one by one, as by a shell's pattern."""
+    numbers = {number_in_name(item.path.stem) for item in items}
+    kinds = {re.sub(r"\d+", "", item.path.name) for item in items}
+    is_known = any(item.step is not None for item in items)
+    shared = None if is_known or len(numbers) < 2 or len(kinds) < 2 else _of_one_step(items)
+    if shared is not None:
+        raise shared
 
 
 def _of_one_step(items: list[Item]) -> OptionError | None:

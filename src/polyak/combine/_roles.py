@@ -57,7 +57,21 @@ _AVERAGED = {"ema", "swa", "teacher"}
 # The others are words of models and tasks as well.
 _SURELY_AVERAGED = {"ema"}
 # What else is in the names of checkpoints whatever the model.
-_PLAIN = {"step", "steps", "epoch", "epochs", "ep", "iter", "iteration", "update", "weights", "pt", "pth", "bin", "tar"}
+_PLAIN = {
+    "step",
+    "steps",
+    "epoch",
+    "epochs",
+    "ep",
+    "iter",
+    "iteration",
+    "update",
+    "weights",
+    "pt",
+    "pth",
+    "bin",
+    "tar",
+}
 _PLAIN |= {"safetensors", "npz", "params", "net", "network", "run", "checkpoints", "ckpts", "models"}
 # A part of one model: the number is that of a rank, of a shard, or of a part.
 _PART = re.compile(
@@ -196,7 +210,9 @@ def leave_out_half_precision(items: list[Item]) -> None:
             continue
         before, after = item.path.name[: halved.start()], item.path.name[halved.end() :]
         names = {before[:-1] + after, before + after[1:], before + after}
-        twin = next((full[path] for name in names if name and (path := item.path.with_name(name)) in full), None)
+        twin = next(
+            (full[path] for name in names if name and (path := item.path.with_name(name)) in full), None
+        )
         if twin is not None and _is_narrower(item.opened, twin.opened):
             item.why = f"{twin.name} in half precision"
 

@@ -265,7 +265,9 @@ def _without_moments(names: Sequence[str]) -> tuple[list[_Column], list[list[str
 
 # The digits of a large number in threes, as in 10_000 and 10,000; where a step is said to be such a number.
 _THOUSANDS = re.compile(r"(?<!\d)(?<!\d[_,.])[1-9]\d{0,2}(?:[_,]\d{3})+(?!\d)(?![_,]\d+(?![\d.]))")
-_STEP_OF_THOUSANDS = re.compile(rf"(?:step|iter|iteration|update)s?[-_=]?(?:{_THOUSANDS.pattern})", re.IGNORECASE)
+_STEP_OF_THOUSANDS = re.compile(
+    rf"(?:step|iter|iteration|update)s?[-_=]?(?:{_THOUSANDS.pattern})", re.IGNORECASE
+)
 _PAIR = re.compile(r"\d_\d")
 
 
