@@ -169,8 +169,8 @@ def run_of(folder: Path, name: str, values=(1, 2)) -> None:
 REFUSED = {
     "two widths of one average": (
         ["network-snapshot-{:07d}-0.050.pt", "network-snapshot-{:07d}-0.100.pt"],
-        "of one step and differ in 0.050 and 0.100 alone, as averages of two widths do: choose one by a pattern such as "
-        "'*0.050.*'",
+        "of one step and differ in 0.050 and 0.100 alone, as averages of two widths do: choose one by a pattern such "
+        "as '*0.050.*'",
     ),
     "the nets of a CycleGAN": (
         ["{}_net_G_A.pth", "{}_net_G_B.pth"],

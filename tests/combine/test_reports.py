@@ -1,7 +1,7 @@
 """Public reports of people whose average of checkpoints was wrong, confusing or an error: their folders, tried here.
 
-Each maker writes what its report is about, in the layout of the tool, and says in its docstring where the report is, what a
-person types and wants, and what is right. Every tensor has one value throughout.
+Each maker writes what its report is about, in the layout of the tool, and says in its docstring where the report is and
+what it is about. Every tensor has one value throughout.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def opennmt_keeps_the_generator_apart():
     Right("average a/2_Dense b/2_Dense -o out", {"linear.weight": -2}),
 )
 def sentence_transformers_has_a_dense_layer():
-    """https://github.com/arcee-ai/mergekit/issues/286: a merge of SentenceTransformers loses the modules around the body.
+    """https://github.com/arcee-ai/mergekit/issues/286: a merge of sentence-transformers loses its other modules.
 
     The number in 2_Dense is that of the module, and no step.
     """
@@ -215,7 +215,7 @@ def marian_has_smoothed_and_original_weights():
     Right("average 'epoch=*.ckpt' -o ../out.npz", {"w": 2}),
 )
 def lightning_with_a_file_of_swa_beside():
-    """https://github.com/Lightning-AI/pytorch-lightning/issues/1329: the SWA weights are saved as one more checkpoint."""
+    """https://github.com/Lightning-AI/pytorch-lightning/issues/1329: SWA weights saved as one more checkpoint."""
     for epoch, value, name in ((3, 1, "epoch=3"), (4, 3, "epoch=4"), (5, 50, "swa_model_epoch=5")):
         put({"state_dict": {"w": full(value)}, "epoch": epoch, "global_step": 10 * epoch}, f"{name}.ckpt")
 
@@ -225,7 +225,7 @@ def lightning_with_a_file_of_swa_beside():
     Right("average outputs -o out --last 1", {"model.w": 3}),
 )
 def lerobot_numbers_of_two_widths():
-    """https://github.com/strands-labs/robots/pull/3165: a run that was prolonged has 020000 beside 0100000; last is a link."""
+    """https://github.com/strands-labs/robots/pull/3165: a prolonged run has 020000 beside 0100000; last is a link."""
     for step, value in (("020000", 1), ("0100000", 3)):
         folder = f"outputs/checkpoints/{step}"
         put_safe({"model.w": full(value)}, f"{folder}/pretrained_model/model.safetensors")
@@ -253,7 +253,7 @@ def diffusers_variants_beside_the_full_weights():
 
 @report(Right("average a.safetensors b.safetensors -o out.safetensors", words=("position_ids", "int64")))
 def position_ids_became_numbers():
-    """https://github.com/AUTOMATIC1111/stable-diffusion-webui/pull/6728: merges made CLIP's position_ids floats, and drift."""
+    """https://github.com/AUTOMATIC1111/stable-diffusion-webui/pull/6728: merges made CLIP's position_ids floats."""
     for name, ids in (("a", torch.arange(4)), ("b", torch.arange(4) + 0.04)):
         put_safe({"w": full(1), "text_model.embeddings.position_ids": ids[None]}, f"{name}.safetensors")
 

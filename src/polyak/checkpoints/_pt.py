@@ -285,9 +285,9 @@ def _load_legacy(file: DataFile, allowed: Sequence[str]) -> Any:
         if name:
             raise _needs_code(file.path, [name], has_tensors=True) from error
         raise CheckpointError(
-            f"{file.path} is truncated, damaged or not a torch file, or it is from before torch 1.6 and holds objects that "
-            f"cannot be read as data there ({reason}): use another copy, or, where you trust it, load it with torch.load "
-            "and save its state_dict()"
+            f"{file.path} is truncated, damaged or not a torch file, or it is from before torch 1.6 and holds objects "
+            f"that cannot be read as data there ({reason}): use another copy, or, where you trust it, load it with "
+            "torch.load and save its state_dict()"
         ) from error
 
 

@@ -163,11 +163,11 @@ class MeanOfUpdates:
         ties = {tied: name for tied, name in self._first.checkpoint.ties.items() if tied in self.averaged}
         config = self._config()
         is_of_diffusers = is_file_of_diffusers(self._first.checkpoint.path)
+        of_diffusers: dict[str, Any] = {"stem": DIFFUSERS_STEM} if is_of_diffusers else {}
         return Layout(
             {name: info for name, info in tensors.items() if name not in ties},
             ties,
-            **({} if config is None else _peft_folder(config)),
-            **({"stem": DIFFUSERS_STEM} if config is None and is_of_diffusers else {}),
+            **(_peft_folder(config) if config is not None else of_diffusers),
         )
 
     def metadata(self, agreed: Mapping[str, str]) -> dict[str, str]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from polyak import checkpoints
 from polyak._checks import whole_within
 from polyak.checkpoints import Checkpoint, _checkpoint
-from polyak.checkpoints._dialects import PIPELINE_FILES, is_no_weights_file
 from polyak.checkpoints._base import NoWeightsError
+from polyak.checkpoints._dialects import PIPELINE_FILES, is_no_weights_file
 from polyak.combine._roles import (
     Item,
     is_half_precision,

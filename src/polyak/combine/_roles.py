@@ -280,8 +280,8 @@ def refuse_several_widths(items: list[Item]) -> None:
     for one, other, *_ in (list(widths.items()) for widths in found.values() if len(widths) > 1):
         start = "" if _INDEX_OF_WIDTH.search(one[1].path.name) else "*"
         raise OptionError(
-            f"{one[1].name} and {other[1].name} are of one step and differ in {one[0]} and {other[0]} alone, as averages of "
-            f"two widths do: choose one by a pattern such as '{start}{one[0]}.*', or say how much each counts, as "
+            f"{one[1].name} and {other[1].name} are of one step and differ in {one[0]} and {other[0]} alone, as "
+            f"averages of two widths do: choose one by a pattern such as '{start}{one[0]}.*', or say how much each counts, as "
             "post-hoc EMA does, with ",
             "weights",
             "--weights",
@@ -368,7 +368,7 @@ def leave_out_specials(items: list[Item]) -> None:
 
 
 def _refuse_roles_alone(specials: list[Item]) -> None:
-    """Refuse the best and the last of one run that a folder holds without any series: they are no checkpoints in a row."""
+    """Refuse the best and the last of one run, found without any series: they are no checkpoints in a row."""
     folders: dict[Path, list[Item]] = defaultdict(list)
     for item in specials:
         # Numbers tell apart the best ones of several epochs.

@@ -40,8 +40,8 @@ def steps_in_names(paths: Sequence[Path]) -> NamedSteps | None:
     files say less. Metrics, rates, hashes, seeds, ranks, versions and sizes are no steps. Where epochs, or numbers
     that nothing says to be steps, begin at 0, they are counted from 1.
 
-    Raises ``OptionError`` where numbers contradict each other about the order and nothing says which of them counts, and
-    where ``step_1_500.pt`` may be of step 1 or of step 1500.
+    Raises ``OptionError`` where numbers contradict each other about the order and nothing says which of them counts,
+    and where ``step_1_500.pt`` may be of step 1 or of step 1500.
 
     >>> steps_in_names([Path("epoch=1-step=500.ckpt"), Path("epoch=2-step=1000.ckpt")]).values
     (500, 1000)
