@@ -281,8 +281,8 @@ def refuse_several_widths(items: list[Item]) -> None:
         start = "" if _INDEX_OF_WIDTH.search(one[1].path.name) else "*"
         raise OptionError(
             f"{one[1].name} and {other[1].name} are of one step and differ in {one[0]} and {other[0]} alone, as "
-            f"averages of two widths do: choose one by a pattern such as '{start}{one[0]}.*', or say how much each counts, as "
-            "post-hoc EMA does, with ",
+            f"averages of two widths do: choose one by a pattern such as '{start}{one[0]}.*', or say how much each "
+            "counts, as post-hoc EMA does, with ",
             "weights",
             "--weights",
         )
