@@ -9,6 +9,7 @@ import polyak
 from polyak import checkpoints
 from polyak.checkpoints._base import Contents, LoadedTensor
 from polyak.checkpoints._tree import find_weights
+from polyak.combine._reading import read_inputs
 from polyak.errors import CheckpointError, OptionError
 
 PATH = Path("run.pt")
@@ -146,3 +147,36 @@ def test_the_state_of_an_average_holds_its_weights_under_their_names(tmp_path):
     assert "what that lacks, '1.running_mean'" in found.note and "is taken from 'model'" in found.note
     alone = checkpoints.open(tmp_path / "run.pt", "ema.average")
     assert set(alone.tensors) == {name for name, _ in model.named_parameters()}
+
+
+def layer(name, size=2):
+    return {f"{name}.weight": torch.zeros(size, size), f"{name}.bias": torch.zeros(size)}
+
+
+@pytest.mark.parametrize(
+    ("beside", "also_present", "parts"),
+    [
+        ({"encoder": layer("conv")}, ("encoder",), ("encoder",)),
+        ({"generator": {"0.weight": torch.zeros(2, 2)}}, ("generator",), ("generator",)),
+        ({"nets": {"head": layer("out")}}, ("nets",), ("nets",)),
+        # Another value of the same tensors, and nets that train this one.
+        ({"best_so_far": layer("block.fc")}, ("best_so_far",), ()),
+        ({"replica": {"module.block.fc.weight": torch.zeros(2, 2)}}, ("replica",), ()),
+        ({"d": layer("conv"), "netD": layer("a"), "net_d": layer("b")}, ("d", "netD", "net_d"), ()),
+        ({"discriminator": layer("conv"), "criterion": layer("proj")}, ("discriminator", "criterion"), ()),
+        # No weights.
+        ({"optimizer": {"state": layer("conv")}, "queue": torch.zeros(2, 2)}, (), ()),
+        ({"rng_state": {"cuda": torch.zeros(2, 2)}, "scores": {"car": torch.zeros(1)}}, (), ()),
+    ],
+)
+def test_other_weights_beside_a_known_key_are_named(tmp_path, beside, also_present, parts):
+    tree = {"model": layer("block.fc"), **beside}
+    found = find(tree)
+    assert (found.key, found.siblings) == ("model", parts)
+    assert all(repr(key) in found.note.partition("also present: ")[2] for key in also_present)
+    assert bool(also_present) == ("also present" in found.note)
+    torch.save(tree, tmp_path / "1.pt")
+    refusal = read_inputs(tmp_path / "1.pt").refusal
+    assert bool(parts) == (refusal is not None)
+    assert not parts or f"by key='model' or key={parts[0]!r}" in str(refusal)
+    assert read_inputs(tmp_path / "1.pt", "model").refusal is None

@@ -253,6 +253,31 @@ def test_reading_old_files_leaves_torch_as_it_was(tmp_path):
         torch.load(tmp_path / "x.pt", weights_only=True)
 
 
+class Entry(dict):
+    pass
+
+
+class Items(list):
+    pass
+
+
+def test_old_files_with_dicts_of_other_classes(tmp_path):
+    from lightning.fabric.utilities.data import AttributeDict
+
+    def opened(settings, *names):
+        state = {"state_dict": {"w": WEIGHT}, "cfg": settings}
+        torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+        return checkpoints.open(tmp_path / "x.pt", allow=[f"{__name__}.{name}" for name in names])
+
+    assert list(opened(AttributeDict(lr=0.1)).tensors) == ["w"]
+    assert list(opened(Entry(lr=Entry(a=1)), "Entry").tensors) == ["w"]
+    # torch's own reader of old files fills no list of another class: not to be read is not to be damaged.
+    with pytest.raises(
+        CheckpointError, match="objects that cannot be read as data there .* load it with torch.load"
+    ):
+        opened(Items([1]), "Items")
+
+
 def test_settings_of_lightning_and_omegaconf(tmp_path):
     from lightning.fabric.utilities.data import AttributeDict
 

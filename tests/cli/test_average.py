@@ -57,7 +57,7 @@ def test_averages(run, capsys, arguments, expected, output):
         "1 tensor averaged",
         "1 copied from the last input: 'n'",
         *differ,
-        "ignored, as no weights: 'lr'",
+        "ignored: 'lr'",
     ]
     assert lines[-1 - len(tensors) : -1] == tensors
     assert lines[-1].startswith(f"wrote {output}: ") and lines[-1].endswith("/s)")
@@ -74,7 +74,7 @@ def test_dry_run_reads_headers_only(run, capsys):
         ["step10.pt", "10", "0.333333", "model"],
         ["step11.pt", "11", "0.666667", "model"],
     ]
-    assert out.count("weights found under 'model'") == 1 and "ignored, as no weights: 'lr'" in out
+    assert out.count("weights found under 'model'") == 1 and "ignored: 'lr'" in out
     assert out.splitlines()[-1].startswith(
         "would write out.pt: 48 bytes to read and 24 bytes to write in at most "
     )

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 import polyak
@@ -441,3 +442,106 @@ def test_what_is_an_adapter(tmp_path):
     for name, expected in names.items():
         checkpoints.write(tmp_path / "one.safetensors", {name: torch.ones(2, 2)}, overwrite=True)
         assert is_adapter(checkpoints.open(tmp_path / "one.safetensors")) == expected, name
+
+
+# diffusers: alpha is in the metadata of newer files, and the rank where nothing says it.
+
+
+def small_unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+    )
+
+
+def diffusers_adapter(folder, seed, rank, alpha, says_alpha=True):
+    """As diffusers' training scripts save it."""
+    unet = small_unet()
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q"]))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (parameter for parameter in unet.parameters() if parameter.requires_grad):
+            parameter.normal_()
+    config = unet.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=config if says_alpha else None,
+    )
+    return folder
+
+
+def diffusers_updates(folder):
+    """What diffusers makes of it."""
+    unet = small_unet()
+    state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(folder, return_lora_metadata=True)
+    StableDiffusionPipeline.load_lora_into_unet(state, alphas, unet, metadata=metadata)
+    modules = {name: one for name, one in unet.named_modules() if hasattr(one, "get_delta_weight")}
+    return {name: module.get_delta_weight("default_0").double() for name, module in modules.items()}
+
+
+@pytest.mark.parametrize("says_alpha", [(True, True), (True, False), (False, False)])
+def test_diffusers_loads_the_mean_of_the_updates(tmp_path, says_alpha):
+    a, b = (
+        diffusers_adapter(tmp_path / f"{seed}", seed, rank, 8 if says else rank, says)
+        for seed, rank, says in zip((1, 2), (4, 2), says_alpha, strict=True)
+    )
+    polyak.average_checkpoints([a, b], tmp_path / "out", rank=6)
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+    found, (first, second) = diffusers_updates(tmp_path / "out"), map(diffusers_updates, (a, b))
+    assert found
+    for name, update in found.items():
+        torch.testing.assert_close(update, (first[name] + second[name]) / 2, rtol=0, atol=1e-5)
+
+
+def test_alphas_in_metadata_that_differ_have_no_mean_of_factors(tmp_path):
+    a, b = (diffusers_adapter(tmp_path / f"{alpha}", alpha, 2, alpha) for alpha in (2, 8))
+    with pytest.raises(StructureError, match="has lora_alpha of 'unet"):
+        polyak.average_checkpoints([a, b], tmp_path / "out", lora="factors")
+    c = diffusers_adapter(tmp_path / "c", 3, 2, 2)
+    polyak.average_checkpoints([a, c], tmp_path / "out", lora="factors")
+    assert diffusers_updates(tmp_path / "out")
+
+
+def test_an_adapter_that_says_no_alpha_and_is_of_no_known_tool_is_refused(tmp_path):
+    a, b = torch.ones(2, 3), torch.ones(3, 2)
+    checkpoints.write(tmp_path / "a.safetensors", {"net.q.lora_A.weight": a, "net.q.lora_B.weight": b})
+    with pytest.raises(StructureError, match=r"no adapter_config\.json beside it, which says alpha"):
+        polyak.average_checkpoints([tmp_path / "a.safetensors"], tmp_path / "out.safetensors")
+    broken = {"lora_adapter_metadata": "{"}
+    name = "unet.q.lora_{}.weight"
+    checkpoints.write(tmp_path / "b.safetensors", {name.format("A"): a, name.format("B"): b}, metadata=broken)
+    with pytest.raises(CheckpointError, match="must be a JSON object"):
+        polyak.average_checkpoints([tmp_path / "b.safetensors"], tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("rank", "dim", "alpha", "others"), [(None, "4", "2.0", {"ss_network_args"}), (2, "2", "1.0", set())]
+)
+def test_metadata_of_kohya_is_that_of_the_output(tmp_path, rank, dim, alpha, others):
+    metadata = {"ss_network_dim": "4", "ss_network_alpha": "2.0", "ss_base_model_version": "sd_v1"}
+    metadata |= {"ss_network_args": '{"conv_dim": "4"}', "sshs_model_hash": "abc"}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        factors = {
+            "lora_unet_x.lora_down.weight": torch.randn(4, 8),
+            "lora_unet_x.lora_up.weight": torch.randn(8, 4),
+        }
+        tensors = factors | {"lora_unet_x.alpha": torch.tensor(2.0 if rank is None else 1.0)}
+        checkpoints.write(tmp_path / f"{seed}.safetensors", tensors, metadata=metadata)
+    inputs = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    polyak.average_checkpoints(inputs, tmp_path / "out.safetensors", rank=rank)
+    out = checkpoints.open(tmp_path / "out.safetensors")
+    said = {key: text for key, text in out.metadata.items() if key.startswith("ss")}
+    expected = {"ss_network_dim": dim, "ss_base_model_version": "sd_v1"}
+    assert {key: said[key] for key in expected} == expected
+    assert said["ss_network_alpha"] == str(out.read("lora_unet_x.alpha").item())
+    assert said.keys() - expected.keys() - {"ss_network_alpha"} == others
+    assert rank is not None or said["ss_network_alpha"] == alpha

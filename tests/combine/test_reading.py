@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import polyak
 from polyak import checkpoints
@@ -165,10 +167,23 @@ def run_of(folder: Path, name: str, values=(1, 2)) -> None:
 
 
 REFUSED = {
+    "two widths of one average": (
+        ["network-snapshot-{:07d}-0.050.pt", "network-snapshot-{:07d}-0.100.pt"],
+        "of one step and differ in 0.050 and 0.100 alone, as averages of two widths do: choose one by a pattern such "
+        "as '*0.050.*'",
+    ),
+    "the nets of a CycleGAN": (
+        ["{}_net_G_A.pth", "{}_net_G_B.pth"],
+        "both of step 1, and differ in their names as different networks or runs do: choose one by a pattern such as "
+        "'*_net_G_A.pth'",
+    ),
+    "two models, one with SWA layers": (["gemma-swa-{}.pt", "llama-{}.pt"], "are both of step 1"),
+    "the average of a run": (["resnet_{}.pt", "resnet_swa.pt"], "'resnet_swa.pt' are averages and"),
+    "two models, one a teacher": (["teacher-b-{}.pt", "assistant-{}.pt"], "are both of step 1"),
     "live beside averages, in folders": (["live/step{}.pt", "ema/step{}.pt"], "are averages and"),
     "two models of each step": (["checkpoint_{}/gen.pt", "checkpoint_{}/disc.pt"], "are both of step 1"),
     "a pretrained model": (["epoch_{}.pth", "resnet50.pth"], "resnet50"),
-    "a target network": (["actor_{}.pt", "actor_target_{}.pt"], "no step is known"),
+    "a target network": (["actor_{}.pt", "actor_target_{}.pt"], "are both of step 1"),
     "parts of ranks": (["iter_{}/model_rank_0.pt", "iter_{}/model_rank_1.pt"], "parts of one model"),
     "averages of some": (["model_{}.pt", "modelEMA_2.pt"], "are averages and 'model_1.pt'"),
 }
@@ -183,6 +198,7 @@ def test_what_is_no_series_is_refused(tmp_path, names, message):
 
 
 TAKEN = {
+    "a model with SWA layers": (["gemma-swa-{}.pt", "last.pt"], {"gemma-swa-1.pt", "gemma-swa-2.pt"}),
     "twins in camel case": (["net_{}.pt", "netEMA_{}.pt"], {"netEMA_1.pt", "netEMA_2.pt"}),
     "a last one above the run": (["last.pt", "checkpoints/epoch_{}.pt"], {"epoch_1.pt", "epoch_2.pt"}),
     "the best by rank": (["rank1_epoch10.pt", "rank2_epoch8.pt"], {"rank1_epoch10.pt", "rank2_epoch8.pt"}),
@@ -196,6 +212,79 @@ def test_what_is_meant_is_taken(tmp_path, names, taken):
         run_of(tmp_path, name)
     reading = read_inputs(tmp_path).required()
     assert {item.path.name for item in reading.taken} == taken
+
+
+def test_one_width_is_a_series_and_two_may_be_weighted(tmp_path):
+    for step in (1000, 2000):
+        for width, value in (("0.050", step), ("0.100", -step)):
+            put(tmp_path / f"network-snapshot-{step:07d}-{width}.pt", value)
+    reading = read_inputs(sorted(tmp_path.glob("*0.050.*"))).required()
+    assert reading.steps == [1000, 2000]
+    pair = sorted(tmp_path.glob("*0001000*"))
+    assert "alone, as averages of two widths" in str(read_inputs(pair).refusal)
+    polyak.average_checkpoints(pair, tmp_path / "out.npz", weights=[3, 1])
+    assert checkpoints.open(tmp_path / "out.npz").read("w")[0] == 500
+
+
+def test_two_nets_at_several_steps_are_refused_also_by_name(tmp_path):
+    for name in ("{}_net_G_A.pth", "{}_net_G_B.pth", "seed1_{}.pt", "seed2_{}.pt"):
+        run_of(tmp_path, name)
+    assert "both of step 1" in str(read_inputs(sorted(tmp_path.glob("*_G_?.pth"))).refusal)
+    # One step, typed file by file, and runs that differ in their number: soups.
+    assert read_inputs([tmp_path / "1_net_G_A.pth", tmp_path / "1_net_G_B.pth"]).refusal is None
+    assert read_inputs(sorted(tmp_path.glob("seed*.pt"))).refusal is None
+
+
+def test_the_best_and_the_last_alone_are_no_series(tmp_path):
+    for name in ("best.pt", "last.pt"):
+        put(tmp_path / "run" / name, len(name))
+    refusal = str(read_inputs(tmp_path / "run").refusal)
+    assert "best.pt and last.pt are, by their names, two states of one run" in refusal
+    # Who names both wants both; and one of them is what a folder with one holds.
+    assert (
+        len(read_inputs([tmp_path / "run" / name for name in ("best.pt", "last.pt")]).required().taken) == 2
+    )
+    (tmp_path / "run" / "best.pt").unlink()
+    assert len(read_inputs(tmp_path / "run").required().taken) == 1
+    run_of(tmp_path / "tops", "best_epoch_{}.pt")
+    assert read_inputs(tmp_path / "tops").required().steps == [1, 2]
+
+
+def test_what_is_no_checkpoint_is_left_out_of_a_folder(tmp_path):
+    run_of(tmp_path, "step_{}.pt")
+    torch.save(torch.ones(3), tmp_path / "val_preds.pt")
+    torch.save(torch.ones(3, dtype=torch.uint8), tmp_path / "rng_1.pt")
+    torch.save(argparse.Namespace(lr=1), tmp_path / "hparams.pt")
+    torch.save([torch.ones(2)], tmp_path / "features.pt")
+    (tmp_path / "best.pt").symlink_to("gone.pt")
+    reading = read_inputs(tmp_path).required()
+    assert [item.name for item in reading.taken] == ["step_1.pt", "step_2.pt"]
+    assert "'best.pt' (a link to what is not there)" in reading.left_out
+    assert "'features.pt', 'hparams.pt', 'rng_1.pt', 'val_preds.pt' (holds no weights)" in reading.left_out
+    assert "holds a Tensor, not a dict" in str(read_inputs(tmp_path / "rng_1.pt").refusal)
+    assert "cannot read" in str(read_inputs(tmp_path / "best.pt").refusal)
+
+
+def test_weights_in_half_precision_beside_the_full_ones(tmp_path):
+    run_of(tmp_path / "run", "step_{}.pt")
+    half = {"model": {"w": torch.full((2,), 9.0).half()}}
+    for name in ("step_1_fp16.pt", "step_2.fp16.pt", "step_2_bf16.pt"):
+        torch.save(half, tmp_path / "run" / name)
+    reading = read_inputs(tmp_path / "run").required()
+    assert reading.steps == [1, 2] and "'step_1_fp16.pt' (step_1.pt in half precision)" in reading.left_out
+    # A library's folder.
+    for value in (1, 2):
+        folder = tmp_path / f"checkpoint-{value}" / "unet"
+        put_hf(folder, "diffusion_pytorch_model.safetensors", torch.full((2,), float(value)))
+        put_hf(folder, "diffusion_pytorch_model.fp16.safetensors", torch.full((2,), 9.0).half())
+    reading = read_inputs([tmp_path / f"checkpoint-{value}" / "unet" for value in (1, 2)]).required()
+    assert [item.opened.read("w")[0] for item in reading.taken] == [1, 2]
+    assert "checkpoint-1/unet/diffusion_pytorch_model.fp16.safetensors" in reading.left_out
+
+
+def put_hf(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"w": tensor}, folder / name)
 
 
 def test_names_without_an_order_have_no_newest(tmp_path):

@@ -76,6 +76,16 @@ NAMES = [
     (["ckpt_1e5.pt", "ckpt_5e5.pt", "ckpt_1.5e6.pt"], [100_000, 500_000, 1_500_000], "step"),
     (["step_500k.pt", "step_1M.pt"], [500_000, 1_000_000], "step"),
     (["10kimg.pt", "200kimg.pt"], [10_000, 200_000], "step"),
+    # digits in threes
+    (["step_1_000.pt", "step_2_000.pt", "step_10_000.pt"], [1000, 2000, 10_000], "step"),
+    (["model_900.pt", "model_1_000.pt", "model_1_100.pt"], [900, 1000, 1100], "number"),
+    (["ckpt_10_500.pt", "ckpt_1_100_250.pt"], [10_500, 1_100_250], "number"),
+    (["step-1,500.pt", "step-2,500.pt"], [1500, 2500], "step"),
+    (["epoch_1_step_1_000.pt", "epoch_2_step_2_000.pt"], [1000, 2000], "step"),
+    (["step_1_000_0.91.pt", "step_2_000_0.88.pt"], [1000, 2000], "step"),
+    (["checkpoint_1_500.pt", "checkpoint_2_750.pt"], [500, 750], "number"),  # fairseq
+    (["checkpoint_1_500.pt", "checkpoint_2_1000.pt"], [500, 1000], "number"),
+    (["checkpoint_1_050.pt", "checkpoint_2_1050.pt"], [50, 1050], "number"),
     # metrics, rates and hashes
     (["model_10_0.91.pth", "model_20_0.87.pth"], [10, 20], "number"),
     (["epoch1_loss0.90.pt", "epoch2_loss0.50.pt"], [1, 2], "epoch"),
@@ -220,6 +230,14 @@ def test_a_refusal_names_two_files_and_what_their_numbers_say():
     assert all(part in message for part in ("a_10_91.pt", "a_20_87.pt", "87 and 91", "20 and 10"))
 
 
+def test_a_step_that_may_be_in_threes_is_refused():
+    with pytest.raises(
+        OptionError, match="'1_500' in .*may be the step 1500, or a step and another"
+    ) as caught:
+        read("step_1_500.pt", "step_2_750.pt")
+    assert "--steps" in caught.value.for_command
+
+
 def test_equal_pairs_are_refused():
     with pytest.raises(OptionError, match="same epoch and step"):
         read("epoch_0_step_9.pt", "epoch_1_step_3.pt", "epoch_1_step_3-v1.pt")
@@ -252,6 +270,8 @@ def test_equal_pairs_are_refused():
         ("best_2024-05-01.pt", None),
         ("May01_10-58-41_best.pt", None),
         ("init.pt", None),
+        ("step_10_000.pt", 10_000),
+        ("checkpoint_12_500.pt", 500),
     ],
 )
 def test_number_in_name(name, number):

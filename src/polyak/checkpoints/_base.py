@@ -35,6 +35,7 @@ __all__ = [
     "Layout",
     "LoadedTensor",
     "Location",
+    "NoWeightsError",
     "SpooledWriter",
     "StoredTensor",
     "StridedRegion",
@@ -228,6 +229,10 @@ def byte_view(flat: Tensor) -> memoryview:
 
 
 # What is found in a checkpoint.
+
+
+class NoWeightsError(CheckpointError):
+    """A file that is whole and holds no weights, as that of an optimizer."""
 
 
 @dataclass

@@ -166,6 +166,7 @@ class Checkpoint:
         metadata: text beside the weights.
         step: the training step, where the checkpoint says it in a plain integer.
         kind: ``"averaged"`` or ``"live"`` where its keys say so, else the empty string.
+        siblings: keys of other weights that may be parts of the same model.
         step_key: the entry that says it, such as ``"global_step"`` or ``"epoch"``.
         is_lazy: False if the format forced the whole file into memory (torch files from before 1.6).
         parts: those of a checkpoint that is one file for each rank, by their names; none of a whole one.
@@ -180,6 +181,7 @@ class Checkpoint:
         self.note = weights.note
         self.kind = weights.kind
         self.ignored = weights.ignored
+        self.siblings = weights.siblings
         self.metadata = contents.metadata
         self.step, self.step_key = weights.step, weights.step_key
         if self.step is None:

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-__all__ = ["DIALECTS", "STEP_KEYS", "STEP_PATHS", "Dialect", "is_no_weights_file", "key_rank", "rank_part"]
+__all__ = [
+    "DIALECTS",
+    "PIPELINE_FILES",
+    "STEP_KEYS",
+    "STEP_PATHS",
+    "Dialect",
+    "is_no_weights_file",
+    "key_rank",
+    "rank_part",
+]
 
 
 @dataclass(frozen=True)
@@ -166,6 +175,7 @@ DIALECTS = (
     Dialect("OLMo", live=("model",), no_weights=("optim.pt", "train.pt", "optim.safetensors", "other.pt")),
     Dialect("guided-diffusion", no_weights=("opt[0-9][0-9][0-9][0-9][0-9][0-9].pt",)),
     Dialect("Composer", live=("state.model",), steps=("state.timestamp.Timestamp.batch",)),
+    Dialect("Marian", no_weights=("*.npz.optimizer.npz",)),
     Dialect("nanoGPT and litgpt", live=("model",), steps=("iter_num", "step_count")),
     Dialect(
         "k-diffusion and DiT",
@@ -215,6 +225,10 @@ def key_rank(key: str) -> tuple[bool, int] | None:
     if key in LIVE_KEYS:
         return True, LIVE_KEYS.index(key)
     return (False, len(AVERAGED_KEYS)) if _AVERAGED_KEY.fullmatch(key) else None
+
+
+# Files by which diffusers and sentence-transformers say that the folders beside them are the models of one pipeline.
+PIPELINE_FILES = ("model_index.json", "modules.json")
 
 
 def is_no_weights_file(name: str) -> bool:

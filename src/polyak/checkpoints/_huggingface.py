@@ -26,7 +26,7 @@ _TRAINER_STATE = "trainer_state.json"
 
 
 # transformers, diffusers and PEFT; the first is the one that is written.
-_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
+_STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
 
 
 class _Folder(Format):

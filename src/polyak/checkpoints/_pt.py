@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from polyak._torch import reason_not_loaded
 from polyak.checkpoints import _base
-from polyak.checkpoints._base import Contents, Format, Layout, StoredTensor, TensorInfo
+from polyak.checkpoints._base import Contents, Format, Layout, NoWeightsError, StoredTensor, TensorInfo
 from polyak.checkpoints._io import DataFile
 from polyak.checkpoints._pickle import (
     HARMLESS,
@@ -166,7 +167,7 @@ class TorchFormat(Format):
         else:
             state, stored, leaves = _load_legacy(file, self._allowed), _Loaded(path).stored, (Tensor,)
         if not isinstance(state, Mapping):
-            raise CheckpointError(
+            raise NoWeightsError(
                 f"{path} holds a {_kind_of(state)}, not a dict: save the model's state_dict()"
             )
         return Contents(state, _metadata(state), is_lazy, stored, leaves, (file,))
@@ -272,19 +273,33 @@ def _safe_names() -> set[str]:
 
 
 def _load_legacy(file: DataFile, allowed: Sequence[str]) -> Any:
-    stand_in_of = {**dict.fromkeys(allowed, Entries), **HARMLESS}
-    safe: list[Any] = [(stand_in, name) for name, stand_in in stand_in_of.items()]
     try:
-        with _SAFE_NAMES_LOCK, torch.serialization.safe_globals(safe), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch has some for tensors that are refused here, with a reason
-            return torch.load(file.window(), map_location="cpu", weights_only=True)
+        with suppress(pickle.UnpicklingError):
+            return _loaded_as_data(file, allowed, Entries)
+        # torch fills no dict of another class than its own.
+        return _loaded_as_data(file, allowed, OrderedDict)
     except CheckpointError:
         raise
     except Exception as error:  # torch.load lets whatever the damaged bytes provoke escape
         name, reason = reason_not_loaded(error)
-        raise (
-            _needs_code(file.path, [name], has_tensors=True) if name else _damaged(file.path, reason)
+        if name:
+            raise _needs_code(file.path, [name], has_tensors=True) from error
+        raise CheckpointError(
+            f"{file.path} is truncated, damaged or not a torch file, or it is from before torch 1.6 and holds objects "
+            f"that cannot be read as data there ({reason}): use another copy, or, where you trust it, load it with "
+            "torch.load and save its state_dict()"
         ) from error
+
+
+def _loaded_as_data(file: DataFile, allowed: Sequence[str], dict_type: type) -> Any:
+    """What torch loads, with objects of ``dict_type`` in the place of those whose class may be a dict."""
+    stand_in_of = {**dict.fromkeys(allowed, Entries), **HARMLESS}
+    safe: list[Any] = [
+        (dict_type if stand_in is Entries else stand_in, name) for name, stand_in in stand_in_of.items()
+    ]
+    with _SAFE_NAMES_LOCK, torch.serialization.safe_globals(safe), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has some for tensors that are refused here, with a reason
+        return torch.load(file.window(), map_location="cpu", weights_only=True)
 
 
 # More names than these make no message clearer.

@@ -8,17 +8,17 @@ what is data in ``_dialects``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from polyak.checkpoints._base import Contents, StoredTensor
+from polyak.checkpoints._base import Contents, NoWeightsError, StoredTensor
 from polyak.checkpoints._dialects import DIALECTS, STEP_KEYS, STEP_PATHS, Dialect, key_rank
 from polyak.checkpoints._pickle import Record
 from polyak.errors import CheckpointError, OptionError, name_list
 
-__all__ = ["FoundWeights", "NoWeightsError", "bare_names", "find_weights"]
+__all__ = ["FoundWeights", "bare_names", "find_weights"]
 
 _Path = tuple[str, ...]
 Value = TypeVar("Value")
@@ -34,15 +34,12 @@ _MAX_DEPTH = 32
 _MAX_ENTRIES = 1_000_000
 
 
-class NoWeightsError(CheckpointError):
-    """A file that is whole and holds no weights, as that of an optimizer."""
-
-
 @dataclass
 class FoundWeights:
     """The tensors chosen, the key they lay under and the keys there were, what was left out, and the step.
 
-    ``kind`` is ``"averaged"`` or ``"live"`` where the checkpoint says so by its keys, else the empty string.
+    ``kind`` is ``"averaged"`` or ``"live"`` where the checkpoint says so by its keys, else the empty string; ``beside``
+    are keys of other weights that were not taken, and ``siblings`` those of them that may be of the same model.
     """
 
     tensors: dict[str, StoredTensor]
@@ -54,6 +51,8 @@ class FoundWeights:
     step_key: str | None = None
     kind: str = ""
     completed: str = ""
+    beside: tuple[str, ...] = ()
+    siblings: tuple[str, ...] = ()
 
     @property
     def note(self) -> str:
@@ -65,9 +64,9 @@ class FoundWeights:
         parts = []
         if self.key is not None:
             parts.append(f"weights found under {self.key!r}")
-            others = [key for key in self.found_keys if key != self.key]
+            others = dict.fromkeys(key for key in (*self.found_keys, *self.beside) if key != self.key)
             if others:
-                parts.append(f"also present: {name_list(others)}")
+                parts.append(f"also present: {name_list(list(others))}")
         if self.completed:
             parts.append(self.completed)
         if self.dropped_prefix:
@@ -106,6 +105,7 @@ def find_weights(contents: Contents, key: str | None, path: Path) -> FoundWeight
     completed = ""
     if key is None and kind == "averaged" and not by_prefix:
         named, completed = _completed(named, tensor_paths, found, contents, entries)
+    beside = {} if by_prefix else _beside(entries, tensor_paths, place, named)
     step, step_key = _step(entries, place)
     return FoundWeights(
         tensors={name: contents.stored(entries[parts]) for name, parts in named.items()},
@@ -117,6 +117,8 @@ def find_weights(contents: Contents, key: str | None, path: Path) -> FoundWeight
         step_key=step_key,
         kind=kind,
         completed=completed,
+        beside=tuple(beside),
+        siblings=tuple(key for key, is_part in beside.items() if is_part),
     )
 
 
@@ -298,6 +300,48 @@ def _completed(
             note = f"what that lacks, {name_list(lacking)}, is taken from {'.'.join(place.parts)!r}"
             return {name: named.get(name, parts) for name, parts in live.items()}, note
     return named, ""
+
+
+# Nets that train another one, or follow it: they are no part of it.
+_OTHER_NETS = re.compile(
+    r"(?:net_?|model_?)?d(?:is|isc|iscriminators?)?(?:_.*)?|(?:.*_)?d|.*(?:discriminator|critic|loss|criterion|metric).*"
+    r"|.*(?:teacher|student|target|old|prev|best|ref(?:erence)?)(?:_.*)?|m[psr]d|callbacks|loops|hyper_parameters|lpips|vgg.*",
+    re.IGNORECASE,
+)
+_PARAMETERS = ("weight", "bias")
+
+
+def _beside(
+    entries: Mapping[_Path, Any], tensor_paths: list[_Path], place: _Path, named: Named
+) -> dict[str, bool]:
+    """Keys beside the chosen one that hold weights, and whether they may be parts of the same model.
+
+    Other values of the same tensors are none, such as those of a second average.
+    """
+    taken = set(named.values())
+    found: dict[str, list[bool]] = {}
+    for parts in tensor_paths:
+        shared = next((n for n, part in enumerate(place) if parts[n : n + 1] != (part,)), len(parts))
+        if parts in taken or shared >= len(parts) - 1 or any(map(_NOT_WEIGHTS.fullmatch, parts[:-1])):
+            continue
+        is_another = _is_another(parts, named)
+        if is_another or parts[-1].rpartition(".")[2] in _PARAMETERS or len(_shape(entries[parts])) > 1:
+            found.setdefault(".".join(parts[: shared + 1]), []).append(is_another)
+    return {
+        key: not any(are_others) and not _OTHER_NETS.fullmatch(key.rpartition(".")[2])
+        for key, are_others in found.items()
+    }
+
+
+def _shape(leaf: Any) -> Sequence[int]:
+    return leaf.info.shape if isinstance(leaf, StoredTensor) else leaf.shape
+
+
+def _is_another(parts: _Path, named: Named) -> bool:
+    """Whether a tensor is, by its name, another value of one of those that were chosen."""
+    name = parts[-1].replace(_MODULE, "")
+    ends = (".".join([*parts[start:-1], name]) for start in range(1, len(parts)))
+    return any(end in named for end in ends)
 
 
 # The names of weights.

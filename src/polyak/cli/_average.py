@@ -379,7 +379,7 @@ def _tensors(report: combine.AverageReport) -> Iterator[str]:
     if report.differing:
         yield f"of these the inputs differ in {name_list([*report.differing])}"
     if report.ignored:
-        yield f"ignored, as no weights: {name_list([*report.ignored])}"
+        yield f"ignored: {name_list([*report.ignored])}"
 
 
 def _bytes(report: combine.AverageReport, seconds: float | None) -> str:

@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyak.checkpoints import Checkpoint, TensorInfo
+from polyak.checkpoints._huggingface import library_stem
 from polyak.errors import CheckpointError, NonFiniteError, PolyakError, StructureError, name_list
 
 __all__ = [
     "CONFIG_NAME",
+    "DIFFUSERS_STEM",
     "Adapter",
     "Factors",
     "common_entries_differ",
+    "config_in_metadata",
     "factors_of",
     "is_adapter",
+    "is_file_of_diffusers",
+    "metadata_of_average",
     "read_config",
     "refusal",
 ]
@@ -111,6 +117,59 @@ def is_adapter(checkpoint: Checkpoint) -> bool:
     """Whether any tensor is, by its name, a factor of a low-rank update."""
     marked = (name for name in checkpoint.tensors if any(mark in name for mark in _MARKS))
     return any(factors_of(name) or _other_update(name) for name in marked)
+
+
+# diffusers puts the name of the pipeline's component before that of the module; without a word about alpha it is the
+# rank, so that updates are scaled by 1.
+DIFFUSERS_STEM = "pytorch_lora_weights"
+_COMPONENT = re.compile(
+    r"(unet|transformer(_\d)?|text_encoder(_\d)?|prior|denoiser|controlnet|diffusion_model)\."
+)
+# Its newer files hold PEFT's config in their metadata, each entry after the name of the component.
+_DIFFUSERS_CONFIG = "lora_adapter_metadata"
+# What kohya's files say about the factors, and about the bytes of the file.
+_KOHYA_RANK, _KOHYA_ALPHA, _KOHYA_OTHERS = "ss_network_dim", "ss_network_alpha", ("ss_network_args",)
+_KOHYA_HASHES = ("sshs_model_hash", "sshs_legacy_hash")
+
+
+def is_file_of_diffusers(path: Path) -> bool:
+    """Whether a file, or the weights' file of a folder, has the name that diffusers gives to adapters."""
+    return (library_stem(path) if path.is_dir() else path.name.partition(".")[0]) == DIFFUSERS_STEM
+
+
+def config_in_metadata(checkpoint: Checkpoint, factors: Factors) -> dict[str, Any] | None:
+    """PEFT's config of a component in the metadata of diffusers; None where there is none.
+
+    Raises ``CheckpointError`` if it cannot be read.
+    """
+    text = checkpoint.metadata.get(_DIFFUSERS_CONFIG)
+    if text is None:
+        return None
+    component = _COMPONENT.match(factors.module)
+    prefix = component[0] if component else ""
+    try:
+        entries = json.loads(text)
+        config = {key[len(prefix) :]: value for key, value in entries.items() if key.startswith(prefix)}
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} is damaged: {_DIFFUSERS_CONFIG!r} in its metadata must be a JSON object"
+        ) from error
+    return config or None
+
+
+def metadata_of_average(
+    metadata: Mapping[str, str], ranks: Collection[int], alphas: Collection[float], is_changed: bool
+) -> dict[str, str]:
+    """The inputs' metadata without what is not true of their average, and with its ranks and alphas."""
+    kept = {key: text for key, text in metadata.items() if key not in (_DIFFUSERS_CONFIG, *_KOHYA_HASHES)}
+    if not is_changed:
+        return kept
+    for entry, values in ((_KOHYA_RANK, ranks), (_KOHYA_ALPHA, alphas)):
+        if entry in kept and len(set(values)) == 1:
+            kept[entry] = str(next(iter(values)))
+        else:
+            kept.pop(entry, None)
+    return {key: text for key, text in kept.items() if key not in _KOHYA_OTHERS}
 
 
 # PEFT's config, which lies beside the weights.
@@ -277,11 +336,15 @@ class Adapter:
             return self._alpha(factors) / rank
         if not factors.is_peft:
             return 1.0
-        if self.config is None:
-            raise refusal(
-                f"{self.checkpoint.path} has no {CONFIG_NAME} beside it, which says alpha, by which updates are scaled"
-            )
-        return _configured_scale(self.config, factors, rank, self.checkpoint)
+        config = self.config or config_in_metadata(self.checkpoint, factors)
+        if config is not None:
+            self._refuse_other_methods(config)
+            return _configured_scale(config, factors, rank, self.checkpoint)
+        if _COMPONENT.match(factors.module) or is_file_of_diffusers(self.checkpoint.path):
+            return 1.0
+        raise refusal(
+            f"{self.checkpoint.path} has no {CONFIG_NAME} beside it, which says alpha, by which updates are scaled"
+        )
 
     def _alpha(self, factors: Factors) -> float:
         info = self.checkpoint.tensors[factors.alpha]

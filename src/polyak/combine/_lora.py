@@ -29,11 +29,15 @@ from polyak.checkpoints._base import on_host
 from polyak.combine import _inputs
 from polyak.combine._adapters import (
     CONFIG_NAME,
+    DIFFUSERS_STEM,
     Adapter,
     Factors,
     common_entries_differ,
+    config_in_metadata,
     factors_of,
     is_adapter,
+    is_file_of_diffusers,
+    metadata_of_average,
     read_config,
     refusal,
 )
@@ -142,7 +146,7 @@ class MeanOfUpdates:
         """By how much the update is scaled where the output is loaded."""
         if factors.alpha in self._alphas:
             return self._alphas[factors.alpha].item() / self._ranks[factors.a]
-        return self._first.scales[factors.a] if self._keeps_config else 1.0
+        return self._first.scales[factors.a] if self._keeps_config and self._first.config else 1.0
 
     def _layout(self, dtype: torch.dtype | None) -> Layout:
         tensors = dict(self._first.checkpoint.tensors)
@@ -158,11 +162,23 @@ class MeanOfUpdates:
                 tensors[name] = TensorInfo(shape, _output_dtype(dtypes, dtype))
         ties = {tied: name for tied, name in self._first.checkpoint.ties.items() if tied in self.averaged}
         config = self._config()
+        is_of_diffusers = is_file_of_diffusers(self._first.checkpoint.path)
+        of_diffusers: dict[str, Any] = {"stem": DIFFUSERS_STEM} if is_of_diffusers else {}
         return Layout(
             {name: info for name, info in tensors.items() if name not in ties},
             ties,
-            **({} if config is None else _peft_folder(config)),
+            **(_peft_folder(config) if config is not None else of_diffusers),
         )
+
+    def metadata(self, agreed: Mapping[str, str]) -> dict[str, str]:
+        """What all inputs say alike beside their tensors, where it is true of the average."""
+        alphas = [alpha.item() for alpha in self._alphas.values()]
+        is_changed = any(
+            self._ranks[factors.a] != self._first.rank(factors)
+            or self._scale(factors) != self._first.scales[factors.a]
+            for factors in self._first.modules
+        )
+        return metadata_of_average(agreed, self._ranks.values(), alphas, is_changed)
 
     def _config(self) -> dict[str, Any] | None:
         """PEFT's config of the output: the first input's, or one by which every update is scaled by 1."""
@@ -376,6 +392,12 @@ class MeanOfFactors:
         self.averaged = list(self.layout.tensors)
         if configs[0] is not None:
             self.layout = replace(self.layout, **_peft_folder(configs[0]))
+        elif is_file_of_diffusers(inputs[0].path):
+            self.layout = replace(self.layout, stem=DIFFUSERS_STEM)
+
+    def metadata(self, agreed: Mapping[str, str]) -> dict[str, str]:
+        """What all inputs say alike beside their tensors."""
+        return dict(agreed)
 
     def write(self, writer: Writer, progress: Progress | None = None) -> None:
         """Nothing: all tensors are ordinary ones."""
@@ -406,6 +428,8 @@ def _scaling(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> dict[s
     for name, info in checkpoint.tensors.items():
         if (factors := factors_of(name)) is not None:
             scaling[f"the rank of {factors.module!r}"] = info.shape[0]
+            saved = config_in_metadata(checkpoint, factors) or {}
+            scaling |= {f"{entry} of {factors.module!r}": saved.get(entry) for entry in _SCALING_ENTRIES}
         elif name.endswith(".alpha"):
             scaling[name] = checkpoint.read(name).tolist()
     return scaling

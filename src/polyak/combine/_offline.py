@@ -250,6 +250,8 @@ class Plan:
         metadata = _inputs.provenance(self.opened, self.coefficients, profile, self.steps, hashes=self.hashes)
         if self.ranks is not None:
             return self.ranks.create(metadata, self.overwrite)
+        if self._adapters is not None:
+            metadata = self._adapters.metadata(metadata)
         layout = replace(self.layout, metadata=metadata)
         return checkpoints.create(self.output, layout, overwrite=self.overwrite)
 

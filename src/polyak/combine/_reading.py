@@ -7,6 +7,7 @@ meant, and can be shown. What is not certain is refused, with what to type inste
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,19 +17,23 @@ from pathlib import Path
 from polyak import checkpoints
 from polyak._checks import whole_within
 from polyak.checkpoints import Checkpoint, _checkpoint
-from polyak.checkpoints._dialects import is_no_weights_file
-from polyak.checkpoints._tree import NoWeightsError
+from polyak.checkpoints._base import NoWeightsError
+from polyak.checkpoints._dialects import PIPELINE_FILES, is_no_weights_file
 from polyak.combine._ranks import opened_parts, refuse_missing_parts, refuse_parts, with_ranks_together
 from polyak.combine._roles import (
     Item,
+    is_half_precision,
     is_special,
     leave_out_averages_of_others,
+    leave_out_half_precision,
     leave_out_links,
     leave_out_live_twins,
     leave_out_specials,
     refuse_mixed_kinds,
     refuse_quantised,
     refuse_ranks,
+    refuse_several_widths,
+    refuse_siblings,
     refuse_without_names,
     same_weights,
 )
@@ -126,15 +131,17 @@ def read_inputs(
     given = [Path(paths)] if isinstance(paths, str | PathLike) else [Path(path) for path in paths]
     reading = Reading()
     try:
-        reading.items = with_ranks_together(_discovered(given, set(found)))
+        reading.items = with_ranks_together(_with_half_precision(_discovered(given, set(found))))
         refuse_ranks(reading.items)
         leave_out_links(reading.items, all_count)
         _open(reading.items, key, allow, keep_going)
         if not all_count:
+            leave_out_half_precision(reading.taken)
             leave_out_averages_of_others(reading.taken)
             leave_out_live_twins(reading.taken)
             if steps is None:
                 leave_out_specials(reading.taken)
+            refuse_several_widths(reading.taken)
         refuse_mixed_kinds(reading.taken, all_count)
         _order(reading, steps, all_count)
         _take_last(reading, last)
@@ -142,6 +149,8 @@ def read_inputs(
         for item in reading.taken:
             for checkpoint in item.opened.parts.values() or (item.opened,):
                 refuse_quantised(checkpoint)
+                if key is None:
+                    refuse_siblings(checkpoint)
             if key is None:
                 refuse_without_names(item.opened)
     except PolyakError as error:
@@ -165,6 +174,8 @@ def _discovered(paths: list[Path], found: set[Path]) -> list[Item]:
                 f"by polyak.Trajectory({str(path)!r}).write, or let polyak.select choose one",
                 "by polyak average, or let polyak select choose one",
             )
+        if is_folder:
+            _refuse_pipeline(path)
         if is_folder and _checkpoint.is_checkpoint_folder(path):
             items += _with_those_below(path, alone=len(paths) == 1, given=path not in found)
         elif is_folder:
@@ -193,6 +204,23 @@ def _with_those_below(path: Path, alone: bool, given: bool) -> list[Item]:
     return [final, *(Item(item, item.name, False) for item in below)]
 
 
+def _with_half_precision(items: list[Item]) -> list[Item]:
+    """The items, and the weights in half precision that lie in a library's folders beside those that it loads."""
+    halved = [
+        Item(
+            file,
+            (Path(item.name) / file.name).as_posix(),
+            False,
+            why="half precision, beside the weights in full",
+        )
+        for item in items
+        if item.path.is_dir()
+        for file in _checkpoint.checkpoint_paths(item.path)
+        if is_half_precision(file.name)
+    ]
+    return items + halved
+
+
 def checkpoints_below(path: Path) -> list[Path]:
     """The numbered checkpoints of the run inside the folder of a model, as transformers' Trainer leaves them."""
     return [
@@ -210,12 +238,28 @@ def _inside(folder: Path, depth: int = 1) -> list[Path]:
     if (direct and not is_one_file) or depth == _MAX_FOLDER_DEPTH:
         return direct
     folders = [item for item in folder.iterdir() if item.is_dir() and not item.name.startswith(".")]
+    for sub in folders:
+        _refuse_pipeline(sub)
     return direct + [
         each
         for sub in sorted(folders, key=lambda item: _checkpoint.natural_order(item.name))
         if sub not in direct and not is_no_weights_file(sub.name)
         for each in _inside(sub, depth + 1)
     ]
+
+
+def _refuse_pipeline(folder: Path) -> None:
+    """Refuse several models that work together, each in a folder of its own: they are no checkpoints of one another."""
+    if not any((folder / name).is_file() for name in PIPELINE_FILES):
+        return
+    parts = [item.name for item in _checkpoint.checkpoint_paths(folder) if item.is_dir()]
+    if _checkpoint.is_checkpoint_folder(folder):
+        parts = ["its own weights", *parts]
+    if len(parts) > 1:
+        raise OptionError(
+            f"{folder} is a pipeline of several models ({name_list(parts)}): average each of them by itself, as "
+            f"{Path(folder.name) / parts[-1]} of every input, into a folder of its own"
+        )
 
 
 def _below(path: Path, folder: Path, n_inputs: int) -> str:
@@ -265,6 +309,8 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         raise OptionError("there is nothing to average: name one or more checkpoints, or a folder of them")
     if steps is not None and len(steps) != len(items):
         raise OptionError(f"{len(steps)} steps were given for {len(items)} checkpoints: give one for each")
+    if not all_count and steps is None:
+        _refuse_several_nets(items)
     order: Sequence[int] | None = None
     given = None if steps is None else [whole_within("[0, inf)", "each of steps", step) for step in steps]
     try:
@@ -304,7 +350,7 @@ def _order_in_names(reading: Reading, items: list[Item]) -> tuple[Sequence[int] 
         reading.unordered = error
         return None, None
     if named is None or (named.unit == "number" and _shared_by_folders(items, named.values or ())):
-        reading.unordered = _partly_known(items)
+        reading.unordered = _of_one_step(items) or _partly_known(items)
         return None, None
     return named.order, None if named.values is None else list(named.values)
 
@@ -407,6 +453,33 @@ def _sharing(items: list[Item], steps: list[int]) -> OptionError:
         f"{items[first].name} and {items[other].name} are both of step {steps[first]}, as of two runs, and a "
         "profile is about one: leave it out, or"
     )
+
+
+def _refuse_several_nets(items: list[Item]) -> None:
+    """Refuse two nets at each of several steps, also where they were named one by one, as by a shell's pattern."""
+    numbers = {number_in_name(item.path.stem) for item in items}
+    kinds = {re.sub(r"\d+", "", item.path.name) for item in items}
+    is_known = any(item.step is not None for item in items)
+    shared = None if is_known or len(numbers) < 2 or len(kinds) < 2 else _of_one_step(items)
+    if shared is not None:
+        raise shared
+
+
+def _of_one_step(items: list[Item]) -> OptionError | None:
+    """Where files of one folder have the number of one step, and names of different nets."""
+    first: dict[tuple[Path, int], Item] = {}
+    for item in items:
+        number = number_in_name(item.path.stem)
+        if number is None:
+            return None
+        other = first.setdefault((item.path.parent, number), item)
+        if other is not item:
+            pattern = re.sub(rf"(?<!\d)0*{number}(?!\d)", "*", other.path.name)
+            return _asking_for_steps(
+                f"{other.name} and {item.name} are both of step {number}, and differ in their names as different "
+                f"networks or runs do: choose one by a pattern such as {pattern!r}, or, where they are one run,"
+            )
+    return None
 
 
 def _partly_known(items: list[Item]) -> OptionError | None:

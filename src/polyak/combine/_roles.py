@@ -22,14 +22,18 @@ from polyak.errors import CheckpointError, OptionError, PolyakError, name_list
 
 __all__ = [
     "Item",
+    "is_half_precision",
     "is_special",
     "leave_out_averages_of_others",
+    "leave_out_half_precision",
     "leave_out_links",
     "leave_out_live_twins",
     "leave_out_specials",
     "refuse_mixed_kinds",
     "refuse_quantised",
     "refuse_ranks",
+    "refuse_several_widths",
+    "refuse_siblings",
     "refuse_without_names",
     "same_weights",
 ]
@@ -51,6 +55,25 @@ _SPECIAL = {
 }
 _BARE = {"checkpoint", "ckpt", "model", "state"}
 _AVERAGED = {"ema", "swa", "teacher"}
+# The others are words of models and tasks as well.
+_SURELY_AVERAGED = {"ema"}
+# What else is in the names of checkpoints whatever the model.
+_PLAIN = {
+    "step",
+    "steps",
+    "epoch",
+    "epochs",
+    "ep",
+    "iter",
+    "iteration",
+    "update",
+    "weights",
+    "pt",
+    "pth",
+    "bin",
+    "tar",
+}
+_PLAIN |= {"safetensors", "npz", "params", "net", "network", "run", "checkpoints", "ckpts", "models"}
 # A part of one model: the number is that of a rank, of a shard, or of a part.
 _PART = re.compile(
     r"consolidated\.(\d+)|(?:^|_)mp_rank_(\d+(?:_\d+)*)|tp_rank_(\d+_pp_rank_\d+)|zero_pp_rank_(\d+)|"
@@ -155,6 +178,8 @@ def leave_out_links(items: list[Item], all_count: bool) -> None:
         try:
             statuses = [os.stat(path) for path in item.parts.values() or (item.path,)]
         except OSError:
+            if item.path.is_symlink() and not item.given:
+                item.why = "a link to what is not there"
             continue  # opening it says so
         if item.taken and not all_count:
             places[tuple((status.st_dev, status.st_ino) for status in statuses)].append(item)
@@ -176,8 +201,44 @@ def is_special(name: str) -> bool:
     (True, True, False)
     """
     stem = name.rpartition("/")[2].partition(".")[0]
-    is_bare = "/" not in name and bool(stem) and _words(stem) <= _BARE and not re.search(r"\d", stem)
+    is_bare = bool(stem) and _words(stem) <= _BARE and not re.search(r"\d", stem)
+    is_bare = is_bare and "/" not in name and number_in_name(name) is None
     return is_bare or bool(_SPECIAL & _words(name))
+
+
+_HALF = re.compile(r"(?<![a-z0-9])(?:b?fp?16|float16|bfloat16|half)(?![a-z0-9])", re.IGNORECASE)
+
+
+def is_half_precision(name: str) -> bool:
+    """Whether a file's name says that it holds weights in half precision.
+
+    >>> is_half_precision("model.fp16.safetensors"), is_half_precision("halfway.pt")
+    (True, False)
+    """
+    return _HALF.search(name) is not None
+
+
+def leave_out_half_precision(items: list[Item]) -> None:
+    """The same weights in fewer bits: ``model.fp16.safetensors`` beside ``model.safetensors``."""
+    full = {item.path: item for item in items if not is_half_precision(item.path.name)}
+    for item in items:
+        halved = _HALF.search(item.path.name)
+        if item.given or halved is None:
+            continue
+        before, after = item.path.name[: halved.start()], item.path.name[halved.end() :]
+        names = {before[:-1] + after, before + after[1:], before + after}
+        twin = next(
+            (full[path] for name in names if name and (path := item.path.with_name(name)) in full), None
+        )
+        if twin is not None and _is_narrower(item.opened, twin.opened):
+            item.why = f"{twin.name} in half precision"
+
+
+def _is_narrower(one: Checkpoint, other: Checkpoint) -> bool:
+    shapes = [{name: info.shape for name, info in each.tensors.items()} for each in (one, other)]
+    return shapes[0] == shapes[1] and all(
+        info.dtype.itemsize <= other.tensors[name].dtype.itemsize for name, info in one.tensors.items()
+    )
 
 
 def leave_out_averages_of_others(items: list[Item]) -> None:
@@ -193,8 +254,7 @@ def leave_out_averages_of_others(items: list[Item]) -> None:
 
 def leave_out_live_twins(items: list[Item]) -> None:
     """Averages beside the live weights, told by their names: only the averages are taken."""
-    # The folders above say it too, of what was found in them.
-    averaged = [item for item in items if _AVERAGED & _words(item.path.name if item.given else item.name)]
+    averaged = _averages(items)
     _refuse_several_rates(averaged)
     live = [item for item in items if item not in averaged]
     if not averaged or not live:
@@ -216,6 +276,54 @@ def leave_out_live_twins(items: list[Item]) -> None:
             if twin
             else "live weights, beside averages"
         )
+
+
+# EDM2 writes the averages of each step beside one another, network-snapshot-0001000-0.050 and -0.100, and ema-pytorch's
+# PostHocEMA 0.1000.pt and 1.1000.pt; which of them are averages of one step is in their names alone.
+_WIDTH = re.compile(r"(?<=\d)[-_](?P<width>0\.\d+)(?=\.[a-z])", re.IGNORECASE)
+_INDEX_OF_WIDTH = re.compile(r"^(?P<width>\d+)(?=\.\d+\.[a-z]+$)", re.IGNORECASE)
+_EMA_PYTORCH = {"initted", "step"}
+
+
+def refuse_several_widths(items: list[Item]) -> None:
+    """Refuse averages of one step that differ in how far they look back; their sum needs a weight for each."""
+    found: dict[tuple[Path, str, int | None], dict[str, Item]] = defaultdict(dict)
+    for item in items:
+        is_posthoc = set(item.opened.ignored) >= _EMA_PYTORCH
+        pattern = _INDEX_OF_WIDTH if is_posthoc else _WIDTH
+        if match := pattern.search(item.path.name):
+            rest = pattern.sub("", item.path.name)
+            found[item.path.parent, rest, item.step].setdefault(match["width"], item)
+    for one, other, *_ in (list(widths.items()) for widths in found.values() if len(widths) > 1):
+        start = "" if _INDEX_OF_WIDTH.search(one[1].path.name) else "*"
+        raise OptionError(
+            f"{one[1].name} and {other[1].name} are of one step and differ in {one[0]} and {other[0]} alone, as "
+            f"averages of two widths do: choose one by a pattern such as '{start}{one[0]}.*', or say how much each "
+            "counts, as post-hoc EMA does, with ",
+            "weights",
+            "--weights",
+        )
+
+
+def _averages(items: list[Item]) -> list[Item]:
+    """Those whose names call them averages: of another item, or by words of these names and of checkpoints alone.
+
+    In ``gemma-swa-1.pt`` the letters are those of the model's sliding windows.
+    """
+
+    # The folders above say it too, of what was found in them.
+    def words(item: Item) -> set[str]:
+        return _words(item.path.name if item.given else item.name)
+
+    called = [item for item in items if _AVERAGED & words(item)]
+    others = [item for item in items if item not in called]
+    twins = {_without_average(item) for item in others}
+    known = _AVERAGED.union(_SPECIAL, _BARE, _PLAIN, *map(words, others))
+    return [
+        item
+        for item in called
+        if _SURELY_AVERAGED & words(item) or _without_average(item) in twins or words(item) <= known
+    ]
 
 
 def _refuse_several_rates(averaged: list[Item]) -> None:
@@ -251,6 +359,7 @@ def leave_out_specials(items: list[Item]) -> None:
             twin = next((one for one in series if item not in series and same_weights(one, item)), None)
             if twin is not None:
                 item.why = f"the same weights as {twin.name}"
+        _refuse_roles_alone([item for item in items if item.taken and item not in series])
         return
     steps = {item.step for item in series}
     named = []
@@ -272,6 +381,20 @@ def leave_out_specials(items: list[Item]) -> None:
             "with ",
             "weights",
             "--weights",
+        )
+
+
+def _refuse_roles_alone(specials: list[Item]) -> None:
+    """Refuse the best and the last of one run, found without any series: they are no checkpoints in a row."""
+    folders: dict[Path, list[Item]] = defaultdict(list)
+    for item in specials:
+        # Numbers tell apart the best ones of several epochs.
+        if not item.given and not re.search(r"\d", item.path.name):
+            folders[item.path.parent].append(item)
+    for first, second, *_ in (those for those in folders.values() if len(those) > 1):
+        raise OptionError(
+            f"{first.name} and {second.name} are, by their names, two states of one run, and there are no numbered "
+            "checkpoints beside them: name one of them, or, to average them, each of them"
         )
 
 
@@ -315,6 +438,18 @@ def refuse_without_names(checkpoint: Checkpoint) -> None:
             "they are, choose them with ",
             f"key={checkpoint.key!r}",
             f"--key {checkpoint.key}",
+        )
+
+
+def refuse_siblings(checkpoint: Checkpoint) -> None:
+    """Refuse to take one of several state dicts that may be parts of one model, such as an encoder beside a decoder."""
+    if checkpoint.siblings:
+        there = name_list(list(checkpoint.siblings))
+        raise OptionError(
+            f"{checkpoint.path} holds weights under {checkpoint.key!r} and, with other names, under {there}, which may "
+            "be parts of one model: say which are meant, and average each by itself where several are, ",
+            f"by key={checkpoint.key!r} or key={checkpoint.siblings[0]!r}",
+            f"by --key {checkpoint.key} or --key {checkpoint.siblings[0]}",
         )
 
 

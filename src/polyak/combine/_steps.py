@@ -40,7 +40,8 @@ def steps_in_names(paths: Sequence[Path]) -> NamedSteps | None:
     files say less. Metrics, rates, hashes, seeds, ranks, versions and sizes are no steps. Where epochs, or numbers
     that nothing says to be steps, begin at 0, they are counted from 1.
 
-    Raises ``OptionError`` where numbers contradict each other about the order and nothing says which of them counts.
+    Raises ``OptionError`` where numbers contradict each other about the order and nothing says which of them counts,
+    and where ``step_1_500.pt`` may be of step 1 or of step 1500.
 
     >>> steps_in_names([Path("epoch=1-step=500.ckpt"), Path("epoch=2-step=1000.ckpt")]).values
     (500, 1000)
@@ -55,7 +56,8 @@ def steps_in_names(paths: Sequence[Path]) -> NamedSteps | None:
     if not paths:
         return None
     moments, levels = _without_moments([_last_names(path) for path in paths])
-    levels = [_columns(names) for names in levels]
+    _refuse_unclear_thousands(levels[0], paths)
+    levels = [_columns(_without_separators(names)) for names in levels]
     if len(paths) == 1:
         columns = [*levels[0], *(column for level in levels[1:] for column in level if column.word in _WORDS)]
     else:
@@ -85,7 +87,7 @@ def number_in_name(name: str) -> int | None:
     stem = _NO_YEAR.sub(_BLANK, _stem(name))
     for moment in _MOMENTS:
         stem = moment.sub(_BLANK, stem)
-    found = _readings(stem)
+    found = _readings(*_without_separators([stem]))
     said = [number for word in _WORDS for number in reversed(found) if number.word == word]
     if not said:
         stands_apart = _APART.search(stem) is not None
@@ -259,6 +261,48 @@ def _without_moments(names: Sequence[str]) -> tuple[list[_Column], list[list[str
             break
     levels = zip(*(reversed(name.split("/")) for name in names), strict=True)
     return columns, [list(level) for level in levels]
+
+
+# The digits of a large number in threes, as in 10_000 and 10,000; where a step is said to be such a number.
+_THOUSANDS = re.compile(r"(?<!\d)(?<!\d[_,.])[1-9]\d{0,2}(?:[_,]\d{3})+(?!\d)(?![_,]\d+(?![\d.]))")
+_STEP_OF_THOUSANDS = re.compile(
+    rf"(?:step|iter|iteration|update)s?[-_=]?(?:{_THOUSANDS.pattern})", re.IGNORECASE
+)
+_PAIR = re.compile(r"\d_\d")
+
+
+def _without_separators(names: Sequence[str]) -> list[str]:
+    """The names with ``10_000`` as ``10000``, where they show that it is one number, and no epoch and update.
+
+    A second number seldom begins with a zero, and its digits do not come in threes as often as there are.
+
+    >>> _without_separators(["900", "1_000"]), _without_separators(["1_500", "2_500"]), _without_separators(["1,500"])
+    (['900', '1000'], ['1_500', '2_500'], ['1500'])
+    """
+    found = [_THOUSANDS.findall(name) for name in names]
+    groups = [re.split("[_,]", number) for numbers in found for number in numbers]
+    is_one_number = (
+        any("," in number for numbers in found for number in numbers)
+        or any(group.startswith("0") for _, *rest in groups for group in rest)
+        or len({len(those) for those in groups}) > 1
+    )
+    has_pairs = any(not numbers and _PAIR.search(name) for name, numbers in zip(names, found, strict=True))
+    if not is_one_number or has_pairs:
+        return list(names)
+    return [_THOUSANDS.sub(lambda match: re.sub("[_,]", "", match[0]), name) for name in names]
+
+
+def _refuse_unclear_thousands(names: Sequence[str], paths: Sequence[Path]) -> None:
+    """Refuse ``step_1_500`` and ``step_2_750`` where nothing shows whether the first number is the step."""
+    joined = _without_separators(names)
+    unclear = [path for path, name in zip(paths, joined, strict=True) if _STEP_OF_THOUSANDS.search(name)]
+    if len(unclear) == len(paths):
+        number = _THOUSANDS.findall(unclear[0].name)[-1]
+        raise OptionError(
+            f"{number!r} in {unclear[0]} may be the step {re.sub('[_,]', '', number)}, or a step and another number: ",
+            "give one for each checkpoint with steps=[…]",
+            "give one for each checkpoint with --steps",
+        )
 
 
 def _parts(moment: re.Match[str]) -> tuple[int, ...]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
+from polyak.checkpoints._base import NoWeightsError
 from polyak.checkpoints._checkpoint import is_checkpoint_folder, is_recording
-from polyak.checkpoints._tree import NoWeightsError
 from polyak.combine._reading import checkpoints_below, read_inputs
 from polyak.combine._roles import Item
 from polyak.errors import OptionError
