@@ -47,3 +47,16 @@ def test_results_show_the_committed_figures(monkeypatch: pytest.MonkeyPatch) -> 
     import tables
 
     assert (ROOT / "docs" / "results.md").read_text() == tables.document(), "run python benchmarks/tables.py"
+
+
+PASTED = [ROOT / "docs" / "teacher.md"]  # whose code has no prompts, so that doctest passes over it
+
+
+@pytest.mark.parametrize("document", PASTED, ids=lambda path: path.name)
+def test_what_is_to_be_pasted_runs(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), re.M | re.S)
+    assert blocks and not any(">>>" in block for block in blocks)
+    for block in blocks:
+        exec(compile(block, str(document), "exec"), {"__name__": "__main__"})
+    accuracy = re.search(r"accuracy of the teacher ([\d.]+)", capsys.readouterr().out)
+    assert accuracy and float(accuracy[1]) > 0.95

@@ -442,8 +442,8 @@ class Binding:
             return []
         return [n for n in self.frozen if self.tensors[n].tensor.requires_grad and not self._is_swapped(n)]
 
-    def average_also(self, names: Iterable[str], rebind: Callable[[], object] = bool) -> None:
-        """Average ``names`` as well from now on, those that may be averaged; ``rebind()`` if these are more."""
+    def average_also(self, names: Iterable[str], rebind: Callable[[], object] = lambda: None) -> None:
+        """Average ``names`` as well from now on, as far as they may be averaged; ``rebind()`` if they are more."""
         self._refuse_sparse(names := [name for name in self._choosable if name in names])
         self._average_these([*self.names, *names], rebind)
 

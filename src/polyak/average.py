@@ -56,7 +56,8 @@ class Average:
         dtype: of the average; None: that of each parameter, but at least fp32.
         device: where the average and the backup of a swap are kept; None: beside each parameter.
         buffers: "copy" takes buffers from the live model; "average" averages the floating ones.
-        include: names or glob patterns of the tensors to average, frozen ones too; None: every trainable one.
+        include: names or glob patterns of the tensors to average, frozen ones too; None: every trainable one, and
+            those that thaw, for which all samples before have the value that they had while frozen.
         exclude: names or glob patterns of tensors to take from the live model instead.
         check_finite: True leaves out a sample that holds a NaN or an infinity and counts it in ``n_skipped``;
             "raise" raises :class:`~polyak.errors.NonFiniteError`; False does not look.
@@ -360,8 +361,8 @@ class Average:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bitwise as if never interrupted: plain values and tensors, no copies.
 
-        It loads with ``torch.load(weights_only=True)``, has the same keys and shapes at any time, and goes
-        through ``torch.distributed.checkpoint``, sharded where the model is.
+        It loads with ``torch.load(weights_only=True)``, has the same keys and shapes at any time, but for parameters
+        that thaw, and goes through ``torch.distributed.checkpoint``, sharded where the model is.
         """
         accumulator = self._follow_model()
         return {
@@ -377,7 +378,7 @@ class Average:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state.
+        """Take up a saved state, also where other parameters are frozen now than were then.
 
         Raises:
             StateError: it was saved with another scheme, schedule or shape; nothing was loaded. To go on with

@@ -79,14 +79,38 @@ def thawed(shard):
     return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
 
 
-def on_two_ranks():
+def recorded(folder):
+    """Thawed in the middle; what stays frozen is moved at the end, so that its file is written anew."""
+    model = nn.Sequential(*network()[::2], nn.Linear(2, 3))
+    model[:2].requires_grad_(False)
+    model = fully_shard(model)
+    recorder, optimizer = polyak.Recorder(model, folder, block=2), torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    for step in range(8):
+        if step == 5:
+            model[1].requires_grad_(True)
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+        recorder.update()
+        seen.append({name: p.detach().full_tensor() for name, p in model.named_parameters()})
+    with torch.no_grad():
+        model[0].weight.to_local().fill_(3.0)
+    recorder.close()
+    average = polyak.Trajectory(folder).average("uniform")
+    mean = {name: torch.stack([sample[name] for sample in seen]).mean(0) for name in seen[0]}
+    mean["0.weight"].fill_(3.0)
+    return max((average[name] - value).abs().max().item() for name, value in mean.items())
+
+
+def on_two_ranks(folder):
     sharded_run, plain_run = thawed(fully_shard), thawed(lambda model: model)
     off = max((sharded_run[name] - plain_run[name]).abs().max().item() for name in plain_run)
-    return under_ddp(), sharded(), off
+    return under_ddp(), sharded(), max(off, recorded(folder))
 
 
-def test_modules_and_thawed_parameters_of_parallel_models():
-    for equal, (refusal, follows), off in run_on_ranks(on_two_ranks):
+def test_modules_and_thawed_parameters_of_parallel_models(tmp_path):
+    for equal, (refusal, follows), off in run_on_ranks(on_two_ranks, str(tmp_path / "run")):
         assert equal and follows
         assert "average.copy_to(second) after each update" in refusal
         assert off < 1e-6
