@@ -5,7 +5,8 @@
 Eight GPT-2-sized fp32 checkpoints are made on the spot, in both formats (9 GB of disk), and are in the page cache
 when they are read. All contenders take turns, each time in a fresh process, as a script is; the clock starts once it
 has averaged eight tiny checkpoints, so that imports do not count. Ratios are taken round by round. Memory is the most
-anonymous memory beyond an interpreter that has imported torch, each case in a process of its own too.
+anonymous memory beyond an interpreter that has imported torch, each case in a process of its own too. Planning is
+what ``polyak average RUN --dry-run`` does of it: which of 1,000 files of a run are taken, at which steps.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ import harness
 import shapes
 from offline_peers import CONTENDERS, LIMIT, LOAD_AND_ADD, MERGEKIT, MERGEKIT_INSTALLED, POLYAK, POLYAK_PT
 from polyak import checkpoints
+from polyak.combine._offline import Plan
 
 N_INPUTS = 8
 MODEL = shapes.gpt2_small
 MAX_MEMORY_BYTES = 256_000_000
 TINY = "tiny"  # the folder of checkpoints that are averaged first
 LARGE_TENSOR = (400, 1_000_000)  # 1.6 GB, several times max_memory
-OUR_MEMORY = ("8 inputs", "64 inputs", "2 inputs of one 1.6 GB tensor", "8 inputs, .pt")
+N_MANY = 64  # inputs with a sixteenth of the rows
+N_PLANNED, PLANNED_TENSORS = 1000, 60
+OUR_MEMORY = ("8 inputs", f"{N_MANY} smaller inputs", "2 inputs of one 1.6 GB tensor", "8 inputs, .pt")
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "offline.json"
 
 
@@ -113,14 +117,51 @@ def check(folder: Path) -> None:
 def memory_cases(folder: Path) -> dict[str, tuple[list[Path], str]]:
     """The inputs and the contender of each case."""
     inputs = inputs_of(folder, ".safetensors")
+    many = [folder / f"many_{number}.safetensors" for number in range(N_MANY)]
     large = [folder / f"large_{number}.safetensors" for number in range(2)]
     from_pt = inputs_of(folder, ".pt")
-    ours = [(inputs, POLYAK), (8 * inputs, POLYAK), (large, POLYAK), (from_pt, POLYAK_PT)]
+    ours = [(inputs, POLYAK), (many, POLYAK), (large, POLYAK), (from_pt, POLYAK_PT)]
     return {
         **dict(zip(OUR_MEMORY, ours, strict=True)),
         **{f"8 inputs, {name}": (from_pt, name) for name in CONTENDERS if "way" in name},
         **({"8 inputs, mergekit linear": (inputs_of(folder, ".hf"), MERGEKIT)} if MERGEKIT_INSTALLED else {}),
     }
+
+
+def make_many_inputs(folder: Path) -> None:
+    """Checkpoints with a sixteenth of each tensor."""
+    model = [(-(-rows // 16), *others) for rows, *others in MODEL()]
+    for number in range(N_MANY):
+        tensors = {
+            name: torch.full(shape, float(number))
+            for name, shape in zip(shapes.gpt2_names(), model, strict=False)
+        }
+        checkpoints.write(folder / f"many_{number}.safetensors", tensors)
+
+
+def make_run(folder: Path) -> None:
+    """A run as a training loop saves it: weights, an optimizer's state and the step in each file."""
+    folder.mkdir()
+    for number in range(N_PLANNED):
+        weights = {f"layers.{n}.weight": torch.full((8, 8), float(number)) for n in range(PLANNED_TENSORS)}
+        moments = {
+            n: {"step": number, "exp_avg": tensor, "exp_avg_sq": tensor}
+            for n, tensor in enumerate(weights.values())
+        }
+        state = {"model": weights, "optimizer": {"state": moments, "param_groups": []}, "step": 10 * number}
+        torch.save(state, folder / f"step_{10 * number}.pt")
+
+
+def seconds_of_planning(folder: Path) -> float:
+    """Seconds until it is known what of the run is taken. Runs in a fresh process."""
+    output = folder.parent / "planned.safetensors"
+    Plan([folder / "step_0.pt"], output)  # imports do not count
+    started = time.perf_counter()
+    plan = Plan([folder], output)
+    seconds = time.perf_counter() - started
+    if len(plan.opened) != N_PLANNED:
+        raise RuntimeError(f"{len(plan.opened)} of {N_PLANNED} checkpoints were taken")
+    return seconds
 
 
 def make_large_inputs(folder: Path) -> None:
@@ -157,9 +198,10 @@ def main(arguments: list[str] | None = None) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
         for name in harness.rotated(list(CONTENDERS), options.rounds, "timing"):
             seconds[name].append(harness.in_fresh_process(seconds_of_one, name, folder))
+        planning = _measured_planning(folder / "run", options.rounds)
         memory = _measured_memory(folder) if harness.memory_is_measurable() else {}
     cases = {name: _record(values, seconds) for name, values in seconds.items()}
-    found = verdicts(cases, memory)
+    found = verdicts(cases, memory, planning)
     Console().print(_times(cases), _memories(memory), harness.verdict_table(found))
     harness.write_json(
         options.output,
@@ -173,21 +215,26 @@ def main(arguments: list[str] | None = None) -> None:
                 "dtype": "float32",
             },
             "cases": cases,
+            "planning": planning,
             "peak_anonymous_bytes": memory,
             "promises": [asdict(verdict) for verdict in found],
         },
     )
 
 
-def verdicts(cases: dict[str, Any], memory: dict[str, int]) -> list[harness.Verdict]:
+def verdicts(
+    cases: dict[str, Any], memory: dict[str, int], planning: dict[str, Any]
+) -> list[harness.Verdict]:
     """The promises, and what became of them."""
     over_limit = cases[POLYAK]["over_limit"]["median"]
     from_pt = cases[POLYAK_PT]["over_polyak"]["median"]
     added = cases[LOAD_AND_ADD]["over_polyak"]["median"]
+    seconds = planning["seconds"]["median"]
     found = [
         harness.Verdict(f"{POLYAK} / {LIMIT} at most 1.6, aim 1.4", over_limit, over_limit <= 1.6),
         harness.Verdict(f"{POLYAK_PT} / {POLYAK} at most 1.25", from_pt, from_pt <= 1.25),
         harness.Verdict(f"{LOAD_AND_ADD} / {POLYAK} at least 5", added, added >= 5),
+        harness.Verdict("seconds of planning 1,000 checkpoints at most 5", seconds, seconds <= 5),
     ]
     if memory:
         peak = max(value for name, value in memory.items() if name in OUR_MEMORY) / MAX_MEMORY_BYTES
@@ -195,7 +242,20 @@ def verdicts(cases: dict[str, Any], memory: dict[str, int]) -> list[harness.Verd
     return found
 
 
+def _measured_planning(folder: Path, rounds: int) -> dict[str, Any]:
+    make_run(folder)
+    seconds = [harness.in_fresh_process(seconds_of_planning, folder) for _ in range(rounds)]
+    shutil.rmtree(folder)
+    return {
+        "checkpoints": N_PLANNED,
+        "tensors": PLANNED_TENSORS,
+        "seconds_by_round": seconds,
+        "seconds": asdict(harness.Spread.of(seconds)),
+    }
+
+
 def _measured_memory(folder: Path) -> dict[str, int]:
+    make_many_inputs(folder)
     make_large_inputs(folder)
     return {
         name: harness.in_fresh_process(peak_memory_bytes, inputs, contender, output_of(contender, folder))

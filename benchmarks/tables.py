@@ -300,7 +300,12 @@ def offline(data: dict[str, Any]) -> str:
         f"{settings['inputs']} {settings['dtype']} checkpoints of {settings['elements'] / 1e6:.0f}M numbers."
     )
     memory = table(("anonymous memory beyond the interpreter with torch", "peak, MB"), peaks)
-    return f"{model}\n\n{times}\n\n{memory}\n\n{promises(data['promises'])}"
+    plan = data["planning"]
+    planning = (
+        f"Planning a run of {plan['checkpoints']:,} checkpoints, {plan['tensors']} tensors and an optimizer's state in "
+        f"each, takes {spread(plan['seconds'])} seconds."
+    )
+    return f"{model}\n\n{times}\n\n{memory}\n\n{planning}\n\n{promises(data['promises'])}"
 
 
 def spread(entry: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ def offline(monkeypatch):
     module = import_module("offline")
     monkeypatch.setattr(module, "MODEL", lambda: [(300, 400), (7,)])
     monkeypatch.setattr(module, "LARGE_TENSOR", (2, 1_000_000))
+    monkeypatch.setattr(module, "N_PLANNED", 5)
     # A peer of hundreds of megabytes, which warns where it is imported, is for the benchmark itself.
     monkeypatch.setattr(module, "MERGEKIT_INSTALLED", False)
     contenders = {name: how for name, how in module.CONTENDERS.items() if name != module.MERGEKIT}
@@ -34,6 +35,7 @@ def test_a_short_run_writes_its_figures(offline, tmp_path, monkeypatch):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures["cases"]) == set(offline.CONTENDERS)
     assert len(figures["cases"][offline.POLYAK]["seconds_by_round"]) == 2
+    assert len(figures["planning"]["seconds_by_round"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
 

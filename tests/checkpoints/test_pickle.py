@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import pickletools
 import sys
 import types
 import uuid
@@ -16,11 +17,13 @@ from collections import Counter, OrderedDict, defaultdict, deque
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from polyak import checkpoints
-from polyak.checkpoints._pickle import HARMLESS, Record, stand_ins, unpickle
+from polyak.checkpoints._pickle import HARMLESS, Record, _operations, stand_ins, unpickle
 from polyak.errors import CheckpointError, OptionError
 
 WEIGHT = torch.tensor([1.0, 2.0])
@@ -53,6 +56,13 @@ HARMLESS_OBJECTS = {
     "bytearray": bytearray(b"a"),
     "type": dict,
 }
+CONTENTS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.text(), inner) | st.just(OrderedDict(a=pathlib.Path("a")))
+    ),
+    max_leaves=20,
+)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -325,3 +335,26 @@ def test_dtensors_that_are_not_whole_are_refused(tmp_path, mesh):
         assert "damaged" not in str(caught.value)
         torch.save({"model": {"w": WEIGHT}, "aside": tensor}, tmp_path / "x.pt")
         assert list(checkpoints.open(tmp_path / "x.pt").tensors) == ["w"]
+
+
+@given(
+    content=CONTENTS,
+    protocol=st.integers(0, 5),
+    damage=st.none() | st.tuples(st.integers(0), st.integers(0, 255)),
+)
+def test_operations_are_those_that_pickletools_finds(content, protocol, damage):
+    data = bytearray(pickle.dumps(content, protocol))
+    if damage is not None:
+        data[damage[0] % len(data)] = damage[1]
+    data = bytes(data)
+    try:
+        expected = [ord(operation.code) for operation, _, _ in pickletools.genops(data)]
+    except Exception:
+        return  # pickletools also refuses arguments of which the unpickler is the judge
+    assert [code for code, _ in _operations(data)] == expected
+
+
+@pytest.mark.parametrize("index", [b"p4000000000\n", b"r\xff\xff\xff\xf0"])
+def test_a_memo_larger_than_the_file_is_refused(index):
+    with pytest.raises(pickle.UnpicklingError, match="impossible memo index"):
+        unpickle(b"\x80\x02}" + index + b".", stand_ins(()))

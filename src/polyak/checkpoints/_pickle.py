@@ -11,7 +11,7 @@ import math
 import pickle
 import pickletools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,22 @@ class Entries(Record, dict):
 # Reading a pickle.
 
 # What every module has in its state, and hardly anything else.
-_MODULE_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules"})
+_MODULE_ATTRIBUTES = frozenset({b"_parameters", b"_buffers", b"_modules"})
+
+# Operations of pickles: bytes of the argument, or what it begins with, by the code.
+_ARGUMENT_NBYTES = {
+    ord(operation.code): operation.arg.n if operation.arg else 0 for operation in pickletools.opcodes
+}
+_COUNT_NBYTES = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+_TWO_LINES = frozenset(pickle.GLOBAL + pickle.INST)
+_MEMO_INDEX = frozenset(pickle.PUT + pickle.LONG_BINPUT)
+_STOP = ord(pickle.STOP)
+_EXTENSIONS = frozenset(pickle.EXT1 + pickle.EXT2 + pickle.EXT4)
 
 
 class ForbiddenName(pickle.UnpicklingError):
@@ -110,19 +125,46 @@ class _Unpickler(pickle.Unpickler):
         return self._persistent(pid)
 
 
+def _operations(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Code and argument of each operation; what ``pickletools.genops`` finds, without what it makes of it.
+
+    Raises ``LookupError`` or ``ValueError`` for damaged data.
+    """
+    place, code = 0, -1
+    while code != _STOP:
+        code = data[place]
+        place += 1
+        nbytes = _ARGUMENT_NBYTES[code]
+        if nbytes in _COUNT_NBYTES:
+            start = place + _COUNT_NBYTES[nbytes]
+            end = start + int.from_bytes(data[place:start], "little")
+        elif nbytes == pickletools.UP_TO_NEWLINE:
+            start, end = place, data.index(b"\n", place) + 1
+            if code in _TWO_LINES:
+                end = data.index(b"\n", end) + 1
+        else:
+            start, end = place, place + nbytes
+        yield code, data[start:end]
+        place = end
+
+
+def _memo_index(code: int, argument: bytes) -> int:
+    return int(argument) if code in pickle.PUT else int.from_bytes(argument, "little")
+
+
 def unpickle(data: bytes, known: Callable[[str], Any], persistent: Callable[[Any], Any] | None = None) -> Any:
     """What a pickle holds, where all names in it are of torch's dtypes, or have a stand-in that is ``known``.
 
     Raises ``ForbiddenName`` for other names, and any exception for damaged data.
     """
     attributes = set()
-    for opcode, argument, _ in pickletools.genops(data):
+    for code, argument in _operations(data):
         # A damaged index would have the unpickler clear gigabytes of memory for its memo.
-        if opcode.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > len(data):
+        if code in _MEMO_INDEX and _memo_index(code, argument) > len(data):
             raise pickle.UnpicklingError("impossible memo index")
-        if opcode.name.startswith("EXT"):
-            raise ForbiddenName([f"extension {argument}"])
-        if isinstance(argument, str) and argument in _MODULE_ATTRIBUTES:
+        if code in _EXTENSIONS:
+            raise ForbiddenName([f"extension {int.from_bytes(argument, 'little')}"])
+        if argument in _MODULE_ATTRIBUTES:
             attributes.add(argument)
     unpickler, content = _Unpickler(data, known, persistent), None
     try:

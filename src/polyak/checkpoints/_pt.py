@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import struct
 import threading
 import warnings
@@ -137,6 +138,8 @@ def _refuse_overlaps(file: DataFile, start: int, members: list[Member]) -> None:
 # `load_state_dict` looks into this attribute of a state dict for the versions of modules; an entry that
 # belongs to no module is free, and the dict itself keeps nothing but tensors.
 _ATTRIBUTE, _ENTRY = "_metadata", "polyak"
+# torch.save writes its pickle first.
+_FIRST_MEMBER = re.compile(rb"PK\x03\x04.{26}[^/]{1,200}/data\.pkl", re.DOTALL)
 _LEGACY = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -156,7 +159,9 @@ class TorchFormat(Format):
     def recognises(self, path: Path, start: bytes) -> bool:
         if start[:4] != ZIP_MAGIC:
             return start[:2] in _LEGACY
-        return any(name.endswith("/data.pkl") for name in read_directory(DataFile(path)))
+        return _FIRST_MEMBER.match(start) is not None or any(
+            name.endswith("/data.pkl") for name in read_directory(DataFile(path))
+        )
 
     def read(self, path: Path) -> Contents:
         """Raises ``CheckpointError`` also for anything that needs code to be loaded."""
