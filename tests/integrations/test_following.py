@@ -219,5 +219,5 @@ def test_it_pickles_and_copies_between_runs():
     run = Run(start_epoch=1).train()
     run.following.stop()
     for again in (pickle.loads(pickle.dumps(run.following)), copy.deepcopy(run.following)):
-        again.begin(run.model, run.optimizer, call_model, RUN)
+        again.begin(run.model, run.optimizer, call_model)
         assert again.average.n_averaged == 0

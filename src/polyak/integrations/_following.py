@@ -198,7 +198,11 @@ class Following:
         return self._average is not None and self._average._step >= self._average.start
 
     def begin(
-        self, model: nn.Module, optimizer: Optimizer, forward: Forward, run: RunLength = UNKNOWN
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        forward: Forward,
+        run: RunLength = UNKNOWN,
     ) -> None:
         """Make a new average of ``model`` and follow ``optimizer``.
 
