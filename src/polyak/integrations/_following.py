@@ -348,7 +348,7 @@ class Following:
             return
         if not self._average.n_averaged:
             warnings.warn(
-                f"{self._average!r} has no sample yet, so the live weights stand in for it",
+                f"the average ({self._average.scheme}) has no sample yet, so the live weights stand in for it",
                 UserWarning,
                 stacklevel=2,
             )
@@ -576,3 +576,7 @@ class RecordedRun:
         if self._recorder is None:
             raise NotStartedError("nothing is recorded yet: that begins when training does")
         return self._recorder.trajectory
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled between runs: the recorder and its folder are those of the next one.
+        return vars(self) | {"_recorder": None, "_handle": None}
