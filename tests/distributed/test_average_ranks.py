@@ -135,41 +135,58 @@ def test_a_nan_on_one_rank_is_skipped_on_all():
     assert run_on_ranks(poisoned_shard) == [True, True]
 
 
+def followers(folder, model):
+    average = polyak.Average(model, polyak.EMA(half_life=5), every=2)
+    return average, polyak.Recorder(model, Path(folder) / "run", every=2, block=8)
+
+
+def state_of(model, average, recorder):
+    return {"average": average.state_dict(), "recording": recorder.state_dict(), "model": model.state_dict()}
+
+
 def save_sharded(folder):
     model = sharded_model()
-    average = polyak.Average(model, polyak.EMA(half_life=5), every=2)
-    train(model, [average])
-    dcp.save({"average": average.state_dict(), "model": model.state_dict()}, checkpoint_id=folder)
-    visited = train(model, [average], after=10)
-    return {n: full(t) for n, t in average.named_tensors().items()}, visited[-1]
+    average, recorder = followers(folder, model)
+    train(model, [average, recorder])
+    dcp.save(state_of(model, average, recorder), checkpoint_id=folder)
+    visited = train(model, [average, recorder], after=10)
+    recorder.close()
+    return found(average, recorder), visited[-1]
+
+
+def found(average, recorder):
+    return {n: full(t) for n, t in average.named_tensors().items()}, recorder.trajectory.average("uniform")
 
 
 def load_sharded(folder):
-    model = sharded_model()
-    average = polyak.Average(model, polyak.EMA(half_life=5), every=2)
-    return resume(folder, model, average)
+    return resume(folder, sharded_model())
 
 
-def resume(folder, model, average):
-    state = {"average": average.state_dict(), "model": model.state_dict()}
+def resume(folder, model):
+    average, recorder = followers(folder, model)
+    state = state_of(model, average, recorder)
     dcp.load(state, checkpoint_id=folder)
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
+    recorder.load_state_dict(state["recording"])
     assert average.n_averaged == 5
-    visited = train(model, [average], after=10)
-    return {n: full(t) for n, t in average.named_tensors().items()}, visited[-1]
+    visited = train(model, [average, recorder], after=10)
+    recorder.close()
+    return found(average, recorder), visited[-1]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the load in this one process
 def test_state_goes_through_distributed_checkpoints_to_another_number_of_ranks(tmp_path):
-    (whole, last), _ = run_on_ranks(save_sharded, str(tmp_path))
-    for resumed, end in run_on_ranks(load_sharded, str(tmp_path)):
+    """As torchtitan's loop does it: the model, its average and the recording of its run in one checkpoint."""
+    ((whole, recorded), last), _ = run_on_ranks(save_sharded, str(tmp_path))
+    for (resumed, again), end in run_on_ranks(load_sharded, str(tmp_path)):
         assert all(torch.equal(end[n], last[n]) for n in last)
         assert all(torch.equal(resumed[n], whole[n]) for n in whole), "bitwise as if never interrupted"
-    model = model_of()
-    alone, end = resume(str(tmp_path), model, polyak.Average(model, polyak.EMA(half_life=5), every=2))
+        assert all(torch.equal(again[n], recorded[n]) for n in recorded)
+    (alone, again), end = resume(str(tmp_path), model_of())
     for name in whole:
         torch.testing.assert_close(alone[name], whole[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(again[name], recorded[name], rtol=0, atol=1e-6)
 
 
 def save_average(folder):
