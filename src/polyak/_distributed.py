@@ -19,7 +19,15 @@ from polyak import _torch
 from polyak._model import is_sharded, shape_of
 from polyak.errors import PolyakError, StructureError, name_list
 
-__all__ = ["RankGroup", "is_distributed", "is_main_rank", "refuse_unplaced", "shard_runs", "sum_over_ranks"]
+__all__ = [
+    "RankGroup",
+    "held_runs",
+    "is_distributed",
+    "is_main_rank",
+    "refuse_unplaced",
+    "shard_runs",
+    "sum_over_ranks",
+]
 
 Result = TypeVar("Result")
 
@@ -214,12 +222,22 @@ def shard_runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[in
     >>> [(start, values.tolist()) for start, values in shard_runs(torch.ones(2, 2), torch.ones(2, 2), is_first=True)]
     [(0, [1.0, 1.0, 1.0, 1.0])]
     """
+    if _is_first_copy(whole) if is_sharded(whole) else is_first:
+        yield from held_runs(part, whole)
+
+
+def held_runs(part: Tensor, whole: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The same of all that this rank holds, whichever others hold it as well.
+
+    >>> import torch
+    >>> [(start, values.tolist()) for start, values in held_runs(torch.ones(2), torch.ones(2))]
+    [(0, [1.0, 1.0])]
+    """
     if not is_sharded(whole):
-        if is_first:
-            yield 0, part.reshape(-1)
+        yield 0, part.reshape(-1)
         return
     offsets = _offsets(part, whole)
-    if offsets is None or not part.numel():
+    if not part.numel():
         return
     # Dimensions that are held whole, and the first one before them, make one run.
     held = [mine == size for mine, size in zip(part.shape, whole.shape, strict=True)]
@@ -236,8 +254,14 @@ def shard_runs(part: Tensor, whole: Tensor, is_first: bool) -> Iterator[tuple[in
     yield from zip(np.ravel(starts).tolist(), part.reshape(-1, length), strict=True)
 
 
-def _offsets(part: Tensor, whole: Any) -> list[int] | None:
-    """Where this rank's part begins in each dimension; None where another rank gives out the same copy.
+def _is_first_copy(whole: Any) -> bool:
+    """Whether no rank before this one holds the same part."""
+    places = zip(whole.placements, whole.device_mesh.get_coordinate(), strict=True)
+    return not any(place for kind, place in places if kind.is_replicate())
+
+
+def _offsets(part: Tensor, whole: Any) -> list[int]:
+    """Where this rank's part begins in each dimension.
 
     ``Shard`` cuts as torch.chunk does, one dimension of the mesh after the other.
     """
@@ -251,8 +275,6 @@ def _offsets(part: Tensor, whole: Any) -> list[int] | None:
             start = min(place * most, sizes[kind.dim])
             offsets[kind.dim] += start
             sizes[kind.dim] = min(most, sizes[kind.dim] - start)
-        elif place:
-            return None
     if tuple(sizes) != tuple(part.shape):
         raise StructureError(
             f"this rank holds {tuple(part.shape)} of a tensor of {shape_of(whole)}, not the {tuple(sizes)} that its "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import _torch
-from polyak._model import Place, note_swapped, note_unswapped
+from polyak._model import Binding, Place, note_swapped, note_unswapped
 from polyak.errors import StructureError, SwapError
 
 __all__ = ["Swap", "copy_into", "modes", "undoing"]
@@ -58,6 +58,17 @@ class Swap:
         self._backup: list[Tensor] = []
         self._versions: list[int] = []
         self.active = False
+
+    @classmethod
+    def of(cls, binding: Binding, device: torch.device | str | None = None) -> Swap:
+        """For what ``binding`` averages of a live model; the model's other buffers come back as well."""
+        return cls(
+            binding.live,
+            keep=binding.other_buffers(),
+            free=binding.averaged_buffers(),
+            places=binding.places(),
+            device=device,
+        )
 
     def put_in(self, values: Sequence[Tensor]) -> None:
         """Copy ``values`` into the targets, converted to their dtype and device.

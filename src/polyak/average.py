@@ -221,15 +221,8 @@ class Average:
         self._refuse_while_swapped("swap_in() was called twice")
         accumulator = self._started("swap_in()")
         self._follow_model()
-        binding = self._binding
         # Kept before anything is copied: whatever interrupts the rest, the live weights can be brought back.
-        self._swap = Swap(
-            binding.live,
-            keep=binding.other_buffers(),
-            free=binding.averaged_buffers(),
-            places=binding.places(),
-            device=self._device,
-        )
+        self._swap = Swap.of(self._binding, self._device)
         self._swap.put_in(accumulator.means)
 
     @_torch.uncompiled

@@ -241,6 +241,7 @@ class Contents:
         stored: turns a leaf that is a tensor into a ``StoredTensor``.
         leaf_types: the classes of leaves that are tensors.
         files: those that the tensors are read from; they are closed with the checkpoint.
+        exact: whether ``tree`` is a model's own names to its tensors, of which nothing is to be chosen or renamed.
     """
 
     tree: Mapping[Any, Any]
@@ -249,6 +250,7 @@ class Contents:
     stored: Callable[[Any], StoredTensor] = lambda leaf: leaf
     leaf_types: tuple[type, ...] = (StoredTensor, Tensor)
     files: Sequence[DataFile] = ()
+    exact: bool = False
 
 
 # What is written: slices of tensors whose layout is known beforehand, then all or nothing.

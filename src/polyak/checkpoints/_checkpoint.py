@@ -193,7 +193,8 @@ class Checkpoint:
         self._stored = weights.tensors
         self._files = contents.files
         self.ties = _ties(weights.tensors)
-        _refuse_empty(path, self.tensors)
+        if not contents.exact:
+            _refuse_empty(path, self.tensors)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, in its own dtype, in memory of its own."""

@@ -87,6 +87,8 @@ def find_weights(contents: Contents, key: str | None, path: Path) -> FoundWeight
     Raises ``OptionError`` for a key that is not there, and where a file holds several averages and none was chosen;
     ``CheckpointError`` if there are no weights at all.
     """
+    if contents.exact:
+        return FoundWeights(dict(contents.tree), None, ())
     entries = dict(_walk(contents.tree, path))
     optimizers = _optimizers(entries)
     tensor_paths = [parts for parts, leaf in entries.items() if isinstance(leaf, contents.leaf_types)]

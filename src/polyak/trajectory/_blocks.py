@@ -38,6 +38,7 @@ __all__ = [
     "holds_frozen",
     "merge_files",
     "refuse_damaged",
+    "refuse_other_checksum",
     "write_block",
     "write_frozen",
 ]
@@ -537,7 +538,7 @@ def merge_files(sources: Mapping[Path, Block], target: Path) -> int:
         for name in copied:
             writer.write(name, 0, newest.read(name).view(-1))
         for path, block in sources.items():
-            _refuse_other_checksum(files[path], block.checksum, f"block {block}")
+            refuse_other_checksum(files[path], block.checksum, f"block {block}")
     return checksum.value
 
 
@@ -549,9 +550,10 @@ def refuse_damaged(path: Path, checksum: int | None, what: str) -> None:
     """
     file = CheckedFile(path)
     _safetensors.read_file(file)  # also where the sums are right, as with zeros at the end
-    _refuse_other_checksum(file, checksum, what)
+    refuse_other_checksum(file, checksum, what)
 
 
-def _refuse_other_checksum(file: CheckedFile, checksum: int | None, what: str) -> None:
+def refuse_other_checksum(file: CheckedFile, checksum: int | None, what: str) -> None:
+    """Raise ``CheckpointError`` if a file that was read is not what was written as ``what``."""
     if checksum is not None and file.checksum() != checksum:
         raise CheckpointError(f"{file.path} is corrupt: it is not what was written as {what}")

@@ -6,7 +6,8 @@ import json
 import logging
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -17,16 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from polyak import _torch
 from polyak._attach import Attachment
 from polyak._checks import refuse_other_state, whole_within
 from polyak._distributed import RankGroup, refuse_unplaced
 from polyak._mean import Accumulator
-from polyak._model import Binding, local, refuse_swapped, sharded_like
-from polyak._swap import copy_into
-from polyak.errors import OptionError, StateError, StructureError, name_list
-from polyak.profiles import Uniform
+from polyak._model import Binding, ModelTensors, local, refuse_swapped, sharded_like
+from polyak._swap import Swap, copy_into, undoing
+from polyak.batchnorm import statistics
+from polyak.errors import NotStartedError, OptionError, StateError, StructureError, SwapError, name_list
+from polyak.profiles import Profile, Uniform, as_profile
 from polyak.trajectory._blocks import Block, Manifest, Metrics, Snapshot, Summary
 from polyak.trajectory._policy import BackgroundWriter, Pace, block_steps_after
+from polyak.trajectory._so_far import BlockMeans
 from polyak.trajectory._store import TrajectoryFolder
 from polyak.trajectory._trajectory import Trajectory
 
@@ -109,6 +113,13 @@ class OpenBlock:
         self.begin(block.stop)
         return block, means
 
+    def so_far(self) -> tuple[Block, dict[str, Tensor]] | None:
+        """What was filled until now and its means, on ranks this one's part of each; None before a sample."""
+        if not self.count:
+            return None
+        block = Block(self.start, self.last_sample, self.count)
+        return block, dict(zip(self._binding.names, self._filling.means, strict=True))
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values, and the means by name, which are not copied."""
         return {
@@ -117,12 +128,8 @@ class OpenBlock:
             "n_averaged": self._filling.n_averaged,
             "n_skipped": self._filling.n_skipped,
             "summaries": json.dumps({"lr": self._lr.to_json(), "metrics": self._metrics.to_json()}),
-            "open_block": self._named_means(),
+            "open_block": _named(self._binding, self._filling.means),
         }
-
-    def _named_means(self) -> dict[str, Tensor]:
-        binding, means = self._binding, self._filling.means
-        return {n: sharded_like(m, w) for n, m, w in zip(binding.names, means, binding.whole, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state that fits."""
@@ -131,6 +138,11 @@ class OpenBlock:
         self.start, self.last_sample = state["start"], state["last_sample"]
         summaries = json.loads(state["summaries"])
         self._lr, self._metrics = (_metrics(summaries[kind]) for kind in ("lr", "metrics"))
+
+
+def _named(binding: Binding, parts: list[Tensor]) -> dict[str, Tensor]:
+    """Name to tensor, distributed as the model's is."""
+    return {n: sharded_like(p, w) for n, p, w in zip(binding.names, parts, binding.whole, strict=True)}
 
 
 def _metrics(entries: Mapping[str, dict[str, Any]]) -> Metrics:
@@ -174,6 +186,9 @@ class Recorder:
         device: where both copies are kept; None: beside each parameter.
         buffers: "copy" stores them as they are at the end of each block; "average" averages the floating ones.
         optimizer: whose learning rate is kept with each block, the largest where parameter groups differ.
+        keep_in_memory: how much of the host's memory, on each rank, block means may take that are kept beside their
+            files, as bytes or text such as ``"2GB"``, so that :meth:`applied` need not read them: a model of the
+            parameters in ``dtype`` each, the newest first. 0: all are read.
         step: the optimizer steps already taken, where training is resumed and :meth:`load_state_dict` is not
             used: later blocks are dropped, all of them where it is 0. None: continue after the last block, with
             a warning.
@@ -217,6 +232,7 @@ class Recorder:
         device: torch.device | str | None = None,
         buffers: Literal["copy", "average"] = "copy",
         optimizer: Optimizer | None = None,
+        keep_in_memory: int | str = 0,
         step: int | None = None,
     ):
         self.directory = Path(directory)
@@ -231,6 +247,9 @@ class Recorder:
         self._binding = Binding(model, buffers=buffers)
         self._group = RankGroup.of(self._binding.ranks) if self._binding.sharded else RankGroup()
         self._accumulation = {"dtype": dtype, "device": device}
+        self._means = BlockMeans(self.directory, keep_in_memory, self._group)
+        self._swap: Swap | None = None
+        self._warned_of_statistics = False
         self._open_block: OpenBlock | None = None
         self._writer = BackgroundWriter()
         self._pace = Pace(_FIRST_SAMPLES * self.every)
@@ -262,6 +281,7 @@ class Recorder:
         if self._attachment is not None:
             self._attachment.refuse_by_hand(self, instead=", with note(loss=loss) for metrics")
         self._refuse_closed("update()")
+        self._refuse_while_swapped("update() would record the averaged weights")
         if self._group.size == 1:  # ranks find a failure together, where they hand the next block over
             self._writer.raise_if_failed()
         if self._goes_on_unasked:
@@ -337,6 +357,54 @@ class Recorder:
         blocks = len(self._folder.manifest.blocks)
         return f"Recorder({str(self.directory)!r}, every={self.every}, block_steps={self.block_steps}, blocks={blocks})"
 
+    # Averages of the run so far.
+
+    @contextmanager
+    def applied(self, profile: Profile | str) -> Iterator[nn.Module]:
+        """An average of the run up to now in the model; the live weights are back on leaving, however it is left.
+
+        What would the run score if its learning rate were decayed now? ::
+
+            with run.applied("decay:sqrt:0.4"):
+                evaluate(model)
+
+        The profile is that of a run that ends with this optimizer step. The block that is being filled counts with
+        the samples that it has. Blocks that ``keep_in_memory`` does not hold are read once; the average takes a
+        model of the parameters in the host's memory. Buffers come back too, so BatchNorm statistics may be
+        recomputed inside by :func:`polyak.update_bn`; where they were not, a warning says so.
+
+        Args:
+            profile: any profile, or its text such as ``"tail:0.4"``.
+
+        Raises:
+            NotStartedError: before the first sample.
+            OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
+            SwapError: averaged weights are in the model already.
+            CheckpointError: a block that counts is damaged, or writing one failed.
+            StateError: the recorder is closed.
+        """
+        means = self._average("applied()", profile)
+        self._swap = Swap.of(self._binding, self._accumulation["device"])
+        with undoing(self._swap_out):
+            self._swap.put_in(means)
+            before = _torch.versions(statistics(self._binding.model))
+            yield self._binding.model
+            self._warn_of_statistics(before)
+
+    def average(self, profile: Profile | str) -> dict[str, Tensor]:
+        """What :meth:`applied` puts into the model: name to tensor, tied names sharing one; raises as it does.
+
+        Averaged tensors are the caller's, in the blocks' dtype and on the host, for a sharded model on ranks as it
+        is; the rest are the live model's own.
+        """
+        means = _named(self._binding, self._average("average()", profile))
+        tensors = ModelTensors(self._binding.model)
+        return {
+            name: means.get(first, tensors[first].tensor.detach())
+            for name, first in tensors.all_names().items()
+            if tensors[first].persistent
+        }
+
     # Saving and resuming.
 
     def state_dict(self) -> dict[str, Any]:
@@ -366,11 +434,54 @@ class Recorder:
         refuse_other_state(current, state, options=list(self._options))
         self._folder.refuse_gap_before(state["start"])
         self._folder.begin_at(state["start"], live_step=state["step"])
+        self._means.follow(self._folder.manifest.blocks)
         block.load_state_dict(state)
         self._go_on_from(state["step"])
         self._goes_on_unasked = False
 
     # How it works inside.
+
+    def _average(self, call: str, profile: Profile | str) -> list[Tensor]:
+        self._refuse_closed(call)
+        self._refuse_while_swapped(f"{call} cannot be nested")
+        profile = as_profile(profile)
+        self._writer.wait()
+        block, blocks = self._follow_model(), self._folder.manifest.blocks
+        filling = block.so_far()
+        if not blocks and filling is None:
+            raise NotStartedError(
+                f"{call} needs at least one sample; they are taken after each {self.every} optimizer steps, and the "
+                f"last step was {self._step} (is update() called?)"
+            )
+        return self._means.average(profile, blocks, filling, self._step, self._binding)
+
+    def _swap_out(self) -> None:
+        if self._swap is not None:
+            self._binding.tensors.reshard()
+            self._swap.undo()
+            self._swap = None
+            self._pace.restart()
+
+    def _refuse_while_swapped(self, why: str) -> None:
+        if self._swap is not None:
+            raise SwapError(f"an average of the run is in the model: {why}. Leave applied() first")
+
+    def _warn_of_statistics(self, before: list[int]) -> None:
+        model = self._binding.model
+        copied = self._options["buffers"] == "copy"
+        if (
+            copied
+            and before
+            and not self._warned_of_statistics
+            and before == _torch.versions(statistics(model))
+        ):
+            self._warned_of_statistics = True
+            warnings.warn(
+                "the model has BatchNorm, whose statistics were those of the live weights inside applied(): call "
+                "polyak.update_bn(loader, model) there first, or what is evaluated is worthless",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _begin(self, step: int | None) -> None:
         if self._binding.ready:
@@ -431,8 +542,13 @@ class Recorder:
         filled, means = block.take()
         snapshot = Snapshot.of(self._binding, means)
         edges = frozenset(self._kept_edges)
-        self._writer.submit(partial(self._folder.commit, filled, snapshot, self.max_blocks, edges))
+        self._writer.submit(partial(self._write, filled, snapshot, edges))
         self._plan_stop()
+
+    def _write(self, block: Block, snapshot: Snapshot, kept_edges: frozenset[int]) -> None:
+        self._folder.commit(block, snapshot, self.max_blocks, kept_edges)
+        self._means.keep(block, snapshot.averaged)
+        self._means.follow(self._folder.manifest.blocks)
 
     def _follow_pace(self) -> None:
         manifest = self._folder.manifest
