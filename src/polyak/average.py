@@ -38,7 +38,8 @@ class Average:
             never copied.
         scheme: any :class:`polyak.Scheme`, or its text: ``polyak.Uniform()`` (SWA), ``"ema:half_life=2000"``, …
         start: optimizer steps before averaging begins.
-        every: optimizer steps between samples: they are taken after steps start + every, start + 2·every, …
+        every: optimizer steps between samples: they are taken after steps start + every, start + 2·every, …; None:
+            only :meth:`update_now` takes them.
         dtype: of the average; None: that of each parameter, but at least fp32.
         device: where the average and the backup of a swap are kept; None: beside each parameter.
         buffers: "copy" takes buffers from the live model; "average" averages the floating ones.
@@ -75,7 +76,7 @@ class Average:
         scheme: Scheme | str,
         *,
         start: int = 0,
-        every: int = 1,
+        every: int | None = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         buffers: Literal["copy", "average"] = "copy",
@@ -86,7 +87,7 @@ class Average:
     ):
         self._scheme = as_scheme(scheme)
         self.start = whole_within("[0, inf)", "start", start)
-        self.every = whole_within("[1, inf)", "every", every)
+        self.every = None if every is None else whole_within("[1, inf)", "every", every)
         self._buffers = buffers
         self._device = device
         self._make_accumulator = partial(
@@ -155,19 +156,20 @@ class Average:
         self._refuse_while_swapped("update() would average the averaged weights")
         self._step += 1
         past = self._step - self.start
-        if past > 0 and past % self.every == 0:
+        if self.every is not None and past > 0 and past % self.every == 0:
             self._sample()
 
     @_torch.uncompiled
     def update_now(self) -> None:
         """Take a sample now, whatever the schedule; raises as :meth:`update` does.
 
-        It stands for the optimizer steps counted since the last sample. Where none were, because the caller
-        keeps the schedule and never calls :meth:`update`, it stands for ``every`` steps.
+        It stands for the optimizer steps counted since the last sample, the first one for those since ``start``.
+        Where none were, because the caller keeps the schedule and never calls :meth:`update`, it stands for ``every``
+        steps.
         """
         self._refuse_while_swapped("update_now() would average the averaged weights")
         if self._step == self._sampled_at:
-            self._step += self.every
+            self._step += self.every or 1
         self._sample()
 
     @property
@@ -341,7 +343,8 @@ class Average:
     def _sample(self) -> None:
         self._sampled_at = self._step
         accumulator = self._follow_model()
-        origin = self._origin = self._step - self.every if self._origin is None else self._origin
+        if (origin := self._origin) is None:
+            origin = self._origin = self.start if self._step > self.start else self._step - (self.every or 1)
         accumulator.add(self._binding.live, self._step - origin)
 
     def _follow_model(self) -> Accumulator:
@@ -359,9 +362,12 @@ class Average:
 
     def _started(self, call: str) -> Accumulator:
         if self._accumulator is None or not self._accumulator.n_averaged:
+            first = "by update_now(), not at optimizer steps"
+            if self.every is not None:
+                first = f"after optimizer step {self.start + self.every}"
             raise NotStartedError(
-                f"{call} needs at least one sample; the first is taken after optimizer step "
-                f"{self.start + self.every}, and {self._step} were counted (is update() called?)"
+                f"{call} needs at least one sample; the first is taken {first}, and {self._step} were counted (is "
+                "update() called?)"
             )
         return self._accumulator
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from os import PathLike
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from polyak._swap import copy_into, modes, undoing
 from polyak.average import Average
 from polyak.batchnorm import call_model, statistics, tracks_statistics, update_bn
 from polyak.errors import NotStartedError, OptionError, PolyakError, StructureError
-from polyak.profiles import Scheme, as_scheme
+from polyak.integrations._sampling import NOT_YET, UNKNOWN, RunLength, Sampling, ShouldUpdate, SWARate
+from polyak.profiles import Decay, Profile, Scheme, as_profile, as_scheme
 from polyak.trajectory import Recorder, Trajectory
 
-__all__ = ["Following", "Forward", "undocumented"]
+__all__ = ["Following", "Forward", "Recalibration", "RecordedRun", "Scored", "undocumented"]
 
 
 def undocumented(framework: str, holder: object, name: str) -> Any:
@@ -37,9 +39,96 @@ def undocumented(framework: str, holder: object, name: str) -> Any:
     return found
 
 
-# What every framework needs of an average: follow the optimizer, stand in for evaluation, become the model.
+# Scores of other weights beside the live ones.
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Weights that validations score beside the live ones.
+
+    Attributes:
+        name: of them, as metrics have it: ``val_loss/average``.
+        is_ready: whether there are any yet; until then the live weights' metrics stand in for theirs.
+        applied: a context in which they are in the model, with BatchNorm statistics to match.
+    """
+
+    name: str
+    is_ready: Callable[[], bool]
+    applied: Callable[[], AbstractContextManager[Any]]
+
+    def named(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Metrics of the model with these weights, under names of their own."""
+        return {f"{metric}/{self.name}": value for metric, value in metrics.items()}
+
+
+def validates_both(validate: str) -> bool:
+    """Whether ``validate`` is ``"both"``; ``OptionError`` unless it is that or ``"average"``."""
+    if validate not in ("average", "both"):
+        raise OptionError(f"validate must be 'average' or 'both', got {validate!r}")
+    return validate == "both"
+
 
 Forward = Callable[[nn.Module, Any], object]
+
+
+class Recalibration:
+    """BatchNorm statistics for weights that are in a model for a while.
+
+    Args:
+        batches: for :func:`polyak.update_bn`, which can be gone through many times; None: statistics stay.
+
+    Raises:
+        OptionError: batches that are gone after the first evaluation, or whose workers are shared.
+    """
+
+    def __init__(self, batches: Iterable[Any] | None):
+        refuse_one_pass(batches)
+        if getattr(batches, "persistent_workers", False):
+            raise OptionError(
+                "recalibrate has persistent_workers, which a pass over it takes from whoever else iterates it, as an "
+                "epoch of training: give a loader of its own, without them"
+            )
+        self._batches = batches
+        self._model: nn.Module | None = None
+        self._forward: Forward = call_model
+        self._training: set[nn.Module] = set()  # modules in training mode while it trains
+        self._found: tuple[object, list[Tensor]] | None = None
+
+    def begin(self, model: nn.Module, forward: Forward, *, is_averaged: bool = False) -> None:
+        """Refresh those of ``model``, whose batches ``forward`` runs; warn if they will not fit unless averaged."""
+        self._model, self._forward, self._found, self._training = model, forward, None, set()
+        if self._batches is None and tracks_statistics(model) and not is_averaged:
+            warnings.warn(
+                "the model has BatchNorm, whose statistics do not fit averaged weights: pass recalibrate=loader, "
+                "or its evaluations are worthless",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def update(self) -> None:
+        """Note which layers train and which are frozen: by the time of an evaluation the model does not show it."""
+        if self._batches is not None and self._model is not None and not self._training:
+            self._training = {module for module in self._model.modules() if module.training}
+
+    def refresh(self, weights: object) -> None:
+        """A pass over the data, or what the last one found if it was for the same ``weights``."""
+        model = self._model
+        if self._batches is None or model is None:
+            return
+        if self._found is not None and self._found[0] == weights:
+            copy_into(statistics(model), self._found[1])
+            return
+        # A loader that shuffles must not change the training.
+        with modes(model, self._training), torch.random.fork_rng(devices=[]):
+            update_bn(self._batches, model, next(model.parameters()).device, forward=self._forward)
+        self._found = (weights, [buffer.clone() for buffer in statistics(model)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled between runs: the model and its ways are those of the next one.
+        return vars(self) | {"_model": None, "_forward": call_model, "_training": set(), "_found": None}
+
+
+# What every framework needs of an average: follow the optimizer, stand in for evaluation, become the model.
 
 
 class Following:
@@ -50,31 +139,40 @@ class Following:
     Args:
         scheme: of the :class:`~polyak.Average`, which is made by :meth:`begin`.
         recalibrate: batches for :func:`polyak.update_bn`, which can be gone through many times; None: none.
-        options: the keywords of :class:`~polyak.Average`.
+        options: the keywords of :class:`~polyak.Average`, but for ``start`` and ``every``.
+        sampling: when it samples.
+        rate: the learning rate to average at; whoever trains puts its scheduler in once :attr:`begun`.
+        should_update: decides on samples in the place of ``sampling``, at each step and end of an epoch.
 
     Raises:
-        OptionError: batches that are gone after the first evaluation, or whose workers are shared.
+        OptionError: batches that are gone after the first evaluation, or whose workers are shared; an option that is
+            out of range.
         TypeError: an unknown option.
     """
 
-    def __init__(self, scheme: Scheme | str, recalibrate: Iterable[Any] | None, options: Mapping[str, Any]):
+    def __init__(
+        self,
+        scheme: Scheme | str,
+        recalibrate: Iterable[Any] | None,
+        options: Mapping[str, Any],
+        *,
+        sampling: Sampling | None = None,
+        rate: SWARate | None = None,
+        should_update: ShouldUpdate | None = None,
+    ):
         # What can be refused is refused here, not hours later when the framework begins.
-        inspect.signature(Average).bind(None, scheme, **options)
-        refuse_one_pass(recalibrate)
-        if getattr(recalibrate, "persistent_workers", False):
-            raise OptionError(
-                "recalibrate has persistent_workers, which a pass over it takes from whoever else iterates it, as an "
-                "epoch of training: give a loader of its own, without them"
-            )
         self.scheme = as_scheme(scheme)
-        self._recalibrate = recalibrate
-        self._forward: Forward = call_model
-        self._options = dict(options)
+        self.rate = rate
+        self.recalibration = Recalibration(recalibrate)
+        self._options = read_options(options)
+        Average(_one_number(), self.scheme, **without_places(self._options))
+        self._sampling = sampling or Sampling()
+        self._should_update = should_update
         self._average: Average | None = None
         self._handle: AttachHandle | None = None
         self._model: nn.Module | None = None
-        self._training: set[nn.Module] = set()  # modules in training mode while it trains
-        self._statistics: tuple[int, list[Tensor]] | None = None
+        self._first_epoch = 0
+        self._ended_epoch = -1
 
     @property
     def average(self) -> Average:
@@ -93,45 +191,92 @@ class Following:
         """Whether the averaged weights are in the model."""
         return self._average is not None and self._average.swapped
 
-    def begin(self, model: nn.Module, optimizer: Optimizer, forward: Forward) -> None:
+    @property
+    def begun(self) -> bool:
+        """Whether the steps before averaging begins are over."""
+        return self._average is not None and self._average._step >= self._average.start
+
+    def begin(
+        self, model: nn.Module, optimizer: Optimizer, forward: Forward, run: RunLength = UNKNOWN
+    ) -> None:
         """Make a new average of ``model`` and follow ``optimizer``.
 
         Args:
             model: the one that trains.
             optimizer: whose steps count.
             forward: runs ``model`` on a batch of ``recalibrate`` as training would.
+            run: of which ``start`` may be a share.
 
         Raises:
+            OptionError: ``start`` is a share of a run of no known length.
             StructureError: the model is sharded, whose checkpoints the frameworks write in ways of their own.
         """
         self.stop()
         refuse_sharded(model, "Average")
-        self._average = Average(model, self.scheme, **self._options)
-        self._model, self._forward, self._statistics, self._training = model, forward, None, set()
-        if (
-            self._recalibrate is None
-            and tracks_statistics(model)
-            and self._options.get("buffers") != "average"
-        ):
-            warnings.warn(
-                "the model has BatchNorm, whose statistics do not fit averaged weights: pass recalibrate=loader, "
-                "or its evaluations are worthless",
-                UserWarning,
-                stacklevel=2,
-            )
+        start, self._first_epoch = self._sampling.begins(run)
+        by_itself = start != NOT_YET and self._sampling.every_epochs is None and self._should_update is None
+        every = self._sampling.every if by_itself else None
+        self._average = Average(model, self.scheme, start=start, every=every, **self._options)
+        self._model, self._ended_epoch = model, -1
+        self.recalibration.begin(model, forward, is_averaged=self._options.get("buffers") == "average")
         self._handle = attach(optimizer, self._average, self)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state of this average, and its scheme, which ``average.scheme = …`` may have changed."""
-        current = str(self.average.scheme)
-        if state.get("scheme", current) != current:
-            self.average.scheme = state["scheme"]
-        self.average.load_state_dict(dict(state))
+        """Take up a saved state of this average, and its scheme, which ``average.scheme = …`` may have changed.
+
+        Where the step at which averaging begins depends on the run, the one of an average that has begun stays.
+        """
+        average, state = self.average, dict(state)
+        if state.get("scheme", str(average.scheme)) != str(average.scheme):
+            average.scheme = state["scheme"]
+        start = average.start
+        if not self._sampling.is_fixed and "start" in state:
+            if state["step"] >= state["start"]:
+                average.start = state["start"]
+            else:
+                state["start"] = start
+        try:
+            average.load_state_dict(state)
+        except BaseException:
+            average.start = start
+            raise
+
+    # Called as training goes on.
 
     def update(self) -> None:
-        """Note which layers train and which are frozen: by the time of an evaluation the model does not show it."""
-        if self._recalibrate is not None and self._model is not None and not self._training:
-            self._training = {module for module in self._model.modules() if module.training}
+        """The optimizer has taken a step, which the average has counted."""
+        self.recalibration.update()
+        if self.average.every is None:
+            self._sample_if_due(step_idx=self.average._step - 1)
+
+    def epoch_began(self, epoch: int) -> None:
+        """An epoch begins, counted from 0; saying so again does nothing."""
+        if self.average.start == NOT_YET and epoch >= self._first_epoch:
+            self.average.start = self.average._step
+
+    def epoch_ended(self, epoch: int) -> None:
+        """An epoch has had its last step; saying so again does nothing."""
+        if epoch > self._ended_epoch:
+            self._ended_epoch = epoch
+            if self.average.every is None:
+                self._sample_if_due(epoch_idx=epoch)
+
+    def is_due(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether the sampling takes the weights after a step, or an epoch, both counted from 0."""
+        sampling = self._sampling
+        if not self.begun:
+            return False
+        if sampling.every_epochs is not None:
+            past = 0 if epoch_idx is None else epoch_idx + 1 - self._first_epoch
+            return past > 0 and past % sampling.every_epochs == 0
+        past = 0 if step_idx is None else step_idx + 1 - self.average.start
+        return past > 0 and past % sampling.every == 0
+
+    def _sample_if_due(self, step_idx: int | None = None, epoch_idx: int | None = None) -> None:
+        average, is_due = self.average, self._should_update or self.is_due
+        # One sample a step, also where the end of an epoch is told again after resuming.
+        if is_due(step_idx=step_idx, epoch_idx=epoch_idx) and average._step != average._sampled_at:
+            average.update_now()
 
     def stop(self) -> None:
         """Follow the optimizer no longer; live weights are in the model."""
@@ -139,6 +284,12 @@ class Following:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+    # Standing in.
+
+    def scored(self, name: str) -> Scored:
+        """This average as weights that validations score beside the live ones."""
+        return Scored(name, lambda: bool(self.average.n_averaged), self.applied)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -163,7 +314,7 @@ class Following:
             return
         try:
             self._average.swap_in()
-            self._refresh_statistics()
+            self.recalibration.refresh(self._average.n_averaged)
         except BaseException:
             self.swap_out()
             raise
@@ -207,19 +358,40 @@ class Following:
         self.average.copy_to(self._model)
         copy_into(statistics(self._model), found)
 
-    def _refresh_statistics(self) -> None:
-        """A pass over the data, or what the last one found if there was no sample since."""
-        if self._recalibrate is None:
-            return
-        model, n_averaged = self._model, self.average.n_averaged
-        assert model is not None
-        if self._statistics is not None and self._statistics[0] == n_averaged:
-            copy_into(statistics(model), self._statistics[1])
-            return
-        # A loader that shuffles must not change the training.
-        with modes(model, self._training), torch.random.fork_rng(devices=[]):
-            update_bn(self._recalibrate, model, next(model.parameters()).device, forward=self._forward)
-        self._statistics = (n_averaged, [buffer.clone() for buffer in statistics(model)])
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled between runs: the average and its model are those of the next one.
+        return vars(self) | {"_average": None, "_handle": None, "_model": None}
+
+
+def _one_number() -> nn.Module:
+    """A model to try options on, made without drawing a random number."""
+    model = nn.Module()
+    model.register_parameter("weight", nn.Parameter(torch.zeros(1)))
+    return model
+
+
+def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as :class:`~polyak.Average` takes them, whose dtype may be text, as in files; ``OptionError``."""
+    dtype, device = options.get("dtype"), options.get("device")
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype):
+            raise OptionError(f"dtype must be a torch.dtype, or the name of one as 'float32', got {dtype!r}")
+        options = {**options, "dtype": found}
+    try:
+        _ = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(f"device must be a torch.device, or its text as 'cpu', got {device!r}") from error
+    for name in ("include", "exclude"):
+        patterns = options.get(name) or ()
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise OptionError(f"{name} must be names or patterns of tensors, got {options[name]!r}")
+    return dict(options)
+
+
+def without_places(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that mean the same for any model on any machine."""
+    return {name: value for name, value in options.items() if name not in ("device", "include", "exclude")}
 
 
 def refuse_sharded(model: nn.Module, ours: str) -> None:
@@ -238,6 +410,23 @@ def _in_full(value: Any, in_full: Mapping[int, Tensor]) -> Any:
     return value.clone() if mean is None or mean.shape != value.shape else mean
 
 
+def preview_names(preview: Profile | str | Iterable[Profile | str] | None) -> dict[str, Profile]:
+    """The profiles to score, by the names that metrics have: the only :class:`~polyak.Decay` is ``"decayed"``.
+
+    The others are called as they are written, as all are where there are several decays.
+
+    Raises:
+        OptionError: one is no profile.
+
+    >>> list(preview_names(["decay:sqrt:0.4", "tail:0.2"]))
+    ['decayed', 'tail:0.2']
+    """
+    given = [] if preview is None else [preview] if isinstance(preview, Profile | str) else preview
+    profiles = [as_profile(one) for one in given]
+    decays = [profile for profile in profiles if isinstance(profile, Decay)]
+    return {"decayed" if [profile] == decays else str(profile): profile for profile in profiles}
+
+
 # What every framework needs of a recorder: one that follows the optimizer, and survives with the
 # checkpoints.
 
@@ -248,20 +437,42 @@ class RecordedRun:
     Args:
         directory: of the :class:`~polyak.Recorder`, which is made by :meth:`begin`.
         options: the keywords of :class:`~polyak.Recorder`, but for ``optimizer``.
+        preview: averages of the run so far that validations score: profiles, or their texts.
+        recalibrate: batches for the BatchNorm statistics of those, as for :class:`Following`.
+
+    Attributes:
+        previews: the profiles by the names that their metrics have.
 
     Raises:
+        OptionError: an option is out of range.
         TypeError: an unknown option.
     """
 
-    def __init__(self, directory: str | PathLike[str], options: Mapping[str, Any]):
-        inspect.signature(Recorder).bind(None, directory, optimizer=None, **options)
+    def __init__(
+        self,
+        directory: str | PathLike[str],
+        options: Mapping[str, Any],
+        *,
+        preview: Profile | str | Iterable[Profile | str] | None = None,
+        recalibrate: Iterable[Any] | None = None,
+    ):
         self._directory = directory
-        self._options = dict(options)
+        self._options = read_options(options)
+        with TemporaryDirectory() as folder:
+            Recorder(_one_number(), folder, **without_places(self._options)).close()
+        self.previews = preview_names(preview)
+        self.recalibration = Recalibration(recalibrate)
         self._recorder: Recorder | None = None
         self._handle: AttachHandle | None = None
         self._last_state: dict[str, Any] = {}
 
-    def begin(self, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any] | None) -> None:
+    def begin(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        state: Mapping[str, Any] | None,
+        forward: Forward = call_model,
+    ) -> None:
         """Follow ``optimizer``, from a saved state where there is one; ``StructureError`` for a sharded model."""
         self.close()
         refuse_sharded(model, "Recorder")
@@ -272,7 +483,9 @@ class RecordedRun:
         except BaseException:
             recorder.close()  # lets go of the directory
             raise
-        self._handle = attach(optimizer, recorder)
+        if self.previews:
+            self.recalibration.begin(model, forward, is_averaged=self._options.get("buffers") == "average")
+        self._handle = attach(optimizer, recorder, self.recalibration)
 
     def note(self, metrics: Mapping[str, Any]) -> None:
         """Keep what a framework says of the training with the block under way."""

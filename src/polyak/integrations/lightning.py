@@ -17,6 +17,7 @@ from polyak.batchnorm import call_model
 from polyak.errors import OptionError, PolyakError
 from polyak.integrations import _following
 from polyak.integrations._following import Following, Forward, undocumented
+from polyak.integrations._sampling import Sampling
 from polyak.profiles import Scheme
 from polyak.trajectory import Trajectory
 
@@ -105,7 +106,8 @@ class Averaging(Callback):
         apply: bool = True,
         **options: Any,
     ):
-        self._following = Following(scheme, recalibrate, options)
+        sampling = Sampling(options.pop("start", 0), options.pop("every", 1))
+        self._following = Following(scheme, recalibrate, options, sampling=sampling)
         self._apply = apply
         self._given_forward = forward
         self._state: dict[str, Any] | None = None

@@ -21,6 +21,7 @@ from polyak.checkpoints._io import AtomicOutput
 from polyak.errors import OptionError, PolyakError
 from polyak.integrations import _following
 from polyak.integrations._following import Following, Forward, undocumented
+from polyak.integrations._sampling import Sampling
 from polyak.profiles import Scheme
 from polyak.trajectory import Trajectory
 
@@ -164,7 +165,8 @@ class Averaging(_Watching):
         apply: bool = True,
         **options: Any,
     ):
-        self._following = Following(scheme, recalibrate, options)
+        sampling = Sampling(options.pop("start", 0), options.pop("every", 1))
+        self._following = Following(scheme, recalibrate, options, sampling=sampling)
         self._apply = apply
         self.file_name = f"polyak-{re.sub(r'[^A-Za-z0-9_.]+', '-', str(self._following.scheme))}.pt"
         others = [callback for callback in _callbacks(trainer) if isinstance(callback, Averaging)]
