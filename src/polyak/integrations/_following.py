@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak._attach import AttachHandle, attach
+from polyak._checks import Difference
 from polyak._evaluate import refuse_one_pass
 from polyak._model import ModelTensors, is_sharded
 from polyak._swap import copy_into, modes, undoing
 from polyak.average import Average
 from polyak.batchnorm import call_model, statistics, tracks_statistics, update_bn
-from polyak.errors import NotStartedError, OptionError, PolyakError, StructureError
+from polyak.errors import NotStartedError, OptionError, PolyakError, StateError, StructureError
 from polyak.integrations._sampling import NOT_YET, UNKNOWN, RunLength, Sampling, ShouldUpdate, SWARate
 from polyak.profiles import Decay, Profile, Scheme, as_profile, as_scheme
 from polyak.trajectory import Recorder, Trajectory
@@ -48,13 +50,12 @@ class Scored:
 
     Attributes:
         name: of them, as metrics have it: ``val_loss/average``.
-        is_ready: whether there are any yet; until then the live weights' metrics stand in for theirs.
-        applied: a context in which they are in the model, with BatchNorm statistics to match.
+        applied: a context in which they are in the model, with BatchNorm statistics to match; it gives False while
+            there are none yet, and the metrics of the live weights, which are in the model then, stand in for theirs.
     """
 
     name: str
-    is_ready: Callable[[], bool]
-    applied: Callable[[], AbstractContextManager[Any]]
+    applied: Callable[[], AbstractContextManager[bool]]
 
     def named(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Metrics of the model with these weights, under names of their own."""
@@ -241,6 +242,39 @@ class Following:
             average.start = start
             raise
 
+    def adopt(self, weights: Mapping[str, Tensor], n_averaged: int, step: int) -> None:
+        """Take up an average that another tool kept.
+
+        Args:
+            weights: the averaged model under the live one's names.
+            n_averaged: the samples in it, taken at the distance at which this average samples, the last one now.
+            step: optimizer steps taken so far.
+
+        Raises:
+            StateError: a tensor is missing or has another shape; nothing was loaded.
+        """
+        average, model = self.average, self._model
+        assert model is not None
+        names = ModelTensors(model).all_names()
+        means = {names[name]: value for name, value in weights.items() if name in names}
+        state = average.state_dict()
+        shapes = {name: tuple(mean.shape) for name, mean in state["average"].items()}
+        if unfit := Difference.of(shapes, {n: tuple(means[n].shape) for n in shapes.keys() & means.keys()}):
+            raise StateError(f"the average in the checkpoint {unfit}; nothing was loaded")
+        start = min(average.start, max(step - n_averaged * (average.every or 1), 0))
+        average.load_state_dict(
+            state
+            | {"average": {name: means[name].to(mean.dtype) for name, mean in state["average"].items()}}
+            | {
+                "n_averaged": n_averaged,
+                "step": step,
+                "sampled_at": step,
+                "origin": start,
+                "position": step - start,
+            }
+        )
+        average.start = start if average.start == NOT_YET else average.start
+
     # Called as training goes on.
 
     def update(self) -> None:
@@ -289,17 +323,20 @@ class Following:
 
     def scored(self, name: str) -> Scored:
         """This average as weights that validations score beside the live ones."""
-        return Scored(name, lambda: bool(self.average.n_averaged), self.applied)
+        return Scored(name, self.applied)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """:meth:`swap_in`, and on leaving, however it is left, :meth:`swap_out`; inside another one, nothing."""
+    def applied(self) -> Iterator[bool]:
+        """:meth:`swap_in`, and on leaving, however it is left, :meth:`swap_out`; inside another one, nothing.
+
+        It gives whether the averaged weights are in the model.
+        """
         if self.swapped:
-            yield
+            yield True
             return
         with undoing(self.swap_out):
             self.swap_in()
-            yield
+            yield self.swapped
 
     def swap_in(self) -> None:
         """Put the averaged weights into the model, with BatchNorm statistics to match, or warn and leave it."""
@@ -491,6 +528,26 @@ class RecordedRun:
         """Keep what a framework says of the training with the block under way."""
         if self._recorder is not None and self._handle is not None:
             self._recorder.note(**metrics)
+
+    def scored(self) -> list[Scored]:
+        """The previews as weights that validations score beside the live ones."""
+        return [Scored(name, partial(self._applied, name)) for name in self.previews]
+
+    @contextmanager
+    def _applied(self, name: str) -> Iterator[bool]:
+        recorder = self._recorder
+        assert recorder is not None
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(recorder.applied(self.previews[name]))
+            except (NotStartedError, OptionError) as error:
+                warnings.warn(
+                    f"the live weights stand in for {name}: {error}", UserWarning, stacklevel=2
+                )  # early in a run, or for as long as its blocks are too long for a scheme
+                yield False
+                return
+            self.recalibration.refresh((name, recorder._step))
+            yield True
 
     def state_dict(self) -> dict[str, Any]:
         """The recorder's state; once it is closed, that in which it was."""
