@@ -8,20 +8,24 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak._attach import AttachHandle, attach
 from polyak._checks import Difference
+from polyak._distributed import RankGroup
 from polyak._evaluate import refuse_one_pass
 from polyak._model import ModelTensors, is_sharded
-from polyak._swap import copy_into, modes, undoing
+from polyak._swap import Swap, copy_into, modes, undoing
 from polyak.average import Average
 from polyak.batchnorm import call_model, statistics, tracks_statistics, update_bn
+from polyak.checkpoints import write_sharded
 from polyak.errors import NotStartedError, OptionError, PolyakError, StateError, StructureError
 from polyak.integrations._sampling import NOT_YET, UNKNOWN, RunLength, Sampling, ShouldUpdate, SWARate
 from polyak.profiles import Decay, Profile, Scheme, as_profile, as_scheme
@@ -193,6 +197,11 @@ class Following:
         return self._average is not None and self._average.swapped
 
     @property
+    def sharded(self) -> bool:
+        """Whether the model is spread over ranks, so that all of them must save and load together."""
+        return self.average._binding.sharded
+
+    @property
     def begun(self) -> bool:
         """Whether the steps before averaging begins are over."""
         return self._average is not None and self._average._step >= self._average.start
@@ -210,10 +219,8 @@ class Following:
 
         Raises:
             OptionError: ``start`` is a share of a run of no known length.
-            StructureError: the model is sharded, whose checkpoints the frameworks write in ways of their own.
         """
         self.stop()
-        refuse_sharded(model, "Average")
         start, self._first_epoch = self._sampling.begins(run)
         by_itself = start != NOT_YET and self._sampling.every_epochs is None and self._should_update is None
         every = self._sampling.every if by_itself else None
@@ -386,6 +393,13 @@ class Following:
         finally:
             self.swap_in()
 
+    def write(self, path: Path) -> None:
+        """Write the model that is swapped in as a file, without gathering one that is sharded."""
+        assert self._model is not None
+        entries = [entry for entry in ModelTensors(self._model).values() if entry.persistent]
+        tensors = {entry.name: entry.tensor.detach() for entry in entries}
+        write_sharded(path, tensors, ties={alias: e.name for e in entries for alias in e.aliases})
+
     def apply(self) -> None:
         """Make the averaged weights the model's for good, or warn and leave the live ones."""
         with self.applied():
@@ -431,9 +445,14 @@ def without_places(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("device", "include", "exclude")}
 
 
+def is_sharded_model(model: nn.Module) -> bool:
+    """Whether tensors of a model are spread over ranks."""
+    return any(is_sharded(entry.tensor) for entry in ModelTensors(model).values())
+
+
 def refuse_sharded(model: nn.Module, ours: str) -> None:
     """Refuse (``StructureError``) what cannot be followed under a framework; ``ours`` is what can do it elsewhere."""
-    if any(is_sharded(entry.tensor) for entry in ModelTensors(model).values()):
+    if is_sharded_model(model):
         raise StructureError(
             f"the model is sharded, and the framework's checkpoints would not hold what resumes: call polyak.{ours} "
             "yourself, and save its state_dict with torch.distributed.checkpoint"
@@ -500,6 +519,7 @@ class RecordedRun:
         self.previews = preview_names(preview)
         self.recalibration = Recalibration(recalibrate)
         self._recorder: Recorder | None = None
+        self._model: nn.Module | None = None
         self._handle: AttachHandle | None = None
         self._last_state: dict[str, Any] = {}
 
@@ -509,10 +529,25 @@ class RecordedRun:
         optimizer: Optimizer,
         state: Mapping[str, Any] | None,
         forward: Forward = call_model,
+        *,
+        records: bool = True,
     ) -> None:
-        """Follow ``optimizer``, from a saved state where there is one; ``StructureError`` for a sharded model."""
+        """Follow ``optimizer``, from a saved state where there is one.
+
+        Args:
+            model: the one that trains.
+            optimizer: whose steps count.
+            state: of :meth:`state_dict`.
+            forward: as for :class:`Following`.
+            records: False on a rank whose model another one records, but which scores the previews with it.
+        """
         self.close()
-        refuse_sharded(model, "Recorder")
+        self._model, self._recorder = model, None
+        if self.previews:
+            self.recalibration.begin(model, forward, is_averaged=self._options.get("buffers") == "average")
+        if not records:
+            self._handle = attach(optimizer, self.recalibration)
+            return
         recorder = self._recorder = Recorder(model, self._directory, optimizer=optimizer, **self._options)
         try:
             if state:
@@ -520,9 +555,17 @@ class RecordedRun:
         except BaseException:
             recorder.close()  # lets go of the directory
             raise
-        if self.previews:
-            self.recalibration.begin(model, forward, is_averaged=self._options.get("buffers") == "average")
         self._handle = attach(optimizer, recorder, self.recalibration)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is spread over ranks, all of which record it together."""
+        return self._recorder is not None and self._recorder._binding.sharded
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        assert self._recorder is not None
+        self._recorder.load_state_dict(dict(state))
 
     def note(self, metrics: Mapping[str, Any]) -> None:
         """Keep what a framework says of the training with the block under way."""
@@ -535,19 +578,28 @@ class RecordedRun:
 
     @contextmanager
     def _applied(self, name: str) -> Iterator[bool]:
-        recorder = self._recorder
-        assert recorder is not None
+        model = self._model
+        assert model is not None
+        group = RankGroup() if self.sharded else RankGroup.of_all()
         with ExitStack() as stack:
             try:
-                stack.enter_context(recorder.applied(self.previews[name]))
+                step = group.first(partial(self._enter, stack, name))
             except (NotStartedError, OptionError) as error:
                 warnings.warn(
                     f"the live weights stand in for {name}: {error}", UserWarning, stacklevel=2
                 )  # early in a run, or for as long as its blocks are too long for a scheme
                 yield False
                 return
-            self.recalibration.refresh((name, recorder._step))
+            if group.size > 1:
+                stack.enter_context(_as_on_first(model, group))
+            self.recalibration.refresh((name, step))
             yield True
+
+    def _enter(self, stack: ExitStack, name: str) -> int:
+        """Put a preview into the model until the stack unwinds; the step at which it is."""
+        assert self._recorder is not None
+        stack.enter_context(self._recorder.applied(self.previews[name]))
+        return self._recorder._step
 
     def state_dict(self) -> dict[str, Any]:
         """The recorder's state; once it is closed, that in which it was."""
@@ -555,16 +607,23 @@ class RecordedRun:
             return self._recorder.state_dict()
         return self._last_state
 
-    def close(self) -> None:
-        """Write the last block and the live weights; calling it again does nothing."""
-        if self._recorder is None or self._handle is None:
+    def close(self, error: BaseException | None = None) -> None:
+        """Write the last block and the live weights; calling it again does nothing.
+
+        After an ``error``, of which the other ranks of a sharded model may not know, those only let go.
+        """
+        if self._handle is None:
             return
         self._handle.remove()
         self._handle = None
+        recorder = self._recorder
+        if recorder is None:
+            return
         try:
-            self._last_state = self._recorder.state_dict()
+            if error is None or not self.sharded:
+                self._last_state = recorder.state_dict()
         finally:
-            self._recorder.close()
+            recorder.__exit__(error and type(error), error, None)
 
     @property
     def trajectory(self) -> Trajectory:
@@ -572,3 +631,22 @@ class RecordedRun:
         if self._recorder is None:
             raise NotStartedError("nothing is recorded yet: that begins when training does")
         return self._recorder.trajectory
+
+
+@contextmanager
+def _as_on_first(model: nn.Module, group: RankGroup) -> Iterator[None]:
+    """What the first rank has in its model, in those of the others as well; they are alike but for that."""
+    entries = [
+        e for e in ModelTensors(model).values() if e.tensor.is_floating_point() or e.tensor.is_complex()
+    ]
+    live = [entry.tensor for entry in entries]
+    swap = Swap(live, free=[entry.tensor for entry in entries if entry.kind == "buffer"])
+    sent = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in live]
+    for tensor in sent:
+        dist.broadcast(tensor, 0)
+    if group.is_first:
+        yield
+        return
+    with undoing(swap.undo):
+        swap.put_in(sent)
+        yield

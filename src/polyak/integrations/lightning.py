@@ -141,6 +141,7 @@ class Averaging(Callback):
             raise OptionError(
                 "Lightning's WeightAveraging would stand in for the model too: leave one of them out"
             )
+        _following.refuse_sharded(pl_module, "Average")
         self._following.begin(pl_module, trainer.optimizers[-1], self._forward(trainer))
         if self._apply:
             self._undo = _replace_state(trainer.strategy, self._averaged_state)
@@ -272,6 +273,7 @@ class Recording(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on."""
         if trainer.is_global_zero:
+            _following.refuse_sharded(pl_module, "Recorder")
             self._recording.begin(pl_module, trainer.optimizers[-1], self._state)
         self._state = None
 
