@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from polyak._attach import AttachHandle, attach
@@ -26,6 +28,7 @@ from polyak._swap import Swap, copy_into, modes, undoing
 from polyak.average import Average
 from polyak.batchnorm import call_model, statistics, tracks_statistics, update_bn
 from polyak.checkpoints import write_sharded
+from polyak.checkpoints._io import AtomicOutput
 from polyak.errors import NotStartedError, OptionError, PolyakError, StateError, StructureError
 from polyak.integrations._sampling import NOT_YET, UNKNOWN, RunLength, Sampling, ShouldUpdate, SWARate
 from polyak.profiles import Decay, Profile, Scheme, as_profile, as_scheme
@@ -481,6 +484,40 @@ def preview_names(preview: Profile | str | Iterable[Profile | str] | None) -> di
     profiles = [as_profile(one) for one in given]
     decays = [profile for profile in profiles if isinstance(profile, Decay)]
     return {"decayed" if [profile] == decays else str(profile): profile for profile in profiles}
+
+
+# States in the folders of a framework's checkpoints: a file, or of a sharded model a folder of
+# torch.distributed.checkpoint, which loads on any number of ranks.
+
+
+def save_state(path: Path, state: Callable[[], Mapping[str, Any]], sharded: bool) -> None:
+    """Write a state as the file ``path``; a sharded one, by a call of all ranks, as a folder without its ending."""
+    if sharded:
+        save(dict(state()), checkpoint_id=_folder_of(path))
+        return
+    output = AtomicOutput(path, overwrite=True)
+    try:
+        torch.save(state(), output.temporary)
+        output.commit()
+    finally:
+        output.abort()
+
+
+def saved_state(path: Path, current: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """What :meth:`save_state` wrote as ``path``, if it did; the tensors may be those of the ``current`` state."""
+    if path.is_file():
+        return torch.load(path, map_location="cpu", weights_only=True)
+    if not (_folder_of(path) / ".metadata").is_file():
+        return None
+    state = current()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each rank reads what it needs on its own, which is what is wanted
+        load(state, checkpoint_id=_folder_of(path), no_dist=True)
+    return state
+
+
+def _folder_of(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".pt"))
 
 
 # What every framework needs of a recorder: one that follows the optimizer, and survives with the

@@ -16,15 +16,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from polyak._checks import require
 from polyak._distributed import RankGroup
 from polyak._mean import CheckFinite
 from polyak.average import Average
 from polyak.batchnorm import call_model
-from polyak.checkpoints._io import AtomicOutput
 from polyak.errors import OptionError, PolyakError, StateError, name_list
 from polyak.integrations import _following
 from polyak.integrations._following import Following, Forward, Scored, undocumented, validates_both
@@ -112,50 +109,20 @@ class _Watching(TrainerCallback):
         """The weights that such an evaluation scores beside those in the model."""
         return ()
 
-    # States in checkpoints: a file, or of a sharded model a folder of torch.distributed.checkpoint, from all ranks.
-
-    def _saved(
-        self, checkpoint: str | PathLike[str] | None, current: Callable[[], dict[str, Any]], name: str
-    ) -> dict[str, Any] | None:
-        """The state of that name in a checkpoint, if there is one; tensors may be those of the ``current`` state."""
-        path = None if checkpoint is None else Path(checkpoint) / name
-        if path is None:
-            return None
-        if path.is_file():
-            return torch.load(path, map_location="cpu", weights_only=True)
-        if not (_folder_of(path) / ".metadata").is_file():
-            return None
-        state = current()
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # each rank reads what it needs, on its own, which is what is wanted
-            load(state, checkpoint_id=_folder_of(path), no_dist=True)
-        return state
-
     def _save(
-        self, args: TrainingArguments, folder: Path, state: Callable[[], Mapping[str, Any]], sharded: bool
-    ) -> None:
-        """Put a state into the checkpoint in ``folder``."""
-        if sharded:
-            save(dict(state()), checkpoint_id=_folder_of(folder / self.file_name))
-        elif args.should_save:
-            output = AtomicOutput(folder / self.file_name, overwrite=True)
-            try:
-                torch.save(state(), output.temporary)
-                output.commit()
-            finally:
-                output.abort()
-
-
-def _folder_of(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(".pt"))
-
-
-def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path | None:
-    """The folder of the checkpoint that was just written, the same answer on all ranks."""
-    folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-    return folder if RankGroup.of_all().first(folder.is_dir) else None
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        what: Callable[[], Mapping[str, Any]],
+        sharded: bool,
+    ) -> Path | None:
+        """Put a state into the checkpoint that was just written, all ranks alike; its folder, None where it is gone."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if not RankGroup.of_all().first(folder.is_dir):
+            return None
+        if sharded or args.should_save:
+            _following.save_state(folder / self.file_name, what, sharded)
+        return folder
 
 
 def _watch_evaluations(trainer: Trainer) -> None:
@@ -447,11 +414,8 @@ class Averaging(_Watching):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the average's state into the checkpoint, and the averaged model if asked for."""
-        folder = _checkpoint_of(args, state)
-        if folder is None:
-            return
-        self._save(args, folder, self._state, self._following.sharded)
-        if self._save_average and self.average.n_averaged:
+        folder = self._save(args, state, self._state, self._following.sharded)
+        if folder is not None and self._save_average and self.average.n_averaged:
             self._save_model(args, folder)
 
     def on_train_end(
@@ -478,7 +442,7 @@ class Averaging(_Watching):
         return self.average.state_dict() | rate
 
     def _load(self, checkpoint: str | PathLike[str], name: str) -> bool:
-        saved = self._saved(checkpoint, self.average.state_dict, name)
+        saved = _following.saved_state(Path(checkpoint) / name, self.average.state_dict)
         if saved is None:
             return False
         rate = saved.pop("swa_rate", None)
@@ -659,17 +623,16 @@ class Recording(_Watching):
         """Begin, or go on."""
         records = state.is_world_process_zero or _following.is_sharded_model(model)
         self._recording.begin(model, optimizer, None, self._forward, records=records)
-        saved = records and self._saved(self._resumed_from, self._recording.state_dict, self.file_name)
-        if saved:
-            self._recording.load(saved)
+        if records and (checkpoint := self._resumed_from) is not None:
+            saved = _following.saved_state(checkpoint / self.file_name, self._recording.state_dict)
+            if saved is not None:
+                self._recording.load(saved)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put what is not on disk yet into the checkpoint."""
-        folder = _checkpoint_of(args, state)
-        if folder is not None and (state.is_world_process_zero or self._recording.sharded):
-            self._save(args, folder, self._recording.state_dict, self._recording.sharded)
+        self._save(args, state, self._recording.state_dict, self._recording.sharded)
 
     def on_log(
         self,
