@@ -14,7 +14,8 @@ from torch import nn
 import polyak
 from polyak.batchnorm import call_model
 from polyak.errors import OptionError, StateError
-from polyak.integrations._following import Following, RecordedRun, preview_names, validates_both
+from polyak.integrations._following import Following, validates_both
+from polyak.integrations._recorded import RecordedRun, preview_names
 from polyak.integrations._sampling import RunLength, Sampling, SWARate
 
 EPOCHS, STEPS = 6, 5  # of a run, and of each of its epochs
@@ -219,5 +220,5 @@ def test_it_pickles_and_copies_between_runs():
     run = Run(start_epoch=1).train()
     run.following.stop()
     for again in (pickle.loads(pickle.dumps(run.following)), copy.deepcopy(run.following)):
-        again.begin(run.model, run.optimizer, call_model, RUN)
+        again.begin(run.model, run.optimizer, call_model)
         assert again.average.n_averaged == 0

@@ -8,7 +8,7 @@ from typing import Any
 from polyak._checks import require
 from polyak.average import Average
 from polyak.errors import OptionError, StateError
-from polyak.integrations._following import save_state, saved_state
+from polyak.integrations._recorded import save_state, saved_state
 from polyak.trajectory import Recorder
 
 require("accelerate", extra="transformers", purpose="polyak.integrations.accelerate")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import wraps
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -18,184 +16,28 @@ import torch
 from torch import nn
 
 from polyak._checks import require
-from polyak._distributed import RankGroup
 from polyak._mean import CheckFinite
 from polyak.average import Average
 from polyak.batchnorm import call_model
-from polyak.errors import OptionError, PolyakError, StateError, name_list
+from polyak.errors import OptionError, StateError, name_list
 from polyak.integrations import _following
-from polyak.integrations._following import Following, Forward, Scored, undocumented, validates_both
+from polyak.integrations._following import Following, Forward, Scored, validates_both
+from polyak.integrations._recorded import RecordedRun, saved_state
 from polyak.integrations._sampling import RunLength, Sampling, SWARate
 from polyak.profiles import Profile, Scheme
 from polyak.trajectory import Trajectory
 
 require("transformers", extra="transformers", purpose="polyak.integrations.transformers")
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+
+from polyak.integrations import _transformers  # noqa: E402
+from polyak.integrations._transformers import Watching, callbacks_of  # noqa: E402
 
 __all__ = ["Averaging", "Recording"]
 
 
-# What is used of the Trainer beyond its documentation.
-
-
-def _callbacks(trainer: Trainer) -> list[TrainerCallback]:
-    return undocumented("transformers", trainer, "callback_handler").callbacks
-
-
-def _watch_training(trainer: Trainer, watched: Callable[[Path | None], AbstractContextManager[None]]) -> None:
-    """Enter ``watched``, given the checkpoint that training resumes from, around each run of the training loop."""
-    loop = undocumented("transformers", trainer, "_inner_training_loop")
-
-    @wraps(loop)
-    def inner_training_loop(*args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        with watched(Path(resume_from_checkpoint) if resume_from_checkpoint else None):
-            return loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    trainer._inner_training_loop = inner_training_loop
-
-
-def _refuse_unwatched(is_watched: bool) -> None:
-    if not is_watched:
-        raise PolyakError(
-            "this transformers does not train by Trainer._inner_training_loop(), so whether it resumes is not seen; "
-            "use a newer polyak or an older transformers"
-        )
-
-
-# What the callbacks share: where training resumes, that it failed, what evaluations score, states in checkpoints.
-
-
-class _Watching(TrainerCallback):
-    """A callback that adds itself, and knows what the events do not say: where training resumes, and that it failed."""
-
-    file_name: str
-
-    def __init__(self, trainer: Trainer):
-        # First, so that others, which may upload what they see, find its work done.
-        _callbacks(trainer).insert(0, self)
-        self._trainer = trainer
-        self._checkpoint: Path | None = None
-        self._is_watched = False
-        _watch_training(trainer, self._watched)
-        _watch_evaluations(trainer)
-
-    @property
-    def _resumed_from(self) -> Path | None:
-        """The checkpoint that the training under way went on from."""
-        _refuse_unwatched(self._is_watched)
-        return self._checkpoint
-
-    @contextmanager
-    def _watched(self, checkpoint: Path | None) -> Iterator[None]:
-        self._checkpoint, self._is_watched = checkpoint, True
-        try:
-            yield
-        except BaseException as error:
-            self.stop(error)
-            raise
-        finally:
-            self._is_watched = False
-
-    def stop(self, error: BaseException | None = None) -> None:
-        """Training has ended, or failed."""
-        raise NotImplementedError
-
-    def standing_in(self) -> AbstractContextManager[Any]:
-        """Around an evaluation while training is under way."""
-        return nullcontext()
-
-    def scored(self) -> Sequence[Scored]:
-        """The weights that such an evaluation scores beside those in the model."""
-        return ()
-
-    def _save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        what: Callable[[], Mapping[str, Any]],
-        sharded: bool,
-    ) -> Path | None:
-        """Put a state into the checkpoint that was just written, all ranks alike; its folder, None where it is gone."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if not RankGroup.of_all().first(folder.is_dir):
-            return None
-        if sharded or args.should_save:
-            _following.save_state(folder / self.file_name, what, sharded)
-        return folder
-
-
-def _watch_evaluations(trainer: Trainer) -> None:
-    """Have evaluations during training go through :func:`_evaluated`; once a Trainer."""
-    # Around the loop, not at its events: those know no exception, and one of them ends each of several data sets.
-    loop = trainer.evaluation_loop
-    if hasattr(loop, "goes_through_polyak"):
-        return
-    inside = False
-
-    @wraps(loop)
-    def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
-        nonlocal inside
-        watching = [callback for callback in _callbacks(trainer) if isinstance(callback, _Watching)]
-        if inside or not any(callback._is_watched for callback in watching):
-            return loop(*args, **kwargs)
-        inside = True
-        try:
-            return _evaluated(lambda: loop(*args, **kwargs), watching)
-        finally:
-            inside = False
-
-    vars(evaluation_loop)["goes_through_polyak"] = True
-    trainer.evaluation_loop = evaluation_loop
-
-
-def _evaluated(loop: Callable[[], Any], watching: list[_Watching]) -> Any:
-    """What ``loop`` gives with the weights that stand in, and the metrics of those that are scored beside them."""
-    with ExitStack() as stack:
-        for callback in watching:
-            stack.enter_context(callback.standing_in())
-        output = loop()
-    own = _metrics(output)
-    for scored in (scored for callback in watching for scored in callback.scored()):
-        # A pass over the data draws random numbers, which must not change the training.
-        with torch.random.fork_rng(devices=[]), scored.applied() as there:
-            output.metrics.update(scored.named(_metrics(loop()) if there else own))
-    return output
-
-
-def _metrics(output: Any) -> dict[str, Any]:
-    return {name: value for name, value in output.metrics.items() if not name.endswith("_time")}
-
-
-def _refuse_upside_down(args: TrainingArguments, names: Iterable[str]) -> None:
-    """Refuse (``OptionError``) that the worst loss is taken for the best.
-
-    transformers takes lower for better where the name of a metric ends in "loss", which ours do not.
-    """
-    metric = args.metric_for_best_model or ""
-    if args.greater_is_better and any(metric.endswith(f"loss/{name}") for name in names):
-        raise OptionError(
-            f"metric_for_best_model={metric!r} is a loss, of which transformers would take the greatest, as its name "
-            "does not end in 'loss': pass greater_is_better=False to TrainingArguments"
-        )
-
-
-# Averages.
-
-
-class _Annealed:
-    """torch's SWALR in the place of the Trainer's scheduler, whose state stays what checkpoints hold of it."""
-
-    def __init__(self, before: Any, schedule: Any):
-        self.before, self.schedule = before, schedule
-        self.get_last_lr, self.state_dict = schedule.get_last_lr, before.state_dict
-
-    def step(self, *_: Any) -> None:
-        """The optimizer has taken a step."""
-        self.schedule.step()
-
-
-class Averaging(_Watching):
+class Averaging(Watching):
     """Average the weights that ``trainer.train`` passes through, evaluate with the average, and end with it.
 
     - Each optimizer step counts once; those that GradScaler skipped do not.
@@ -305,8 +147,8 @@ class Averaging(_Watching):
         self._scored = "average" if apply else str(self._following.scheme)
         self._validates_both = validates_both(validate)
         self.file_name = f"polyak-{re.sub(r'[^A-Za-z0-9_.]+', '-', str(self._following.scheme))}.pt"
-        self._refuse_beside([other for other in _callbacks(trainer) if isinstance(other, Averaging)])
-        _refuse_upside_down(trainer.args, [self._scored])
+        self._refuse_beside([other for other in callbacks_of(trainer) if isinstance(other, Averaging)])
+        _transformers.refuse_upside_down(trainer.args, [self._scored])
         super().__init__(trainer)
 
         def run(model: nn.Module, batch: Any) -> None:
@@ -315,7 +157,7 @@ class Averaging(_Watching):
 
         self._forward = run
         self._epoch = 0
-        self._annealed: _Annealed | None = None
+        self._annealed: _transformers.Annealed | None = None
 
     def _refuse_beside(self, others: list[Averaging]) -> None:
         if self._apply and any(other._apply for other in others):
@@ -442,7 +284,7 @@ class Averaging(_Watching):
         return self.average.state_dict() | rate
 
     def _load(self, checkpoint: str | PathLike[str], name: str) -> bool:
-        saved = _following.saved_state(Path(checkpoint) / name, self.average.state_dict)
+        saved = saved_state(Path(checkpoint) / name, self.average.state_dict)
         if saved is None:
             return False
         rate = saved.pop("swa_rate", None)
@@ -476,8 +318,8 @@ class Averaging(_Watching):
 
     def _of_other_schemes(self, checkpoint: Path) -> list[str]:
         """The averages in a checkpoint that no callback takes up."""
-        callbacks = _callbacks(self._trainer)
-        taken = {Recording.file_name, *(c.file_name for c in callbacks if isinstance(c, _Watching))}
+        callbacks = callbacks_of(self._trainer)
+        taken = {Recording.file_name, *(c.file_name for c in callbacks if isinstance(c, Watching))}
         found = {f"{path.name.removesuffix('.pt')}.pt" for path in checkpoint.glob("polyak-*")}
         return sorted(found - taken)
 
@@ -486,20 +328,11 @@ class Averaging(_Watching):
         optimizer: Any = trainer.optimizer
         if rate is None or self._annealed is not None or not self._following.begun:
             return
-        schedule = rate.scheduler(optimizer, steps_per_epoch=self._steps_per_epoch(rate))
-        self._annealed = _Annealed(trainer.lr_scheduler, schedule)
+        schedule = rate.scheduler(
+            optimizer, steps_per_epoch=_transformers.steps_per_epoch(trainer) if rate.anneal_epochs else 1
+        )
+        self._annealed = _transformers.Annealed(trainer.lr_scheduler, schedule)
         trainer.lr_scheduler = self._annealed
-
-    def _steps_per_epoch(self, rate: SWARate) -> int:
-        if not rate.anneal_epochs:
-            return 1
-        try:
-            n_batches = len(self._trainer.callback_handler.train_dataloader)  # type: ignore[arg-type]
-        except TypeError:
-            raise OptionError(
-                "anneal_epochs counts epochs, and the data have no length: pass anneal_epochs=0, or data with one"
-            ) from None
-        return max(-(-n_batches // self._trainer.args.gradient_accumulation_steps), 1)
 
     def _save_model(self, args: TrainingArguments, folder: Path) -> None:
         """The averaged model as a folder in the checkpoint, which appears whole."""
@@ -508,28 +341,13 @@ class Averaging(_Watching):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         with self._following.applied():
-            if self._following.sharded:
-                self._save_shards(args, temporary)
-            else:
-                self._trainer.save_model(str(temporary), _internal_call=True)
+            _transformers.save_swapped(self._trainer, self._following, temporary)
         if args.should_save:
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
 
-    def _save_shards(self, args: TrainingArguments, folder: Path) -> None:
-        """What the Trainer would gather on one rank, if it saved it at all."""
-        model: Any = self._trainer.model
-        self._following.write(folder / "model.safetensors")
-        if not args.should_save:
-            return
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        for part in (config, getattr(model, "generation_config", None), self._trainer.processing_class):
-            if part is not None:
-                part.save_pretrained(folder)
 
-
-class Recording(_Watching):
+class Recording(Watching):
     """Record the run that ``trainer.train`` makes, to choose the average when it is over.
 
     It adds itself to the Trainer. The loss and the size of gradients that the Trainer logs are kept with each block.
@@ -592,8 +410,8 @@ class Recording(_Watching):
             "keep_in_memory": keep_in_memory,
             "step": step,
         }
-        self._recording = _following.RecordedRun(directory, options, preview=preview, recalibrate=recalibrate)
-        _refuse_upside_down(trainer.args, self._recording.previews)
+        self._recording = RecordedRun(directory, options, preview=preview, recalibrate=recalibrate)
+        _transformers.refuse_upside_down(trainer.args, self._recording.previews)
         self._forward = forward or call_model
         super().__init__(trainer)
 
@@ -624,7 +442,7 @@ class Recording(_Watching):
         records = state.is_world_process_zero or _following.is_sharded_model(model)
         self._recording.begin(model, optimizer, None, self._forward, records=records)
         if records and (checkpoint := self._resumed_from) is not None:
-            saved = _following.saved_state(checkpoint / self.file_name, self._recording.state_dict)
+            saved = saved_state(checkpoint / self.file_name, self._recording.state_dict)
             if saved is not None:
                 self._recording.load(saved)
 
