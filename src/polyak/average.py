@@ -263,7 +263,8 @@ class Average:
         """Write the averaged model as a checkpoint, in the average's own dtype, atomically.
 
         The ending chooses the format: ``.safetensors``, ``.pt``, …; see :mod:`polyak.checkpoints`. A sharded
-        model is written by all ranks, without gathering, as a ``torch.distributed.checkpoint`` folder.
+        model is written by all ranks, each its own elements, without gathering: as one ``.safetensors`` file, or
+        under a name without an ending as a ``torch.distributed.checkpoint`` folder.
 
         A model with BatchNorm is saved inside :meth:`applied`, after :func:`polyak.update_bn`. Elsewhere its
         statistics are not those of the averaged weights, and a warning says so.
@@ -271,6 +272,7 @@ class Average:
         Raises:
             NotStartedError: before the first sample.
             OutputExistsError: ``path`` exists and ``overwrite`` is False.
+            OptionError: a sharded average under the ending of a format that only one process can write.
         """
         from polyak import checkpoints
         from polyak.batchnorm import tracks_statistics
@@ -285,13 +287,9 @@ class Average:
             )
         entries = [e for e in ModelTensors(self._binding.model).values() if e.persistent]
         ties = {alias: e.name for e in entries for alias in e.aliases}
-        if self._binding.sharded:
-            checkpoints.write_sharded(path, tensors | {a: tensors[n] for a, n in ties.items()}, overwrite)
-            return
         about = {"scheme": str(self.scheme), "n_averaged": self.n_averaged, "polyak": __version__}
-        checkpoints.write(
-            path, tensors, ties=ties, metadata={"polyak": json.dumps(about)}, overwrite=overwrite
-        )
+        write = checkpoints.write_sharded if self._binding.sharded else checkpoints.write
+        write(path, tensors, ties=ties, metadata={"polyak": json.dumps(about)}, overwrite=overwrite)
 
     # Saving and resuming.
 

@@ -14,7 +14,8 @@ from torch import nn
 import polyak
 from polyak.batchnorm import call_model
 from polyak.errors import OptionError, StateError
-from polyak.integrations._following import Following, RecordedRun, preview_names, validates_both
+from polyak.integrations._following import Following, validates_both
+from polyak.integrations._recorded import RecordedRun, preview_names
 from polyak.integrations._sampling import RunLength, Sampling, SWARate
 
 EPOCHS, STEPS = 6, 5  # of a run, and of each of its epochs

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from os import PathLike
-from tempfile import TemporaryDirectory
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +20,12 @@ from polyak._model import ModelTensors, is_sharded
 from polyak._swap import copy_into, modes, undoing
 from polyak.average import Average
 from polyak.batchnorm import call_model, statistics, tracks_statistics, update_bn
+from polyak.checkpoints import write_sharded
 from polyak.errors import NotStartedError, OptionError, PolyakError, StateError, StructureError
 from polyak.integrations._sampling import NOT_YET, UNKNOWN, RunLength, Sampling, ShouldUpdate, SWARate
-from polyak.profiles import Decay, Profile, Scheme, as_profile, as_scheme
-from polyak.trajectory import Recorder, Trajectory
+from polyak.profiles import Scheme, as_scheme
 
-__all__ = ["Following", "Forward", "Recalibration", "RecordedRun", "Scored", "undocumented"]
+__all__ = ["Following", "Forward", "Recalibration", "Scored", "undocumented"]
 
 
 def undocumented(framework: str, holder: object, name: str) -> Any:
@@ -166,7 +164,7 @@ class Following:
         self.rate = rate
         self.recalibration = Recalibration(recalibrate)
         self._options = read_options(options)
-        Average(_one_number(), self.scheme, **without_places(self._options))
+        Average(one_number(), self.scheme, **without_places(self._options))
         self._sampling = sampling or Sampling()
         self._should_update = should_update
         self._average: Average | None = None
@@ -193,6 +191,11 @@ class Following:
         return self._average is not None and self._average.swapped
 
     @property
+    def sharded(self) -> bool:
+        """Whether the model is spread over ranks, so that all of them must save and load together."""
+        return self.average._binding.sharded
+
+    @property
     def begun(self) -> bool:
         """Whether the steps before averaging begins are over."""
         return self._average is not None and self._average._step >= self._average.start
@@ -214,10 +217,8 @@ class Following:
 
         Raises:
             OptionError: ``start`` is a share of a run of no known length.
-            StructureError: the model is sharded, whose checkpoints the frameworks write in ways of their own.
         """
         self.stop()
-        refuse_sharded(model, "Average")
         start, self._first_epoch = self._sampling.begins(run)
         by_itself = start != NOT_YET and self._sampling.every_epochs is None and self._should_update is None
         every = self._sampling.every if by_itself else None
@@ -390,6 +391,13 @@ class Following:
         finally:
             self.swap_in()
 
+    def write(self, path: Path) -> None:
+        """Write the model that is swapped in as a file, without gathering one that is sharded."""
+        assert self._model is not None
+        entries = [entry for entry in ModelTensors(self._model).values() if entry.persistent]
+        tensors = {entry.name: entry.tensor.detach() for entry in entries}
+        write_sharded(path, tensors, ties={alias: e.name for e in entries for alias in e.aliases})
+
     def apply(self) -> None:
         """Make the averaged weights the model's for good, or warn and leave the live ones."""
         with self.applied():
@@ -404,7 +412,7 @@ class Following:
         return vars(self) | {"_average": None, "_handle": None, "_model": None}
 
 
-def _one_number() -> nn.Module:
+def one_number() -> nn.Module:
     """A model to try options on, made without drawing a random number."""
     model = nn.Module()
     model.register_parameter("weight", nn.Parameter(torch.zeros(1)))
@@ -435,9 +443,14 @@ def without_places(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("device", "include", "exclude")}
 
 
+def is_sharded_model(model: nn.Module) -> bool:
+    """Whether tensors of a model are spread over ranks."""
+    return any(is_sharded(entry.tensor) for entry in ModelTensors(model).values())
+
+
 def refuse_sharded(model: nn.Module, ours: str) -> None:
     """Refuse (``StructureError``) what cannot be followed under a framework; ``ours`` is what can do it elsewhere."""
-    if any(is_sharded(entry.tensor) for entry in ModelTensors(model).values()):
+    if is_sharded_model(model):
         raise StructureError(
             f"the model is sharded, and the framework's checkpoints would not hold what resumes: call polyak.{ours} "
             "yourself, and save its state_dict with torch.distributed.checkpoint"
@@ -449,134 +462,3 @@ def _in_full(value: Any, in_full: Mapping[int, Tensor]) -> Any:
         return value
     mean = in_full.get(value.data_ptr())
     return value.clone() if mean is None or mean.shape != value.shape else mean
-
-
-def preview_names(preview: Profile | str | Iterable[Profile | str] | None) -> dict[str, Profile]:
-    """The profiles to score, by the names that metrics have: the only :class:`~polyak.Decay` is ``"decayed"``.
-
-    The others are called as they are written, as all are where there are several decays.
-
-    Raises:
-        OptionError: one is no profile.
-
-    >>> list(preview_names(["decay:sqrt:0.4", "tail:0.2"]))
-    ['decayed', 'tail:0.2']
-    """
-    given = [] if preview is None else [preview] if isinstance(preview, Profile | str) else preview
-    profiles = [as_profile(one) for one in given]
-    decays = [profile for profile in profiles if isinstance(profile, Decay)]
-    return {"decayed" if [profile] == decays else str(profile): profile for profile in profiles}
-
-
-# What every framework needs of a recorder: one that follows the optimizer, and survives with the
-# checkpoints.
-
-
-class RecordedRun:
-    """A recorder of a model that somebody else trains.
-
-    Args:
-        directory: of the :class:`~polyak.Recorder`, which is made by :meth:`begin`.
-        options: the keywords of :class:`~polyak.Recorder`, but for ``optimizer``.
-        preview: averages of the run so far that validations score: profiles, or their texts.
-        recalibrate: batches for the BatchNorm statistics of those, as for :class:`Following`.
-
-    Attributes:
-        previews: the profiles by the names that their metrics have.
-
-    Raises:
-        OptionError: an option is out of range.
-        TypeError: an unknown option.
-    """
-
-    def __init__(
-        self,
-        directory: str | PathLike[str],
-        options: Mapping[str, Any],
-        *,
-        preview: Profile | str | Iterable[Profile | str] | None = None,
-        recalibrate: Iterable[Any] | None = None,
-    ):
-        self._directory = directory
-        self._options = read_options(options)
-        with TemporaryDirectory() as folder:
-            Recorder(_one_number(), folder, **without_places(self._options)).close()
-        self.previews = preview_names(preview)
-        self.recalibration = Recalibration(recalibrate)
-        self._recorder: Recorder | None = None
-        self._handle: AttachHandle | None = None
-        self._last_state: dict[str, Any] = {}
-
-    def begin(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        state: Mapping[str, Any] | None,
-        forward: Forward = call_model,
-    ) -> None:
-        """Follow ``optimizer``, from a saved state where there is one; ``StructureError`` for a sharded model."""
-        self.close()
-        refuse_sharded(model, "Recorder")
-        recorder = self._recorder = Recorder(model, self._directory, optimizer=optimizer, **self._options)
-        try:
-            if state:
-                recorder.load_state_dict(dict(state))
-        except BaseException:
-            recorder.close()  # lets go of the directory
-            raise
-        if self.previews:
-            self.recalibration.begin(model, forward, is_averaged=self._options.get("buffers") == "average")
-        self._handle = attach(optimizer, recorder, self.recalibration)
-
-    def note(self, metrics: Mapping[str, Any]) -> None:
-        """Keep what a framework says of the training with the block under way."""
-        if self._recorder is not None and self._handle is not None:
-            self._recorder.note(**metrics)
-
-    def scored(self) -> list[Scored]:
-        """The previews as weights that validations score beside the live ones."""
-        return [Scored(name, partial(self._applied, name)) for name in self.previews]
-
-    @contextmanager
-    def _applied(self, name: str) -> Iterator[bool]:
-        recorder = self._recorder
-        assert recorder is not None
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(recorder.applied(self.previews[name]))
-            except (NotStartedError, OptionError) as error:
-                warnings.warn(
-                    f"the live weights stand in for {name}: {error}", UserWarning, stacklevel=2
-                )  # early in a run, or for as long as its blocks are too long for a scheme
-                yield False
-                return
-            self.recalibration.refresh((name, recorder._step))
-            yield True
-
-    def state_dict(self) -> dict[str, Any]:
-        """The recorder's state; once it is closed, that in which it was."""
-        if self._recorder is not None and self._handle is not None:
-            return self._recorder.state_dict()
-        return self._last_state
-
-    def close(self) -> None:
-        """Write the last block and the live weights; calling it again does nothing."""
-        if self._recorder is None or self._handle is None:
-            return
-        self._handle.remove()
-        self._handle = None
-        try:
-            self._last_state = self._recorder.state_dict()
-        finally:
-            self._recorder.close()
-
-    @property
-    def trajectory(self) -> Trajectory:
-        """What was recorded so far; ``NotStartedError`` before training begins."""
-        if self._recorder is None:
-            raise NotStartedError("nothing is recorded yet: that begins when training does")
-        return self._recorder.trajectory
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pickled between runs: the recorder and its folder are those of the next one.
-        return vars(self) | {"_recorder": None, "_handle": None}

@@ -15,6 +15,7 @@ from polyak.average import Average
 from polyak.errors import OptionError
 from polyak.integrations import _following
 from polyak.integrations._following import Following, Forward
+from polyak.integrations._recorded import RecordedRun
 from polyak.integrations._sampling import UNKNOWN, Sampling, SWARate
 from polyak.profiles import Profile, Scheme
 from polyak.trajectory import Trajectory
@@ -165,6 +166,7 @@ class Averaging(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the average."""
+        _following.refuse_sharded(pl_module, "Average")
         self._refuse_others(_lightning.callbacks_of(trainer))
         self._refuse_no_rate(trainer)
         optimizer = _lightning.chosen_optimizer(trainer, self._index)
@@ -380,7 +382,7 @@ class Recording(Callback):
         forward: Forward | None = None,
         optimizer: int = -1,
     ):
-        self._recording = _following.RecordedRun(
+        self._recording = RecordedRun(
             directory,
             {
                 "every": every,
@@ -413,6 +415,7 @@ class Recording(Callback):
             )
         forward = _lightning.batch_runner(trainer, self._given_forward, self._recalibrate)
         if trainer.is_global_zero:
+            _following.refuse_sharded(pl_module, "Recorder")
             self._recording.begin(
                 pl_module, _lightning.chosen_optimizer(trainer, self._index), self._state, forward
             )
