@@ -42,6 +42,27 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+class Gan(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator, self.critic = nn.Linear(3, 2), nn.Linear(2, 1)
+        self.stepped = []
+
+    def training_step(self, batch, index):
+        generator, critic = self.optimizers()
+        for optimizer, sign, times in ((critic, 1, 2), (generator, -1, 1)):
+            for _ in range(times):
+                loss = sign * self.critic(self.generator(batch[0])).square().mean()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+        self.stepped.append(self.generator.weight.detach().clone())
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.generator, self.critic)]
+
+
 def weights(model):
     return model.body[0].weight.detach().clone()
 

@@ -106,7 +106,7 @@ def run(folder, strategy):
     model, trainer = train(folder, strategy, averaging, follows, recording, epochs=4)
     train(folder, strategy, *callbacks(folder, "half"), saving, epochs=2)
     again = callbacks(folder, "half")
-    resumed, _ = train(folder, strategy, *again, saving, epochs=4, ckpt_path=folder / "at.ckpt")
+    resumed, _ = train(folder, strategy, *again, epochs=4, ckpt_path=folder / "at.ckpt")
     dist.barrier()  # the first rank has written what it recorded
     return {
         "stepped": model.stepped,

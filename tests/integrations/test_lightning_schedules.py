@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.optim.swa_utils import SWALR
 
 import polyak
-from lightning_runs import QUIET, Net, batches, fit, mean, trainer, weights
+from lightning_runs import QUIET, Gan, Net, batches, fit, mean, trainer, weights
 from polyak.errors import OptionError, StateError
 from polyak.integrations.lightning import Averaging, Recording
 
@@ -203,27 +203,6 @@ def test_the_rate_is_monitored_and_is_one_a_group(tmp_path):
 
 
 # Several optimizers.
-
-
-class Gan(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-        self.generator, self.critic = nn.Linear(3, 2), nn.Linear(2, 1)
-        self.stepped = []
-
-    def training_step(self, batch, index):
-        generator, critic = self.optimizers()
-        for optimizer, sign, times in ((critic, 1, 2), (generator, -1, 1)):
-            for _ in range(times):
-                loss = sign * self.critic(self.generator(batch[0])).square().mean()
-                optimizer.zero_grad()
-                self.manual_backward(loss)
-                optimizer.step()
-        self.stepped.append(self.generator.weight.detach().clone())
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.generator, self.critic)]
 
 
 def test_the_steps_of_the_optimizer_that_is_named_count(tmp_path):
