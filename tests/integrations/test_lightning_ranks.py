@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import polyak
+from polyak import checkpoints
 from polyak.errors import StructureError
 from polyak.integrations.lightning import Averaging, Recording
 from ranks import run_on_ranks
@@ -89,7 +90,7 @@ def train(folder, strategy, *callbacks, epochs=2, ckpt_path=None):
     return model, trainer
 
 
-def callbacks(folder, name):
+def followers(folder, name):
     averaging = Averaging("ema:half_life=3", start_epoch=1, validate="both")
     follows = Averaging("uniform", every_epochs=1, apply=False)
     return averaging, follows, Recording(folder / name, block=6, preview="decay:sqrt:0.5")
@@ -102,10 +103,10 @@ def run_both(folder):
 def run(folder, strategy):
     """A run of four epochs, and the same run resumed after two; what each rank knows of them."""
     saving = ModelCheckpoint(folder, filename="at", save_on_train_epoch_end=False)
-    averaging, follows, recording = callbacks(folder, "whole")
+    averaging, follows, recording = followers(folder, "whole")
     model, trainer = train(folder, strategy, averaging, follows, recording, epochs=4)
-    train(folder, strategy, *callbacks(folder, "half"), saving, epochs=2)
-    again = callbacks(folder, "half")
+    train(folder, strategy, *followers(folder, "half"), saving, epochs=2)
+    again = followers(folder, "half")
     resumed, _ = train(folder, strategy, *again, epochs=4, ckpt_path=folder / "at.ckpt")
     dist.barrier()  # the first rank has written what it recorded
     return {
@@ -162,10 +163,9 @@ def test_a_checkpoint_of_a_sharded_model_is_the_average_beside_the_live_weights(
         saved = torch.load(folder / "at.ckpt", weights_only=True)
         average, live = saved["state_dict"], saved["current_model_state"]
     else:
-        files = polyak.checkpoints.open(folder / "at.ckpt")
-        tensors = {name: files.read(name) for name in files.names if "body.0.weight" in name}
-        average = {"body.0.weight": tensors["state_dict.body.0.weight"]}
-        live = {"body.0.weight": tensors["state_dict.current_model_state.body.0.weight"]}
+        with checkpoints.open(folder / "at.ckpt", key="state_dict") as opened:
+            average = {"body.0.weight": opened.read("body.0.weight")}
+            live = {"body.0.weight": opened.read("current_model_state.body.0.weight")}
     shares = torch.from_numpy(polyak.EMA(half_life=3).weights(range(5))).float()
     stepped = found[0]["stepped"]
     torch.testing.assert_close(
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_a_sharded_model_is_the_average_beside_the_live_weights(
 
 def on_one_rank(folder):
     folder = Path(folder)
-    averaging, follows, _ = callbacks(folder, "one")
+    averaging, follows, _ = followers(folder, "one")
     model, _ = train(folder, "fsdp2", averaging, follows, epochs=2, ckpt_path=folder / "at.ckpt")
     strategy = ModelParallelStrategy(1, 1, save_distributed_checkpoint=False)
     with pytest.raises(StructureError, match="save_distributed_checkpoint=True"):
