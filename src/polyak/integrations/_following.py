@@ -21,7 +21,7 @@ from polyak._swap import copy_into, modes, undoing
 from polyak.average import Average
 from polyak.batchnorm import call_model, statistics, tracks_statistics, update_bn
 from polyak.checkpoints import write_sharded
-from polyak.errors import NotStartedError, OptionError, PolyakError, StateError, StructureError
+from polyak.errors import NotStartedError, OptionError, PolyakError, StateError
 from polyak.integrations._sampling import NOT_YET, UNKNOWN, RunLength, Sampling, ShouldUpdate, SWARate
 from polyak.profiles import Scheme, as_scheme
 
@@ -349,7 +349,7 @@ class Following:
             return
         if not self._average.n_averaged:
             warnings.warn(
-                f"{self._average!r} has no sample yet, so the live weights stand in for it",
+                f"the average ({self._average.scheme}) has no sample yet, so the live weights stand in for it",
                 UserWarning,
                 stacklevel=2,
             )
@@ -369,14 +369,16 @@ class Following:
     def averaged_state(self, read: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """What ``read()``, a state dict of the model, is with the averaged weights in it.
 
-        Names are its own; averaged tensors are the average's, in its dtype, the rest copies.
+        Names are its own; averaged tensors are the average's, in its dtype, the rest copies, as all are of a sharded
+        model, whose state dict need not hold the model's own tensors.
         """
         assert self._model is not None
         with self.applied():
             means = self.average.named_tensors()
+            entries = ModelTensors(self._model).values() if not self.sharded else ()
             in_full = {
                 entry.tensor.data_ptr(): means[entry.name]
-                for entry in ModelTensors(self._model).values()
+                for entry in entries
                 if entry.name in means and entry.tensor.data_ptr() != means[entry.name].data_ptr()
             }
             return {name: _in_full(value, in_full) for name, value in read().items()}
@@ -448,17 +450,8 @@ def is_sharded_model(model: nn.Module) -> bool:
     return any(is_sharded(entry.tensor) for entry in ModelTensors(model).values())
 
 
-def refuse_sharded(model: nn.Module, ours: str) -> None:
-    """Refuse (``StructureError``) what cannot be followed under a framework; ``ours`` is what can do it elsewhere."""
-    if is_sharded_model(model):
-        raise StructureError(
-            f"the model is sharded, and the framework's checkpoints would not hold what resumes: call polyak.{ours} "
-            "yourself, and save its state_dict with torch.distributed.checkpoint"
-        )
-
-
 def _in_full(value: Any, in_full: Mapping[int, Tensor]) -> Any:
     if not isinstance(value, Tensor):
         return value
-    mean = in_full.get(value.data_ptr())
+    mean = in_full.get(value.data_ptr()) if in_full else None
     return value.clone() if mean is None or mean.shape != value.shape else mean

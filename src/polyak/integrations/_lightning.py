@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import ceil, inf
@@ -13,23 +13,31 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.optim import Optimizer
 
 from polyak.batchnorm import call_model, tracks_statistics
-from polyak.errors import OptionError, PolyakError
-from polyak.integrations._following import Forward, Scored, undocumented
+from polyak.errors import OptionError, PolyakError, StructureError
+from polyak.integrations._following import Forward, Scored, is_sharded_model, undocumented
 from polyak.integrations._sampling import RunLength
 
 __all__ = [
     "COUNT",
     "LIVE",
+    "SHARDED",
     "Validation",
     "batch_runner",
     "callbacks_of",
     "chosen_optimizer",
+    "keep_sharded",
+    "kept_sharded",
+    "load_live",
+    "refuse_gathered",
     "refuse_unread",
     "replace_state",
     "run_length",
+    "without_tensors",
 ]
 
 # WeightAveraging's names for the live weights, and for the count of the average that then is "state_dict".
@@ -151,6 +159,51 @@ class Validation:
                 return None
             run()
             return {kind: getattr(connector, name) for name, kind in _METRICS.items()}
+
+
+# Sharded models: every rank writes its part of what is in a checkpoint's "state_dict", and of the rest the first one
+# alone. So what is spread over ranks goes in there, under names of its own.
+
+# What a checkpoint has in the place of live weights that are there.
+SHARDED = "state_dict"
+
+
+def refuse_gathered(trainer: Trainer, model: nn.Module) -> None:
+    """Refuse (``StructureError``) sharded models whose checkpoints the first rank would write alone."""
+    if is_sharded_model(model) and not getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+        raise StructureError(
+            f"the model is sharded, and checkpoints of this {type(trainer.strategy).__name__} are written by one rank, "
+            "which does not have the others' parts of an average: use "
+            "ModelParallelStrategy(save_distributed_checkpoint=True)"
+        )
+
+
+def keep_sharded(checkpoint: dict[str, Any], name: str, state: Mapping[str, Any]) -> None:
+    """Put the tensors of a state where every rank writes its part of them."""
+    checkpoint["state_dict"][name] = {
+        key: value for key, value in state.items() if isinstance(value, Mapping)
+    }
+
+
+def without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of a state for the first rank to write."""
+    return {key: value for key, value in state.items() if not isinstance(value, Mapping)}
+
+
+def kept_sharded(
+    trainer: Trainer, name: str, state: Mapping[str, Any], current: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A state as it was, with the tensors of the ``current`` one, which are filled from the checkpoint."""
+    tensors = {key: value for key, value in current.items() if isinstance(value, Mapping)}
+    load({"state_dict": {name: tensors}}, checkpoint_id=str(trainer.ckpt_path))
+    return {**state, **tensors}
+
+
+def load_live(trainer: Trainer, module: LightningModule) -> None:
+    """Load the live weights of a sharded model from beside the averaged ones."""
+    live = get_model_state_dict(module)
+    load({"state_dict": {LIVE: live}}, checkpoint_id=str(trainer.ckpt_path))
+    module.load_state_dict(live, strict=module.strict_loading)
 
 
 def chosen_optimizer(trainer: Trainer, index: int) -> Optimizer:

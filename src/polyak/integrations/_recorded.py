@@ -238,6 +238,10 @@ class RecordedRun:
             raise NotStartedError("nothing is recorded yet: that begins when training does")
         return self._recorder.trajectory
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled between runs: the recorder, its folder and the model are those of the next one.
+        return vars(self) | {"_recorder": None, "_handle": None, "_model": None}
+
 
 @contextmanager
 def _as_on_first(model: nn.Module, group: RankGroup) -> Iterator[None]:

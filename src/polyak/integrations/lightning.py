@@ -77,7 +77,7 @@ class Averaging(Callback):
     Raises:
         OptionError: an option is out of range. When ``fit`` begins: two averages would stand in, there is no such
             optimizer, or the length of the run of which ``start`` is a share is not known.
-        StructureError: a sharded model.
+        StructureError: a sharded model whose checkpoints one rank writes alone, FSDP1, or DeepSpeed's ZeRO-3.
         TypeError: an unknown option.
 
     >>> import torch, polyak
@@ -166,7 +166,7 @@ class Averaging(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the average."""
-        _following.refuse_sharded(pl_module, "Average")
+        _lightning.refuse_gathered(trainer, pl_module)
         self._refuse_others(_lightning.callbacks_of(trainer))
         self._refuse_no_rate(trainer)
         optimizer = _lightning.chosen_optimizer(trainer, self._index)
@@ -243,7 +243,10 @@ class Averaging(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The average's state; nothing once it is the model, which then is all there is to go on from."""
-        return self.average.state_dict() if self._following.following else {}
+        if not self._following.following:
+            return {}
+        state = self.average.state_dict()
+        return _lightning.without_tensors(state) if self._following.sharded else state
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -251,7 +254,9 @@ class Averaging(Callback):
         """Go on from the live weights, and keep the average's state until there is an average to take it up."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if _lightning.LIVE in checkpoint:
+        if checkpoint.get(_lightning.LIVE) == _lightning.SHARDED:
+            _lightning.load_live(trainer, pl_module)
+        elif _lightning.LIVE in checkpoint:
             pl_module.load_state_dict(checkpoint[_lightning.LIVE], strict=pl_module.strict_loading)
         self._state = checkpoint.get("callbacks", {}).get(self.state_key)
         if (
@@ -269,9 +274,16 @@ class Averaging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the live weights beside the averaged ones, all as WeightAveraging would look for them."""
-        if self._apply and self._following.following and self.average.n_averaged:
+        if not self._following.following:
+            return
+        if self._following.sharded:
+            _lightning.keep_sharded(checkpoint, self.state_key, self.average.state_dict())
+        if self._apply and self.average.n_averaged:
             _lightning.refuse_unread(self._live)
-            checkpoint[_lightning.LIVE], self._live = self._live, None
+            live, self._live = self._live, None
+            if self._following.sharded:
+                checkpoint["state_dict"][_lightning.LIVE], live = live, _lightning.SHARDED
+            checkpoint[_lightning.LIVE] = live
             checkpoint[_lightning.COUNT] = {"n_averaged": torch.tensor(self.average.n_averaged)}
 
     # How it works inside.
@@ -325,6 +337,8 @@ class Averaging(Callback):
         state, self._state = self._state, None
         theirs, self._theirs = self._theirs, None
         self._resumed = bool(state or theirs)
+        if state and self._following.sharded:
+            state = _lightning.kept_sharded(trainer, self.state_key, state, self.average.state_dict())
         if state:
             self._following.load(state)
         elif theirs and (n_averaged := int(theirs[_lightning.COUNT]["n_averaged"])):
@@ -409,16 +423,11 @@ class Recording(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on."""
         self._stop()
-        if self._recording.previews and trainer.world_size > 1:
-            raise OptionError(
-                "the first of several processes records, so the others have nothing to preview: leave preview out"
-            )
+        _lightning.refuse_gathered(trainer, pl_module)
         forward = _lightning.batch_runner(trainer, self._given_forward, self._recalibrate)
-        if trainer.is_global_zero:
-            _following.refuse_sharded(pl_module, "Recorder")
-            self._recording.begin(
-                pl_module, _lightning.chosen_optimizer(trainer, self._index), self._state, forward
-            )
+        optimizer = _lightning.chosen_optimizer(trainer, self._index)
+        records = trainer.is_global_zero or _following.is_sharded_model(pl_module)
+        self._recording.begin(pl_module, optimizer, self._state, forward, records=records)
         self._state = None
         if self._recording.previews:
             self._undo.append(_lightning.Validation.score(trainer, self._recording.scored()))
@@ -441,21 +450,35 @@ class Recording(Callback):
             if isinstance(callback, Averaging):
                 callback.on_exception(trainer, pl_module, exception)
         self._state = None
-        self._stop()
+        self._stop(exception)
 
     def state_dict(self) -> dict[str, Any]:
         """What is not on disk yet."""
-        return self._recording.state_dict()
+        state = self._recording.state_dict()
+        return _lightning.without_tensors(state) if self._recording.sharded else state
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Have every rank write its part of what is spread over them."""
+        if self._recording.sharded:
+            _lightning.keep_sharded(checkpoint, self.state_key, self._recording.state_dict())
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the state until training begins."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._state = checkpoint.get("callbacks", {}).get(self.state_key)
+        """Keep the state until training begins; that of a sharded model comes when it is there."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if not self._recording.sharded:
+            self._state = state
+        elif state:
+            current = self._recording.state_dict()
+            self._recording.load(_lightning.kept_sharded(trainer, self.state_key, state, current))
 
-    def _stop(self) -> None:
+    def _stop(self, error: BaseException | None = None) -> None:
         for undo in self._undo:
             undo()
         self._undo = []
-        self._recording.close()
+        self._recording.close(error)
