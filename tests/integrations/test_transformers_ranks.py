@@ -1,12 +1,7 @@
-"""The callbacks of transformers on two gloo ranks: DDP, and FSDP2 by both ways that the Trainer has.
-
-accelerate turns its own FSDP on where there is an accelerator only. So that it runs here, one line of its state is
-set as it sets it there; all the rest, from `prepare` to the checkpoints, is its own and the Trainer's.
-"""
+"""The callbacks of transformers on two gloo ranks: DDP, and FSDP2 by both ways that the Trainer has."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
@@ -18,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 import polyak
 from polyak.integrations.transformers import Averaging, Recording
 from ranks import run_on_ranks
+from sharded_accelerate import as_torchrun, sharding_on_cpu
 
 
 def language_model():
@@ -52,14 +48,8 @@ def full(tensor):
 def trainer_for(folder, model, **options):
     """A Trainer as torchrun starts it, on CPU; a batch of four however many ranks there are."""
     warnings.simplefilter("ignore")
+    as_torchrun()
     ranks = dist.get_world_size()
-    os.environ |= {
-        "RANK": str(dist.get_rank()),
-        "LOCAL_RANK": str(dist.get_rank()),
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29511",  # nobody listens: the group is there already
-    }
     tokens = [
         {"input_ids": (torch.arange(6) + i) % 17, "labels": (torch.arange(6) + i) % 17} for i in range(16)
     ]
@@ -145,25 +135,13 @@ def test_ddp_and_fsdp_of_transformers_itself(tmp_path):
 
 
 def fsdp_trainer(folder, name):
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    made = AcceleratorState.__init__
-
-    def turned_on(self, *args, fsdp_plugin=None, **kwargs):
-        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-
-    AcceleratorState.__init__ = turned_on
     config = {
         "version": 2,
         "state_dict_type": "SHARDED_STATE_DICT",
         "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
     }
-    trainer, visited = trainer_for(folder / "out", language_model(), fsdp=True, fsdp_config=config)
-    AcceleratorState.__init__ = made
+    with sharding_on_cpu():
+        trainer, visited = trainer_for(folder / "out", language_model(), fsdp=True, fsdp_config=config)
     averaging = Averaging(trainer, polyak.EMA(half_life=2), validate="both", save_average=True)
     recording = Recording(trainer, folder / name, block=2, preview="decay:sqrt:0.4")
     return trainer, visited, averaging, recording
