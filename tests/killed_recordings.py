@@ -39,8 +39,8 @@ def train(folder: Path, max_blocks: int) -> None:
     model = torch.nn.Linear(50, 20, bias=False)
     model.weight.data.fill_(1)
     saved, begin = folder / "training.pt", 0
-    start = None if saved.exists() else 0
-    run = polyak.Recorder(model, folder / "run", block=BLOCK, max_blocks=max_blocks, step=start)
+    begins = {"resume": True} if saved.exists() else {"step": 0}
+    run = polyak.Recorder(model, folder / "run", block=BLOCK, max_blocks=max_blocks, **begins)
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])

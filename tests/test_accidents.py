@@ -132,6 +132,33 @@ def test_interrupts_at_any_moment_of_a_swap_bring_the_live_weights_back():
 
 
 @interrupted
+@pytest.mark.parametrize("keep_in_memory", [0, "1MB"])
+def test_interrupts_at_any_moment_of_an_average_of_the_run_so_far_bring_the_live_weights_back(
+    tmp_path, keep_in_memory
+):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
+    run = polyak.Recorder(model, tmp_path, block=1, keep_in_memory=keep_in_memory)
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        run.update()
+    live = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def use():
+        with run.applied("uniform"):
+            pass
+
+    use()
+    for i in range(60):
+        interrupted_at(1e-4 * (i + 1), use)
+        assert all(torch.equal(tensor, live[name]) for name, tensor in model.state_dict().items())
+    use()
+    run.update()
+    run.close()
+
+
+@interrupted
 def test_interrupts_at_any_moment_of_an_update_leave_a_compensated_mean_in_the_hull():
     weights = [torch.full((3, 3), 1.0) for _ in range(60)] + [torch.full((200, 200), 1.0)]
     mean = Accumulator(weights, list(map(str, range(61))), polyak.EMA(decay=0.5), compensated=True)

@@ -200,18 +200,6 @@ def test_frozen_parameters_are_the_live_models_and_cost_nothing():
     assert tensors["2.weight"].data_ptr() != model[2].weight.data_ptr()
 
 
-def test_a_thawed_parameter_is_refused_unless_it_was_included():
-    model = mlp()
-    model[0].requires_grad_(False)
-    strict = polyak.Average(model, polyak.Uniform())
-    everything = polyak.Average(model, polyak.Uniform(), include="*")
-    model[0].requires_grad_(True)
-    with pytest.raises(StructureError, match=r"'0\.weight', '0\.bias' were frozen"):
-        strict.update()
-    everything.update()
-    assert everything.n_averaged == 1
-
-
 def test_include_and_exclude_choose_by_name_and_pattern():
     model = mlp()
     average = polyak.Average(model, polyak.Uniform(), include=["0.*", "2.weight"], exclude="*.bias")

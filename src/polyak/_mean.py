@@ -105,11 +105,16 @@ class Accumulator:
         self._warned = False
         self.bind(tensors)
 
-    def bind(self, tensors: Sequence[Tensor]) -> None:
+    def bind(self, tensors: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
         """Take up tensors of the same shapes, whose dtypes, devices and memory order may differ from before.
 
         Means follow to another device unless one was asked for, widen where the tensors did, and lie as they do.
+
+        With other ``names`` a tensor that was averaged before keeps its mean. One that was not stands there as it is
+        now for all samples so far, as a parameter that was frozen until now does: that value is its mean.
         """
+        if names is not None and list(names) != self.names:
+            self._choose(tensors, names)
         dtypes = [self._dtype_for(i, tensor) for i, tensor in enumerate(tensors)]
         devices = [torch.device(self._device or tensor.device) for tensor in tensors]
         kinds = [(m.dtype, m.device) for m in self._means]
@@ -128,14 +133,37 @@ class Accumulator:
         self._others = [batch for batch in self._batches if not self._goes_directly(batch)]
         self._set_counters(self.n_averaged, self.n_skipped, self.position)
 
+    @torch.no_grad()
+    def _choose(self, tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+        new = [tensor for name, tensor in zip(names, tensors, strict=True) if name not in self.names]
+        dtypes = [self._dtype_of_new(tensor) for tensor in new]
+        devices = [torch.device(self._device or tensor.device) for tensor in new]
+        # Nothing else is allocated: what was averaged before stays where it is.
+        means = allocate(new, dtypes, devices)
+        if self.n_averaged:
+            means = _moved(new, means)
+        self._means = self._by_name(names, self._means, means)
+        if self.compensated:
+            self.residuals = self._by_name(names, self.residuals, allocate(new, dtypes, devices))
+        self.names = list(names)
+
+    def _by_name(self, names: Sequence[str], before: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+        found, others = dict(zip(self.names, before, strict=True)), iter(new)
+        return [found[name] if name in found else next(others) for name in names]
+
     def _goes_directly(self, batch: Batch) -> bool:
         return batch.alike and not self.compensated and not (self._gathers and batch.copy is not None)
 
     def _dtype_for(self, index: int, tensor: Tensor) -> torch.dtype:
+        dtype = self._dtype_of_new(tensor)
+        return (
+            torch.promote_types(self._means[index].dtype, dtype) if self._means and not self._dtype else dtype
+        )
+
+    def _dtype_of_new(self, tensor: Tensor) -> torch.dtype:
         if self._dtype is not None:
             return _complex_like(self._dtype) if tensor.is_complex() else self._dtype
-        dtype = mean_dtype(tensor.dtype)
-        return torch.promote_types(self._means[index].dtype, dtype) if self._means else dtype
+        return mean_dtype(tensor.dtype)
 
     @property
     def n_averaged(self) -> int:
@@ -169,6 +197,11 @@ class Accumulator:
         saved.
         """
         self._look_anew()
+        return self._means
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """The means, for one who shares their memory and saves nothing."""
         return self._means
 
     def _look_anew(self) -> None:

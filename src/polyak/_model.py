@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from typing import Any, Literal, cast
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -22,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from polyak import _torch
 from polyak._checks import Difference
-from polyak.errors import OptionError, StructureError, SwapError, name_list
+from polyak.errors import OptionError, PolyakError, StructureError, SwapError, name_list
 
 __all__ = [
     "Binding",
@@ -37,6 +40,7 @@ __all__ = [
     "refuse_swapped",
     "shape_of",
     "sharded_like",
+    "watch_for_thaws",
 ]
 
 # A model as named tensors: canonical names, ties, wrappers, sharding and changes of structure.
@@ -47,6 +51,7 @@ Place = tuple[dict[str, Any], str, Tensor]
 # Read one after the other: tuples of all three would be as many objects for the garbage collector to count.
 _DESCRIPTION = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
 _is_contiguous = methodcaller("is_contiguous")
+_is_thawed = attrgetter("requires_grad")
 _END = object()
 
 
@@ -301,6 +306,34 @@ def note_unswapped(tensors: Sequence[Tensor]) -> None:
             _swapped_in.pop(tensor, None)
 
 
+# Parameters that thaw are taken up before the optimizer's next step changes them, while they are what they were for all
+# samples before: after it only a copy, which frozen parameters are spared, would know.
+_watching: set[WeakMethod[Callable[[], object]]] = set()
+_watched = threading.Lock()
+
+
+def watch_for_thaws(take_up: Callable[[], object]) -> None:
+    """Call a method before each step of any torch optimizer, which then takes up what thaws; not kept alive."""
+    _hook_into_optimizers()
+    with _watched:
+        _watching.difference_update([method for method in _watching if method() is None])
+        _watching.add(WeakMethod(take_up))
+
+
+@cache
+def _hook_into_optimizers() -> None:
+    _torch.before_optimizer_steps(_take_up_thawed)
+
+
+def _take_up_thawed() -> None:
+    with _watched:
+        methods = [method() for method in _watching]
+    for take_up in methods:
+        if take_up is not None:
+            with suppress(PolyakError):  # the next update says so, to whom it concerns
+                take_up()
+
+
 # The tensors of a live model that an average or a recorder follows, through every change that allows it.
 
 
@@ -311,8 +344,9 @@ class Binding:
     matches; with ``buffers="average"`` floating buffers count as trainable. Everything else is read from the
     live model when it is needed.
 
-    The names and shapes are fixed when the binding is made. :meth:`follow` takes up parameters that were
-    replaced by others of the same names and shapes, and refuses any other change.
+    The names and shapes of the model are fixed when the binding is made. :meth:`follow` takes up parameters that were
+    replaced by others of the same names and shapes, and refuses any other change. Parameters that thaw join those
+    that are averaged, unless ``include`` says which these are; those that freeze stay among them.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     >>> Binding(model, exclude="*.bias").names
@@ -332,17 +366,17 @@ class Binding:
         self.model = model
         self._watch_buffers = buffers == "average"
         self.tensors = ModelTensors(model, watch_buffers=self._watch_buffers)
-        self.names = self._choose(include, exclude)
         # Where the user named what to average, a frozen parameter that is thawed was left out on purpose.
-        left_out = self.tensors.matching(exclude, "exclude")
-        self._frozen_names = [
-            e.name
-            for e in self.tensors.values()
-            if include is None
-            and e.kind == "parameter"
-            and not e.tensor.requires_grad
-            and e.name not in left_out
-        ]
+        self._choosable = self._choose(include, exclude)
+        chosen = [n for n in self._choosable if include is not None or _is_trained(self.tensors[n])]
+        if not chosen:
+            raise OptionError(
+                "nothing to average: the model has no trainable floating-point parameter"
+                + ("" if include is None and exclude is None else " that include and exclude leave")
+            )
+        self._refuse_sparse(chosen)
+        self.names = chosen
+        self._follows_thaws = include is None
         self._take_up()
 
     @property
@@ -374,14 +408,52 @@ class Binding:
         """Where every tensor of the model stands now."""
         return [(e.place, e.key, e.tensor) for e in ModelTensors(self.model).values()]
 
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the parameters that are averaged from when they thaw on."""
+        averaged = set(self.names)
+        return [n for n in self._choosable if self._follows_thaws and n not in averaged]
+
+    @contextmanager
+    def choosing_as(self, state: Mapping[str, Any], rebind: Callable[[], object]) -> Iterator[list[str]]:
+        """Average what a saved state does, which was frozen then and which is frozen here may differ; their names.
+
+        Until all of the state was looked at, inside, what is averaged now is averaged as well. An error leaves
+        everything as it was.
+
+        Args:
+            state: names what was frozen and not averaged as ``"frozen"``.
+            rebind: called after each change of :attr:`names`.
+        """
+        before = self.names
+        left_out = set(state.get("frozen", self.frozen)) if self._follows_thaws else set()
+        names = [name for name in self._choosable if name not in left_out]
+        try:
+            self._average_these([*before, *names], rebind)
+            yield names
+        except BaseException:
+            self._average_these(before, rebind)
+            raise
+        self._average_these(names, rebind)
+
+    def thawed(self) -> list[str]:
+        """Those of them that are trained now; not while another average is swapped in, whose values they may hold."""
+        if not any(map(_is_thawed, self._frozen)):
+            return []
+        return [n for n in self.frozen if self.tensors[n].tensor.requires_grad and not self._is_swapped(n)]
+
+    def average_also(self, names: Iterable[str], rebind: Callable[[], object] = bool) -> None:
+        """Average ``names`` as well from now on, those that may be averaged; ``rebind()`` if these are more."""
+        self._refuse_sparse(names := [name for name in self._choosable if name in names])
+        self._average_these([*self.names, *names], rebind)
+
     def follow(self) -> bool:
         """Notice what changed in the model; True where its tensors were replaced, retyped or moved.
 
         Raises:
-            StructureError: tensors were added, removed or reshaped, a frozen parameter is trained now, or
-                some have no data yet. The message names them.
+            StructureError: tensors were added, removed or reshaped, or some have no data yet. The message names
+                them.
         """
-        self._refuse_thawed()
         if self._ready and not self.tensors.changed():
             return False
         tensors = ModelTensors(self.model, watch_buffers=self._watch_buffers)
@@ -425,45 +497,44 @@ class Binding:
             )
         return list(*found)
 
+    def _average_these(self, names: Iterable[str], rebind: Callable[[], object]) -> None:
+        wanted, before = set(names), self.names
+        self.names = [name for name in self._choosable if name in wanted]
+        if self.names != before:
+            self._take_up()
+            rebind()
+
     def _take_up(self) -> None:
         self._live = [self.tensors[name].tensor for name in self.names]
         # Also of what is not averaged: adapters may be plain tensors beside a frozen model that is sharded.
         self._meshes = meshes(e.tensor for e in self.tensors.values())
         self._ready = not self.tensors.unmaterialised()
         self._shapes = self._describe(self.tensors)
-        self._frozen = [self.tensors[n].tensor for n in self._frozen_names]
+        self._frozen = [self.tensors[name].tensor for name in self.frozen]
 
     def _choose(self, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None) -> list[str]:
+        """What may be averaged, at once or from when it thaws on."""
         included = self.tensors.matching(include, "include")
         excluded = self.tensors.matching(exclude, "exclude")
-        chosen = [
+        return [
             entry.name
             for entry in self.tensors.values()
             if self._can_be_averaged(entry)
-            and (entry.name in included if include is not None else _is_trained(entry))
+            and (include is None or entry.name in included)
             and entry.name not in excluded
         ]
-        if not chosen:
-            raise OptionError(
-                "nothing to average: the model has no trainable floating-point parameter"
-                + ("" if include is None and exclude is None else " that include and exclude leave")
-            )
-        sparse = [name for name in chosen if self.tensors[name].tensor.layout != torch.strided]
+
+    def _is_swapped(self, name: str) -> bool:
+        return any(tensor in _swapped_in for tensor in local([self.tensors[name].tensor]))
+
+    def _refuse_sparse(self, names: list[str]) -> None:
+        sparse = [name for name in names if self.tensors[name].tensor.layout != torch.strided]
         if sparse:
             raise StructureError(f"{name_list(sparse)} are sparse; make them dense, or name them in exclude=")
-        return chosen
 
     def _can_be_averaged(self, entry: NamedTensor) -> bool:
         numeric = entry.tensor.dtype.is_floating_point or entry.tensor.dtype.is_complex
         return numeric and (entry.kind == "parameter" or self._watch_buffers)
-
-    def _refuse_thawed(self) -> None:
-        if any(tensor.requires_grad for tensor in self._frozen):
-            names = [n for n in self._frozen_names if self.tensors[n].tensor.requires_grad]
-            raise StructureError(
-                f"{name_list(names)} were frozen when the average was made and are trained now; what they were "
-                "before is not in it. Name them in include= from the start, or make a new average"
-            )
 
     def _refuse_restructured(self, tensors: ModelTensors) -> None:
         if found := Difference.of(self._shapes, self._describe(tensors)):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 __all__ = [
+    "before_optimizer_steps",
     "buffers_of",
     "children_of",
     "device_of_collectives",
@@ -305,6 +306,17 @@ def without_graphs() -> AbstractContextManager[object]:
 
 
 # Optimizers
+
+
+def before_optimizer_steps(call: Callable[[], object]) -> None:
+    """Call ``call()`` before every step of every optimizer of the process, from now on."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    @uncompiled
+    def hook(*_: object) -> None:
+        call()
+
+    register_optimizer_step_pre_hook(hook)
 
 
 def optimizer_hooks(optimizer: Optimizer, when: str) -> Iterable[Callable[..., Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,16 @@ from polyak import _torch
 from polyak._attach import Attachment
 from polyak._checks import Difference, refuse_other_state, whole_within
 from polyak._mean import Accumulator, CheckFinite
-from polyak._model import Binding, ModelTensors, local, refuse_swapped, shape_of, sharded_like
+from polyak._model import (
+    Binding,
+    ModelTensors,
+    local,
+    refuse_swapped,
+    shape_of,
+    sharded_like,
+    watch_for_thaws,
+)
+from polyak._module import AverageModules, module_without_weights
 from polyak._swap import Swap, copy_into, undoing
 from polyak._version import __version__
 from polyak.errors import NotStartedError, StateError, StructureError, SwapError, name_list
@@ -32,6 +41,11 @@ class Average:
     After the n-th sample w_n the mean is m_n = m_{n-1} + c_n (w_n - m_{n-1}), with the scheme's coefficients
     c_n. Parameters are matched by name, tied ones averaged once, frozen ones and buffers taken from the live
     model. The average costs one copy of the parameters, in fp32 at least.
+
+    Samples are taken after optimizer steps start + every, start + 2·every, …: ``start`` is where the first cycle of
+    ``every`` steps begins, at whose end the first sample is taken. Recipes that name the step of the first sample,
+    as the SWA paper's does, mean ``start + every`` by it: with 390 steps an epoch, one sample at the end of each
+    from the 161st on is ``start=160 * 390, every=390``.
 
     Args:
         model: any module: plain, compiled, in DistributedDataParallel, or sharded by ``fully_shard``. It is
@@ -96,10 +110,12 @@ class Average:
         self._compensated = compensated
         self._binding = Binding(model, buffers=buffers, include=include, exclude=exclude)
         self._accumulator = self._allocate() if self._binding.ready else None
+        self._modules = AverageModules()
         self._swap: Swap | None = None
         self._step = 0
         self._sampled_at = 0
         self._origin: int | None = None
+        self._watch()
 
     # Following the model.
 
@@ -259,6 +275,54 @@ class Average:
             raise StructureError(f"the average does not fit this model: it {unfit}; nothing was written")
         copy_into(local(t.tensor for t in targets), local(sources[t.name] for t in targets))
 
+    def module(self, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+        """The averaged model as a module of its own, in evaluation mode, to be called beside the live one.
+
+        For a teacher, a reference policy, a validation beside training: it is what :meth:`applied` puts into the live
+        model, which it leaves alone. It is made once and follows the average from then on; several may be made.
+
+        Its parameters lie in the average's own memory, and take none, where they have its dtype and device; elsewhere,
+        as in a bf16 model that is averaged in fp32, they are copies that each sample brings up to date. Those that are
+        not averaged lie in the live model's memory. Buffers are its own: copies of the live model's, or of the
+        average's with ``buffers="average"``, made now and with each sample. What :func:`polyak.update_bn` writes into
+        them so stays until the next sample. Before the first sample it is the live model, in the live model's memory.
+
+        It requires no gradients. Training it, or loading weights into it, would change the average, so that the next
+        sample is refused where its parameters require gradients; ``copy.deepcopy(module)`` is yours to change.
+        ``train()`` is yours as well, and the modes that ``.to()`` gives it stay.
+
+        Args:
+            factory: makes a module with the tensors of the model, by name and shape; None: the model is copied, without
+                its weights, but with its hooks. DDP, ``torch.compile`` and the like are not part of it.
+
+        Raises:
+            StructureError: the model cannot be copied, is sharded, or has no data yet; or the factory's is another.
+            SwapError: another average's weights are in the model.
+
+        >>> import torch, polyak
+        >>> student = torch.nn.Linear(1, 1, bias=False)
+        >>> average = polyak.Average(student, polyak.Uniform())
+        >>> teacher = average.module()
+        >>> for value in (1.0, 2.0, 6.0):
+        ...     _ = student.weight.data.fill_(value)
+        ...     average.update()
+        ...     print(teacher(torch.ones(1, 1)).item())
+        1.0
+        1.5
+        3.0
+        """
+        accumulator = self._follow_model()
+        if not self.swapped:
+            refuse_swapped(self._binding.live)
+        if self._binding.sharded:
+            raise StructureError(
+                "the model is sharded, and a copy of it would not be: evaluate inside applied(), or make a second "
+                "model, shard it alike, and call average.copy_to(second) after each update"
+            )
+        module = module_without_weights(self._binding.model, factory)
+        self._modules.add(module, self._binding, accumulator, is_copy=factory is None)
+        return module
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the averaged model as a checkpoint, in the average's own dtype, atomically.
 
@@ -300,7 +364,7 @@ class Average:
         through ``torch.distributed.checkpoint``, sharded where the model is.
         """
         accumulator = self._follow_model()
-        state = {
+        return {
             **self._options(),
             "step": self._step,
             "sampled_at": self._sampled_at,
@@ -308,9 +372,9 @@ class Average:
             "n_averaged": accumulator.n_averaged,
             "n_skipped": accumulator.n_skipped,
             "position": accumulator.position,
-            "average": self._named(accumulator.means),
+            "frozen": self._binding.frozen,
+            **self._saved_tensors(accumulator),
         }
-        return state | {"residual": self._named(accumulator.residuals)} if self._compensated else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state.
@@ -322,17 +386,26 @@ class Average:
         """
         self._refuse_while_swapped("load_state_dict() would be undone by the swap")
         accumulator = self._follow_model()
+        with self._binding.choosing_as(state, partial(self._bind, accumulator)) as names:
+            self._refuse_other_state(state, names)
+        self._watch()
+        for kind, tensors in self._saved_tensors(accumulator).items():
+            copy_into(local(tensors.values()), local(state[kind][name] for name in tensors))
+        accumulator.restart(state["n_averaged"], state["n_skipped"], state["position"])
+        self._step, self._sampled_at, self._origin = state["step"], state["sampled_at"], state["origin"]
+        self._modules.restart()
+        self._modules.follow(self._binding, accumulator)
+
+    def _refuse_other_state(self, state: dict[str, Any], names: list[str]) -> None:
         current = self.state_dict()
+        kinds = self._saved_tensors(self._follow_model())
+        current |= {kind: {name: tensors[name] for name in names} for kind, tensors in kinds.items()}
         refuse_other_state(current, state, options=[name for name in self._options() if name != "scheme"])
         if (saved := state["scheme"]) != current["scheme"]:
             raise StateError(
                 f"the state was saved with scheme={saved!r}, but this has scheme={current['scheme']!r}; nothing was "
                 f"loaded. Set average.scheme = {saved!r} before loading, and the scheme to go on with after it"
             )
-        for kind in ("average", "residual") if self._compensated else ("average",):
-            copy_into(local(current[kind].values()), local(state[kind][name] for name in current[kind]))
-        accumulator.restart(state["n_averaged"], state["n_skipped"], state["position"])
-        self._step, self._sampled_at, self._origin = state["step"], state["sampled_at"], state["origin"]
 
     def __repr__(self) -> str:
         schedule = f"start={self.start}, every={self.every}"
@@ -341,19 +414,39 @@ class Average:
     # How it works inside.
 
     def _sample(self) -> None:
+        self._modules.refuse_trained()
         self._sampled_at = self._step
         accumulator = self._follow_model()
+        self._take_up_thawed()
         if (origin := self._origin) is None:
             origin = self._origin = self.start if self._step > self.start else self._step - (self.every or 1)
         accumulator.add(self._binding.live, self._step - origin)
+        self._modules.follow(self._binding, accumulator, with_buffers=True)
 
     def _follow_model(self) -> Accumulator:
         replaced = self._binding.follow()
         if self._accumulator is None:
             self._accumulator = self._allocate()
         elif replaced:
-            self._accumulator.bind(self._binding.live)
+            self._bind(self._accumulator)
         return self._accumulator
+
+    def _bind(self, accumulator: Accumulator) -> None:
+        accumulator.bind(self._binding.live, self._binding.names)
+        self._modules.follow(self._binding, accumulator)
+
+    def _take_up_thawed(self) -> None:
+        if self._binding.thawed():
+            accumulator = self._follow_model()
+            self._binding.average_also(self._binding.thawed(), partial(self._bind, accumulator))
+
+    def _watch(self) -> None:
+        if self._binding.frozen:
+            watch_for_thaws(self._take_up_thawed)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch()
 
     def _allocate(self) -> Accumulator:
         binding = self._binding
@@ -394,6 +487,10 @@ class Average:
     def _named(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         binding = self._binding
         return {n: sharded_like(t, w) for n, t, w in zip(binding.names, tensors, binding.whole, strict=True)}
+
+    def _saved_tensors(self, accumulator: Accumulator) -> dict[str, dict[str, Tensor]]:
+        average = {"average": self._named(accumulator.means)}
+        return average | {"residual": self._named(accumulator.residuals)} if self._compensated else average
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -121,7 +121,7 @@ def resumed_by_ranks(folder):
     uninterrupted = polyak.Trajectory(folder).average("uniform")
 
     again = sharded(plain_model())
-    with polyak.Recorder(again, folder, every=2, block=4) as second:
+    with polyak.Recorder(again, folder, every=2, block=4, resume=True) as second:
         set_model_state_dict(again, weights)
         second.load_state_dict(state)
         train(again, second, 12, after=11)
@@ -131,6 +131,95 @@ def resumed_by_ranks(folder):
 
 def test_a_resumed_sharded_recording_is_bitwise_the_same(tmp_path):
     assert run_on_ranks(resumed_by_ranks, str(tmp_path / "run")) == [True, True]
+
+
+def columns(model):
+    """Sharded by columns where a matrix has an even number of them, so that a rank's part lies in many places."""
+
+    def placed(parameter):
+        return Shard(1) if parameter.ndim == 2 and parameter.shape[1] % 2 == 0 else None
+
+    return fully_shard(model, shard_placement_fn=placed)
+
+
+def wide_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 6), nn.Linear(6, 1))
+    model[3].register_buffer("calls", torch.tensor(0))
+    return model
+
+
+def previewed(folder, build, model, keep_in_memory):
+    """What ``applied`` shows of a run under way, as whole tensors, and whether it left the model as it was."""
+    warnings.simplefilter("ignore")
+    model = build(model)
+    run = polyak.Recorder(model, folder, every=2, block=4, max_blocks=8, keep_in_memory=keep_in_memory)
+    found = []
+    for done, steps in ((0, 7), (7, 43)):
+        train(model, run, steps, after=done)
+        before = [p.detach().clone() for p in model.parameters()]
+        for profile in ("uniform", "decay:sqrt:0.4", "tail:steps=3"):
+            with run.applied(profile):
+                weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+                model(torch.ones(2, 3))
+            averaged = {name: whole(tensor) for name, tensor in run.average(profile).items()}
+            assert all(torch.equal(averaged[name], value) for name, value in weights.items())
+            found.append(weights)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    run.close()
+    return found
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def previews_by_ranks(folder):
+    return [
+        previewed(f"{folder}-{keep}-{build.__name__}", build, model(), keep)
+        for build, model in ((sharded, plain_model), (columns, wide_model))
+        for keep in (0, "1MB")
+    ]
+
+
+def test_an_average_of_the_run_so_far_is_put_into_a_sharded_model_part_by_part(tmp_path):
+    by_rank = run_on_ranks(previews_by_ranks, str(tmp_path / "run"))
+    plain = [
+        previewed(tmp_path / name, lambda model: model, model(), 0)
+        for name, model in (("plain", plain_model), ("wide", wide_model))
+    ]
+    for found in by_rank:
+        for one, expected in zip(found, [plain[0], plain[0], plain[1], plain[1]], strict=True):
+            for ours, theirs in zip(one, expected, strict=True):
+                assert ours.keys() == theirs.keys()
+                for name, value in ours.items():
+                    torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def damaged_previews(folder):
+    model = sharded(plain_model())
+    run = polyak.Recorder(model, folder, every=2, block=4)
+    train(model, run, 14)
+    path = run.directory / run.trajectory.blocks[1].file_name
+    dist.barrier()
+    if dist.get_rank() == 0:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    dist.barrier()
+    before = [p.to_local().clone() for p in model.parameters()]
+    try:
+        with run.applied("uniform"):
+            pass
+    except CheckpointError as error:
+        same = all(torch.equal(p.to_local(), q) for p, q in zip(model.parameters(), before, strict=True))
+        return f"{path.name} is corrupt" in str(error) and same
+    finally:
+        run._release()
+
+
+def test_a_damaged_block_is_found_by_all_ranks_though_each_reads_a_part(tmp_path):
+    assert run_on_ranks(damaged_previews, str(tmp_path / "run")) == [True, True]
 
 
 def refused_by_ranks(folder):
@@ -149,12 +238,13 @@ def refused_by_ranks(folder):
     refused(StateError, lambda: polyak.Recorder(model, folder, every=2, block=4))
     train(model, run, 10)
     run.close()
-    refused(StateError, lambda: polyak.Recorder(model, folder, every=1, block=4))
+    refused(StateError, lambda: polyak.Recorder(model, folder, every=2, block=4))
+    refused(StateError, lambda: polyak.Recorder(model, folder, every=1, block=4, resume=True))
     other = fully_shard(nn.Linear(2, 2))
-    refused(StateError, lambda: polyak.Recorder(other, folder, every=2, block=4))
+    refused(StateError, lambda: polyak.Recorder(other, folder, every=2, block=4, resume=True))
     refused(StateError, lambda: polyak.Recorder(model, folder, every=2, block=4, step=5))
     elsewhere = f"{folder}-{dist.get_rank()}"
-    refused(polyak.PolyakError, lambda: polyak.Recorder(model, elsewhere, every=2, block=4))
+    refused(polyak.PolyakError, lambda: polyak.Recorder(model, elsewhere, every=2, block=4, resume=True))
     later = plain_model()
     run = polyak.Recorder(later, f"{folder}-{dist.get_rank()}", every=2, block=4)
     sharded(later)
@@ -165,13 +255,14 @@ def refused_by_ranks(folder):
 
 def test_what_is_refused_is_refused_on_all_ranks_alike(tmp_path):
     first, second = run_on_ranks(refused_by_ranks, str(tmp_path / "run"))
-    assert "not the folder that the first rank records into" in first[4] and first[4] != second[4]
-    del first[4], second[4]
+    assert "not the folder that the first rank records into" in first[5] and first[5] != second[5]
+    del first[5], second[5]
     assert first == second
     for message, expected in zip(
         first,
         [
             "is being recorded by another",
+            "holds a run already",
             "every=2, not 1",
             "another model",
             "lies across",
@@ -275,7 +366,7 @@ def frozen_parameters_moved(folder):
         def unreadable(*_, **__):
             raise CheckpointError("cannot read")
 
-        _blocks.open_checkpoint = unreadable
+        _blocks.open_stored = unreadable
     try:
         again.close()
     except polyak.PolyakError as error:

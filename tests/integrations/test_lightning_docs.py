@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from lightning_runs import Gan, Net, batches
+from pages import run
 
-DOCS = Path(__file__).parent.parent.parent / "docs"
 pytestmark = pytest.mark.filterwarnings("ignore")  # a logger that is not installed, few workers, few batches
 
 
 class Model(Net):
     def validation_step(self, batch, index):
         self.log("val_loss", self(batch[0]).square().mean(), prog_bar=True)
-
-
-def run(page, **yours):
-    for block in re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S):
-        assert ">>>" not in block
-        exec(compile(block, page, "exec"), yours)
-    return yours
 
 
 def test_the_page_on_lightning(tmp_path, monkeypatch, capsys):

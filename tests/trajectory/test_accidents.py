@@ -98,7 +98,7 @@ def test_a_model_with_other_frozen_parameters_is_another_model(tmp_path):
     wider = nn.Sequential(line(), line())
     wider[1].requires_grad_(False)
     with pytest.raises(StateError, match=r"1.weight \(frozen\)"):
-        polyak.Recorder(wider, tmp_path, block=1)
+        polyak.Recorder(wider, tmp_path, block=1, resume=True)
     assert len(polyak.Trajectory(tmp_path)) == 1
 
 
@@ -153,7 +153,7 @@ def test_live_weights_outlive_a_reopening_that_trains_nothing(tmp_path):
         pass
     assert polyak.Trajectory(tmp_path).live()["weight"].item() == 9
     # Also where only the state was loaded: its open block is written anew, the model at hand is not.
-    with polyak.Recorder(line(), tmp_path, block=2) as again:
+    with polyak.Recorder(line(), tmp_path, block=2, resume=True) as again:
         again.load_state_dict(state)
     assert polyak.Trajectory(tmp_path).live()["weight"].item() == 9
     assert polyak.Trajectory(tmp_path).blocks[-1].stop == 3
@@ -167,7 +167,7 @@ def test_a_model_that_was_not_loaded_is_never_live(tmp_path):
         record(run, model, [5.0, 1.0, 9.0])
         state = run.state_dict()
         record(run, model, [4.0, 3.0])
-    with polyak.Recorder(line(), tmp_path, block=2) as again:
+    with polyak.Recorder(line(), tmp_path, block=2, resume=True) as again:
         again.load_state_dict(state)
     assert not polyak.Trajectory(tmp_path).has_live
 
@@ -177,8 +177,8 @@ def test_live_weights_of_the_same_step_are_replaced_whole(tmp_path, monkeypatch)
     model = line()
     with polyak.Recorder(model, tmp_path, every=2, block=2) as run:
         record(run, model, [5.0, 1.0, 9.0])
-    with pytest.warns(UserWarning, match="which goes on"):
-        again = polyak.Recorder(model, tmp_path, every=2, block=2)
+    with pytest.warns(UserWarning, match="goes on after its last block"):
+        again = polyak.Recorder(model, tmp_path, every=2, block=2, resume=True)
         record(again, model, [8.0])
     saves = []
     monkeypatch.setattr(type(again._folder), "_save", lambda folder, manifest: saves.append(manifest))

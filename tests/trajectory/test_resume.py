@@ -36,7 +36,7 @@ def resumed(run: RecordedWalk, directory: Path, **options) -> RecordedWalk:
     """A new recorder beside the same walk."""
     again = object.__new__(RecordedWalk)
     again.__dict__.update(run.__dict__)
-    again.recorder = polyak.Recorder(run.model, directory, **options)
+    again.recorder = polyak.Recorder(run.model, directory, **({"resume": True} | options))
     return again
 
 
@@ -81,7 +81,7 @@ def test_the_sample_after_a_save_may_be_lost_to_a_nan(tmp_path: Path, resumes: b
     state = through_a_file(recorder.state_dict())
     if resumes:
         recorder.close()
-        recorder = polyak.Recorder(model, tmp_path, block=12)
+        recorder = polyak.Recorder(model, tmp_path, block=12, resume=True)
         recorder.load_state_dict(state)
     model[1].data.fill_(float("nan"))
     recorder.update()
@@ -114,8 +114,8 @@ def test_without_a_state_it_continues_after_the_last_block(tmp_path: Path) -> No
     run.recorder.close()
     assert run.recorder.trajectory.blocks[-1].stop == 10
     again = resumed(run, tmp_path)
-    # A script that is run twice is no resumed run, but only its user can know.
-    with pytest.warns(UserWarning, match="up to optimizer step 10, which goes on.*step=0 to start over"):
+    # Whether training went back to an earlier step only its user can know.
+    with pytest.warns(UserWarning, match="goes on after its last block, optimizer step 10.*says from where"):
         again.run(1)
     again.run(
         2
@@ -126,6 +126,24 @@ def test_without_a_state_it_continues_after_the_last_block(tmp_path: Path) -> No
     again.recorder.close()
     assert again.recorder.trajectory.blocks[-1].stop == 13
     assert len(list(tmp_path.glob("live-*"))) == 1
+
+
+def test_a_new_run_in_the_folder_of_another_is_refused(tmp_path: Path) -> None:
+    """Of the same model, as where a script is run once more: nothing else tells them apart."""
+    run = RecordedWalk(tmp_path, block=4)
+    run.run(10)
+    run.recorder.close()
+    stray = tmp_path / "block-000000000007-000000000009.safetensors"
+    stray.touch()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(
+        StateError, match=r"3 blocks up to optimizer step 10.*step=0.*resume=True.*load_state_dict"
+    ):
+        polyak.Recorder(small_model(), tmp_path, block=4)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    polyak.Recorder(small_model(), tmp_path, block=4, step=0).close()
+    assert not polyak.Trajectory(tmp_path).blocks
+    polyak.Recorder(small_model(), tmp_path).close()  # which holds no run
 
 
 def test_step_drops_later_blocks(tmp_path: Path) -> None:
@@ -189,8 +207,9 @@ def test_other_models_and_options_are_refused(tmp_path: Path) -> None:
     state = through_a_file(run.recorder.state_dict())
     run.recorder.close()
     before = contents(tmp_path)
-    with pytest.raises(StateError, match="another model: .*'0.weight'"):
-        polyak.Recorder(nn.Linear(2, 2), tmp_path)
+    for knows_of_it in ({"resume": True}, {"step": 0}, {"step": 8}):
+        with pytest.raises(StateError, match="another model: .*'0.weight'"):
+            polyak.Recorder(nn.Linear(2, 2), tmp_path, **knows_of_it)
     with pytest.raises(StateError, match="every=1, not 2"):
         resumed(run, tmp_path, every=2)
     with pytest.raises(StateError, match="block=4, not 8"):

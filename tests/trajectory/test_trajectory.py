@@ -205,7 +205,7 @@ def test_a_corrupt_block_is_named_and_the_rest_usable(tmp_path: Path, harm: str)
     samples = [*range(1, 11), *range(21, 41)]
     assert largest_error(rest.average(polyak.Uniform()), run.mean(samples)) < 1e-6
     # Recording can go on beside it.
-    polyak.Recorder(run.model, tmp_path).close()
+    polyak.Recorder(run.model, tmp_path, resume=True).close()
 
 
 def test_read_while_it_is_recorded(tmp_path: Path) -> None:
@@ -302,3 +302,24 @@ def test_half_precision_checkpoints_may_be_averaged_into_fp32(tmp_path):
     assert wide["w"].dtype == torch.float32 and wide["w"].tolist() == [1.00390625] * 2
     assert wide["n"].dtype == torch.int64 and wide["d"].dtype == torch.float64
     assert run.average("uniform")["w"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "names", [("model_ema", "model"), ("module",), ("ema", "model"), ("exp_avg", "state")]
+)
+def test_names_are_the_models_own_whatever_other_tools_mean_by_them(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """As of a student beside its teacher: neither is the other's average."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 1) for name in names})
+    with polyak.Recorder(model, tmp_path, block=1, max_blocks=8) as run:
+        for step in range(1, 21):
+            for i, parameter in enumerate(model.parameters()):
+                parameter.data.fill_(step + i)
+            run.update()
+        preview = run.average("uniform")
+    found = polyak.Trajectory(tmp_path).average("uniform")
+    assert list(found) == list(preview) == list(model.state_dict())
+    assert [value.unique().item() for value in found.values()] == [10.5 + i for i in range(len(found))]
+    assert polyak.Trajectory(tmp_path).live().keys() == found.keys()
+    polyak.Recorder(model, tmp_path, resume=True, block=1).close()

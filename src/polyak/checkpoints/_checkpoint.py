@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -237,6 +237,12 @@ class Checkpoint:
                 # Tied names stay one.
                 self._stored[name] = stored.setdefault(id(one), ConvertedTensor(one, dtype))
                 self.tensors[name] = self._stored[name].info
+
+    def take_in(self, names: Iterable[str], other: Checkpoint) -> None:
+        """Read the tensors of these names, which it lacks, from ``other`` from now on."""
+        self._stored |= {name: other._find(name) for name in names}
+        self.tensors |= {name: self._stored[name].info for name in names}
+        self.ties = _ties(self._stored)
 
     def close(self) -> None:
         """Let go of its open files. Reading afterwards opens them again."""

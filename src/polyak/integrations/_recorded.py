@@ -36,7 +36,7 @@ from polyak.integrations._following import (
 from polyak.profiles import Decay, Profile, as_profile
 from polyak.trajectory import Recorder, Trajectory
 
-__all__ = ["RecordedRun", "save_state", "saved_state"]
+__all__ = ["RecordedRun", "is_saved", "save_state", "saved_state"]
 
 # States in the folders of a framework's checkpoints: a file, or of a sharded model a folder of
 # torch.distributed.checkpoint, which loads on any number of ranks.
@@ -59,13 +59,18 @@ def saved_state(path: Path, current: Callable[[], dict[str, Any]]) -> dict[str, 
     """What :meth:`save_state` wrote as ``path``, if it did; the tensors may be those of the ``current`` state."""
     if path.is_file():
         return torch.load(path, map_location="cpu", weights_only=True)
-    if not (_folder_of(path) / ".metadata").is_file():
+    if not is_saved(path):
         return None
     state = current()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each rank reads what it needs on its own, which is what is wanted
         load(state, checkpoint_id=_folder_of(path), no_dist=True)
     return state
+
+
+def is_saved(path: Path) -> bool:
+    """Whether there is anything for :meth:`saved_state`."""
+    return path.is_file() or (_folder_of(path) / ".metadata").is_file()
 
 
 def _folder_of(path: Path) -> Path:
@@ -138,6 +143,7 @@ class RecordedRun:
         forward: Forward = call_model,
         *,
         records: bool = True,
+        resumes: bool = False,
     ) -> None:
         """Follow ``optimizer``, from a saved state where there is one.
 
@@ -146,6 +152,7 @@ class RecordedRun:
             optimizer: whose steps count.
             state: of :meth:`state_dict`.
             forward: as for :class:`Following`.
+            resumes: whether :meth:`load` will be given one.
             records: False on a rank whose model another one records, but which scores the previews with it.
         """
         self.close()
@@ -155,7 +162,9 @@ class RecordedRun:
         if not records:
             self._handle = attach(optimizer, self.recalibration)
             return
-        recorder = self._recorder = Recorder(model, self._directory, optimizer=optimizer, **self._options)
+        # A state says more than resume= and step= do.
+        options = {**self._options, **({"resume": True, "step": None} if state or resumes else {})}
+        recorder = self._recorder = Recorder(model, self._directory, optimizer=optimizer, **options)
         try:
             if state:
                 recorder.load_state_dict(dict(state))

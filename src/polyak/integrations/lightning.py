@@ -363,6 +363,7 @@ class Recording(Callback):
         device: as for :class:`polyak.Recorder`.
         buffers: as for :class:`polyak.Recorder`.
         keep_in_memory: as for :class:`polyak.Recorder`.
+        resume: as for :class:`polyak.Recorder`; a checkpoint's state says so by itself.
         preview: an average of the run so far, or several, that validations during ``fit`` score beside the weights
             that they score anyway: profiles or their texts. ``"decay:sqrt:0.4"`` gives ``val_loss/decayed``, what the
             run would score if its learning rate were decayed now; other profiles, and decays where there are several,
@@ -391,6 +392,7 @@ class Recording(Callback):
         device: torch.device | str | None = None,
         buffers: Literal["copy", "average"] = "copy",
         keep_in_memory: int | str = 0,
+        resume: bool = False,
         preview: Profile | str | list[Profile | str] | None = None,
         recalibrate: Iterable[Any] | None = None,
         forward: Forward | None = None,
@@ -406,6 +408,7 @@ class Recording(Callback):
                 "device": device,
                 "buffers": buffers,
                 "keep_in_memory": keep_in_memory,
+                "resume": resume,
             },
             preview=preview,
             recalibrate=recalibrate,

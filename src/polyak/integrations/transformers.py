@@ -22,7 +22,7 @@ from polyak.batchnorm import call_model
 from polyak.errors import OptionError, StateError, name_list
 from polyak.integrations import _following
 from polyak.integrations._following import Following, Forward, Scored, validates_both
-from polyak.integrations._recorded import RecordedRun, saved_state
+from polyak.integrations._recorded import RecordedRun, is_saved, saved_state
 from polyak.integrations._sampling import RunLength, Sampling, SWARate
 from polyak.profiles import Profile, Scheme
 from polyak.trajectory import Trajectory
@@ -370,6 +370,7 @@ class Recording(Watching):
         device: where both copies are kept.
         buffers: "copy" or "average".
         keep_in_memory: how much memory blocks may take that previews need not read again.
+        resume: go on with the run that the directory holds; a checkpoint's state says so by itself.
         step: the optimizer steps already taken.
 
     Raises:
@@ -398,6 +399,7 @@ class Recording(Watching):
         device: torch.device | str | None = None,
         buffers: Literal["copy", "average"] = "copy",
         keep_in_memory: int | str = 0,
+        resume: bool = False,
         step: int | None = None,
     ):
         options = {
@@ -408,6 +410,7 @@ class Recording(Watching):
             "device": device,
             "buffers": buffers,
             "keep_in_memory": keep_in_memory,
+            "resume": resume,
             "step": step,
         }
         self._recording = RecordedRun(directory, options, preview=preview, recalibrate=recalibrate)
@@ -440,11 +443,12 @@ class Recording(Watching):
     ) -> None:
         """Begin, or go on."""
         records = state.is_world_process_zero or _following.is_sharded_model(model)
-        self._recording.begin(model, optimizer, None, self._forward, records=records)
-        if records and (checkpoint := self._resumed_from) is not None:
-            saved = saved_state(checkpoint / self.file_name, self._recording.state_dict)
-            if saved is not None:
-                self._recording.load(saved)
+        checkpoint = self._resumed_from
+        path = None if checkpoint is None or not records else checkpoint / self.file_name
+        resumes = path is not None and is_saved(path)
+        self._recording.begin(model, optimizer, None, self._forward, records=records, resumes=resumes)
+        if path is not None and (saved := saved_state(path, self._recording.state_dict)) is not None:
+            self._recording.load(saved)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from pathlib import Path
@@ -18,7 +18,6 @@ from torch import Tensor
 from polyak._distributed import RankGroup, shard_runs
 from polyak._model import Binding, ModelTensors, NamedTensor, is_sharded, local
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer, _safetensors
-from polyak.checkpoints import open as open_checkpoint
 from polyak.checkpoints._base import on_host, written_together
 from polyak.checkpoints._checkpoint import RECORDING_NAME
 from polyak.checkpoints._io import DataFile, Observer, write_file
@@ -34,11 +33,14 @@ __all__ = [
     "Metrics",
     "Snapshot",
     "Summary",
+    "complete",
     "copied_names",
     "holds_frozen",
     "merge_files",
+    "open_stored",
     "refuse_damaged",
     "refuse_other_checksum",
+    "with_thawed",
     "write_block",
     "write_frozen",
 ]
@@ -321,7 +323,7 @@ class Snapshot:
     Attributes:
         averaged: name to live tensor, or to its mean.
         copied: the persistent buffers that are not averaged, as copies, since training goes on.
-        frozen: parameters that are not averaged; not copied.
+        frozen: parameters that are not averaged; not copied. Blocks from before one thawed have it there.
         ties: further name of a tied tensor to its first name, over all parts.
         wholes: of a sharded model, name to the tensor that this rank's part in the dictionaries above belongs to.
     """
@@ -469,16 +471,39 @@ def write_frozen(path: Path, snapshot: Snapshot, group: RankGroup) -> int:
     return _written(path, snapshot, snapshot.frozen, {}, group)
 
 
+def open_stored(file: Path | DataFile) -> Checkpoint:
+    """What was written of a model here: its tensors by its own names, whatever another tool's would mean.
+
+    Raises ``CheckpointError`` for what is no whole file.
+    """
+    file = DataFile(file) if isinstance(file, Path) else file
+    return Checkpoint(file.path, "safetensors", replace(_safetensors.read_file(file), exact=True))
+
+
 def holds_frozen(path: Path, snapshot: Snapshot, group: RankGroup) -> bool:
     """Whether the file has the frozen parameters as they are now; each rank looks at its own part."""
     same = False
-    with group.all_or_none(f"comparing {path}"), open_checkpoint(path) as stored:
+    with group.all_or_none(f"comparing {path}"), open_stored(path) as stored:
         same = all(
             torch.equal(stored.read_slice(name, start, start + len(values)), values)
             for name, part in snapshot.frozen.items()
             for start, values in _runs(snapshot, name, part, group)
         )
     return all(group.gather(same))
+
+
+def with_thawed(path: Path, snapshot: Snapshot, group: RankGroup) -> Snapshot:
+    """``snapshot`` with what the file of frozen parameters holds of those that thawed: earlier blocks need it."""
+    with group.all_or_none(f"reading {path}"), open_stored(path) as stored:
+        thawed = stored.tensors.keys() & snapshot.averaged.keys()
+        parts = {
+            name: torch.empty(snapshot.averaged[name].shape, dtype=stored.tensors[name].dtype)
+            for name in thawed
+        }
+        for name, part in parts.items():
+            for start, values in _runs(snapshot, name, part, group):
+                values.copy_(stored.read_slice(name, start, start + len(values)))
+    return replace(snapshot, frozen={**snapshot.frozen, **parts})
 
 
 def _written(
@@ -514,16 +539,29 @@ def copied_names(checkpoint: Checkpoint) -> frozenset[str]:
     return frozenset(json.loads(checkpoint.metadata.get(_COPIED_KEY, "[]")))
 
 
-def merge_files(sources: Mapping[Path, Block], target: Path) -> int:
+def complete(blocks: Sequence[Checkpoint], frozen: Checkpoint | None) -> None:
+    """Have each of a run's opened blocks hold what others average: what thawed after it, as it was while frozen."""
+    if frozen is None:
+        return
+    thawed = {n: info.dtype for b in blocks for n, info in b.tensors.items() if n in frozen.tensors}
+    for block in blocks:
+        lacking = {name: dtype for name, dtype in thawed.items() if name not in block.tensors}
+        block.take_in(lacking, frozen)
+        block.widen(lacking)
+
+
+def merge_files(sources: Mapping[Path, Block], target: Path, frozen: Path | None = None) -> int:
     """Write the mean of neighbouring blocks, weighted by their counts; the checksum of the file.
 
-    Copied tensors are those of the last. Each source is read once, and compared with its checksum.
+    Copied tensors are those of the last. Each source is read once, and compared with its checksum. ``frozen`` is the
+    file of the frozen parameters, for those that thawed.
 
     Raises:
         CheckpointError: a source cannot be read, or is not what was written; there is no target.
     """
     files = {path: CheckedFile(path) for path in sources}
-    inputs = [Checkpoint(path, "safetensors", _safetensors.read_file(file)) for path, file in files.items()]
+    inputs = [open_stored(file) for file in files.values()]
+    complete(inputs, open_stored(frozen) if frozen else None)
     counts = [block.count for block in sources.values()]
     newest = inputs[-1]
     copied = copied_names(newest)

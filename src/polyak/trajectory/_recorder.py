@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -22,134 +21,18 @@ from polyak import _torch
 from polyak._attach import Attachment
 from polyak._checks import refuse_other_state, whole_within
 from polyak._distributed import RankGroup, refuse_unplaced
-from polyak._mean import Accumulator
-from polyak._model import Binding, ModelTensors, local, refuse_swapped, sharded_like
-from polyak._swap import Swap, copy_into, undoing
+from polyak._model import Binding, ModelTensors, refuse_swapped, watch_for_thaws
+from polyak._swap import Swap, undoing
 from polyak.batchnorm import statistics
-from polyak.errors import NotStartedError, OptionError, StateError, StructureError, SwapError, name_list
-from polyak.profiles import Profile, Uniform, as_profile
-from polyak.trajectory._blocks import Block, Manifest, Metrics, Snapshot, Summary
+from polyak.errors import NotStartedError, OptionError, StateError, StructureError, SwapError
+from polyak.profiles import Profile, as_profile
+from polyak.trajectory._blocks import Block, Manifest, Snapshot
 from polyak.trajectory._policy import BackgroundWriter, Pace, block_steps_after
-from polyak.trajectory._so_far import BlockMeans
+from polyak.trajectory._so_far import BlockMeans, OpenBlock, named
 from polyak.trajectory._store import TrajectoryFolder
 from polyak.trajectory._trajectory import Trajectory
 
 __all__ = ["Recorder"]
-
-# The block that is being filled.
-
-
-class OpenBlock:
-    """Samples, learning rates and metrics since ``start``.
-
-    Two accumulators take turns: the means of the block before stay as they are while this one fills.
-
-    Attributes:
-        start: the optimizer step after which the block begins.
-        last_sample: the step of the last sample, accepted or not.
-    """
-
-    def __init__(self, binding: Binding, dtype: torch.dtype | None, device: torch.device | str | None):
-        self._binding = binding
-        agree = binding.agree if binding.sharded else None
-        self._filling, self._resting = (
-            Accumulator(binding.live, binding.names, Uniform(), dtype=dtype, device=device, agree=agree)
-            for _ in range(2)
-        )
-        self.begin(0)
-
-    def refuse_unstorable(self) -> None:
-        """Raise OptionError for means that the blocks' format cannot hold."""
-        wide = [
-            n
-            for n, m in zip(self._binding.names, self._filling.means, strict=True)
-            if m.dtype == torch.complex128
-        ]
-        if wide:
-            raise OptionError(
-                f"{name_list(wide)} would be complex128, which blocks cannot hold: pass dtype=torch.float32"
-            )
-
-    def begin(self, start: int) -> None:
-        """Empty it, for a block after ``start``."""
-        self.start = self.last_sample = start
-        self._filling.restart()
-        self._metrics, self._lr = Metrics(), Metrics()
-
-    def rebind(self) -> None:
-        """Take up tensors that the model has in the place of those before."""
-        for accumulator in (self._filling, self._resting):
-            accumulator.bind(self._binding.live)
-
-    def note(self, metrics: Mapping[str, Any], lr: float | Tensor | None) -> None:
-        """Take the numbers of one optimizer step."""
-        if metrics:
-            self._metrics.add(metrics)
-        if lr is not None:
-            self._lr.add({"lr": lr})
-
-    def sample(self, step: int) -> None:
-        """Take the weights as they are after ``step``."""
-        self._filling.add(self._binding.live)
-        self.last_sample = step
-
-    @property
-    def count(self) -> int:
-        """Accepted samples; on an accelerator reading it waits for the device."""
-        return self._filling.n_averaged
-
-    def take(self) -> tuple[Block, list[Tensor]]:
-        """What was filled, up to the last sample, and its means; the next block begins there."""
-        block = Block(
-            self.start,
-            self.last_sample,
-            self._filling.n_averaged,
-            self._filling.n_skipped,
-            self._lr.summaries().get("lr"),
-            self._metrics.summaries(),
-        )
-        means = self._filling.means
-        self._filling, self._resting = self._resting, self._filling
-        self.begin(block.stop)
-        return block, means
-
-    def so_far(self) -> tuple[Block, dict[str, Tensor]] | None:
-        """What was filled until now and its means, on ranks this one's part of each; None before a sample."""
-        if not self.count:
-            return None
-        block = Block(self.start, self.last_sample, self.count)
-        return block, dict(zip(self._binding.names, self._filling.means, strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values, and the means by name, which are not copied."""
-        return {
-            "start": self.start,
-            "last_sample": self.last_sample,
-            "n_averaged": self._filling.n_averaged,
-            "n_skipped": self._filling.n_skipped,
-            "summaries": json.dumps({"lr": self._lr.to_json(), "metrics": self._metrics.to_json()}),
-            "open_block": _named(self._binding, self._filling.means),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that fits."""
-        copy_into(self._filling.means, local(state["open_block"][name] for name in self._binding.names))
-        self._filling.restart(state["n_averaged"], state["n_skipped"])
-        self.start, self.last_sample = state["start"], state["last_sample"]
-        summaries = json.loads(state["summaries"])
-        self._lr, self._metrics = (_metrics(summaries[kind]) for kind in ("lr", "metrics"))
-
-
-def _named(binding: Binding, parts: list[Tensor]) -> dict[str, Tensor]:
-    """Name to tensor, distributed as the model's is."""
-    return {n: sharded_like(p, w) for n, p, w in zip(binding.names, parts, binding.whole, strict=True)}
-
-
-def _metrics(entries: Mapping[str, dict[str, Any]]) -> Metrics:
-    return Metrics({name: Summary(**numbers) for name, numbers in entries.items()})
-
-
-# The recorder itself.
 
 _LEAST_MAX_BLOCKS = 8
 # Where the length of a block follows the pace of the run: samples in the first one, and blocks until it is final.
@@ -175,8 +58,8 @@ class Recorder:
         model: as for :class:`polyak.Average`. A model sharded by ``fully_shard`` is recorded by all its ranks, each
             writing its own part of every file, without gathering. Every method that records, saves or loads is then a
             collective call, metrics and learning rates are the first rank's, and all must share ``directory``.
-        directory: made if need be. One that holds a trajectory of the same model is continued after its last
-            block; see ``step``.
+        directory: made if need be. One that holds a run already is refused, unless ``resume`` or ``step`` says that
+            this is to go on with it.
         every: optimizer steps between samples.
         block: length of the first blocks in optimizer steps, a multiple of ``every``; it doubles whenever the
             run exceeds 1,024 of them. None: lengthened over the first blocks until writing one takes at most a
@@ -189,9 +72,10 @@ class Recorder:
         keep_in_memory: how much of the host's memory, on each rank, block means may take that are kept beside their
             files, as bytes or text such as ``"2GB"``, so that :meth:`applied` need not read them: a model of the
             parameters in ``dtype`` each, the newest first. 0: all are read.
+        resume: whether to go on with the run that ``directory`` holds, if it holds one: from the state that
+            :meth:`load_state_dict` is given next, or else, with a warning, after the last block.
         step: the optimizer steps already taken, where training is resumed and :meth:`load_state_dict` is not
-            used: later blocks are dropped, all of them where it is 0. None: continue after the last block, with
-            a warning.
+            used: later blocks are dropped, all of them where it is 0.
 
     Attributes:
         directory: where the blocks are.
@@ -200,8 +84,8 @@ class Recorder:
 
     Raises:
         OptionError: an option is out of range, or nothing would be averaged.
-        StateError: the directory is that of another model or of other options, is being recorded by somebody
-            else, or has a block that lies across ``step``.
+        StateError: the directory holds a run and neither ``resume`` nor ``step`` is given, is that of another model
+            or of other options, is being recorded by somebody else, or has a block that lies across ``step``.
         CheckpointError: the directory cannot be read or written.
 
     >>> import tempfile, torch, polyak
@@ -233,6 +117,7 @@ class Recorder:
         buffers: Literal["copy", "average"] = "copy",
         optimizer: Optimizer | None = None,
         keep_in_memory: int | str = 0,
+        resume: bool = False,
         step: int | None = None,
     ):
         self.directory = Path(directory)
@@ -255,7 +140,8 @@ class Recorder:
         self._pace = Pace(_FIRST_SAMPLES * self.every)
         given = _given_steps(block, self.every)
         fresh = Manifest(self._options, given or self._pace.block_steps(), settled=given is not None)
-        self._folder = TrajectoryFolder(self.directory, fresh, given, self._group)
+        goes_on = resume or step is not None
+        self._folder = TrajectoryFolder(self.directory, fresh, given, goes_on, self._group)
         self._is_open = True
         try:
             self._begin(step)
@@ -284,7 +170,7 @@ class Recorder:
         self._refuse_while_swapped("update() would record the averaged weights")
         if self._group.size == 1:  # ranks find a failure together, where they hand the next block over
             self._writer.raise_if_failed()
-        if self._goes_on_unasked:
+        if self._goes_on_blindly:
             self._warn_of_going_on()
         block = self._open_block or self._follow_model()
         block.note(metrics, self._learning_rate())
@@ -397,7 +283,7 @@ class Recorder:
         Averaged tensors are the caller's, in the blocks' dtype and on the host, for a sharded model on ranks as it
         is; the rest are the live model's own.
         """
-        means = _named(self._binding, self._average("average()", profile))
+        means = named(self._binding, self._average("average()", profile))
         tensors = ModelTensors(self._binding.model)
         return {
             name: means.get(first, tensors[first].tensor.detach())
@@ -430,14 +316,17 @@ class Recorder:
         self._refuse_closed("load_state_dict()")
         self._writer.wait()
         block = self._follow_model()
-        current = {**self._options, "step": self._step, **block.state_dict()}
-        refuse_other_state(current, state, options=list(self._options))
-        self._folder.refuse_gap_before(state["start"])
-        self._folder.begin_at(state["start"], live_step=state["step"])
+        with self._binding.choosing_as(state, partial(self._rebind, block)) as names:
+            current = {**self._options, "step": self._step, **block.state_dict()}
+            current["open_block"] = {name: current["open_block"][name] for name in names}
+            refuse_other_state(current, state, options=list(self._options))
+            self._folder.refuse_gap_before(state["start"])
+            self._folder.begin_at(state["start"], live_step=state["step"])
         self._means.follow(self._folder.manifest.blocks)
         block.load_state_dict(state)
+        self._watch()
         self._go_on_from(state["step"])
-        self._goes_on_unasked = False
+        self._goes_on_blindly = False
 
     # How it works inside.
 
@@ -456,14 +345,14 @@ class Recorder:
         return self._means.average(profile, blocks, filling, self._step, self._binding)
 
     def _swap_out(self) -> None:
-        if self._swap is not None:
+        if self._swap is not None and self._swap.active:
             self._binding.tensors.reshard()
             self._swap.undo()
             self._swap = None
             self._pace.restart()
 
     def _refuse_while_swapped(self, why: str) -> None:
-        if self._swap is not None:
+        if self._swap is not None and self._swap.active:
             raise SwapError(f"an average of the run is in the model: {why}. Leave applied() first")
 
     def _warn_of_statistics(self, before: list[int]) -> None:
@@ -492,14 +381,16 @@ class Recorder:
         if self._open_block is not None:
             self._open_block.begin(self._folder.manifest.stop)
         self._go_on_from(self._folder.manifest.stop if step is None else step)
-        self._goes_on_unasked = step is None and bool(self._folder.manifest.blocks)
+        self._goes_on_blindly = step is None and bool(self._folder.manifest.blocks)
+        self._watch()
 
     def _warn_of_going_on(self) -> None:
-        """Running a script once more is no resuming, but looks the same from here."""
-        self._goes_on_unasked = False
+        """From here, one that was resumed at its last block looks the same as one that went back."""
+        self._goes_on_blindly = False
         warnings.warn(
-            f"{self.directory} holds a recording up to optimizer step {self._step}, which goes on: both count as one "
-            "run. Pass step=0 to start over; where training was resumed, load_state_dict() or step= says from where",
+            f"{self.directory}: the recording goes on after its last block, optimizer step {self._step}. Where "
+            "training went back to an earlier step, the steps since are in the run twice: load_state_dict() or step= "
+            "says from where it goes on",
             UserWarning,
             stacklevel=3,
         )
@@ -529,6 +420,7 @@ class Recorder:
 
     def _sample(self) -> None:
         block = self._follow_model()
+        self._take_up_thawed()
         block.sample(self._step)
         # A block without an accepted sample goes on until it has one.
         if self._step >= self._stop and block.count:
@@ -571,9 +463,21 @@ class Recorder:
         if self._open_block is None:
             return self._allocate()
         if replaced:
-            self._writer.wait()  # it reads the means of the block before
-            self._open_block.rebind()
+            self._rebind(self._open_block)
         return self._open_block
+
+    def _rebind(self, block: OpenBlock) -> None:
+        self._writer.wait()  # it reads the means of the block before
+        block.rebind()
+
+    def _take_up_thawed(self) -> None:
+        if self._is_open and self._binding.thawed():
+            block = self._follow_model()
+            self._binding.average_also(self._binding.thawed(), partial(self._rebind, block))
+
+    def _watch(self) -> None:
+        if self._binding.frozen:
+            watch_for_thaws(self._take_up_thawed)
 
     def _allocate(self) -> OpenBlock:
         binding = self._binding
@@ -583,7 +487,8 @@ class Recorder:
         shapes = {e.name: tuple(e.tensor.shape) for e in binding.tensors.values() if e.kind == "parameter"}
         averaged = dict(zip(binding.names, map(_shape, binding.whole), strict=True))
         frozen = {name: shape for name, shape in shapes.items() if name not in averaged}
-        self._folder.refuse_other_model(averaged, frozen)
+        # What was trained once stays averaged: blocks hold no more of what is frozen than its first value.
+        binding.average_also(self._folder.refuse_other_model(averaged, frozen))
         self._open_block = OpenBlock(binding, **self._accumulation)
         self._open_block.refuse_unstorable()
         self._open_block.begin(self._folder.manifest.stop)
@@ -597,7 +502,8 @@ class Recorder:
     def _refuse_closed(self, call: str) -> None:
         if not self._is_open:
             raise StateError(
-                f"{call} after close(): remove its hook, or make a new Recorder on {self.directory} to go on"
+                f"{call} after close(): averages are those of its trajectory now. To record more, make a new Recorder "
+                f"on {self.directory} with resume=True; otherwise remove the hook that calls it"
             )
 
 

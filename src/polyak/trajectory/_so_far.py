@@ -1,27 +1,150 @@
-"""Averages of a run that goes on: its blocks, in memory or on disk, and the one that is being filled."""
+"""A run so far: the block that is being filled, those before it, in memory or on disk, and averages of all."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyak._checks import whole_within
 from polyak._distributed import RankGroup, held_runs
-from polyak._model import Binding, is_sharded
+from polyak._mean import Accumulator
+from polyak._model import Binding, is_sharded, local, sharded_like
+from polyak._swap import copy_into
 from polyak.checkpoints import Checkpoint, TensorInfo, _safetensors
 from polyak.checkpoints._base import Contents, LoadedTensor, StoredTensor
+from polyak.checkpoints._io import DataFile
 from polyak.combine import MemoryWriter, combine, common_layout
 from polyak.combine._inputs import parse_bytes
-from polyak.profiles import Profile
-from polyak.trajectory._blocks import Block, CheckedFile, refuse_damaged, refuse_other_checksum
+from polyak.errors import NonFiniteError, OptionError, name_list
+from polyak.profiles import Profile, Uniform
+from polyak.trajectory import _blocks
+from polyak.trajectory._blocks import FROZEN_NAME, Block, CheckedFile, Metrics, Summary
 from polyak.trajectory._explain import block_coefficients
 
-__all__ = ["BlockMeans"]
+__all__ = ["BlockMeans", "OpenBlock", "named"]
+
+# The block that is being filled.
+
+
+class OpenBlock:
+    """Samples, learning rates and metrics since ``start``.
+
+    Two accumulators take turns: the means of the block before stay as they are while this one fills.
+
+    Attributes:
+        start: the optimizer step after which the block begins.
+        last_sample: the step of the last sample, accepted or not.
+    """
+
+    def __init__(self, binding: Binding, dtype: torch.dtype | None, device: torch.device | str | None):
+        self._binding = binding
+        agree = binding.agree if binding.sharded else None
+        self._filling, self._resting = (
+            Accumulator(binding.live, binding.names, Uniform(), dtype=dtype, device=device, agree=agree)
+            for _ in range(2)
+        )
+        self.begin(0)
+
+    def refuse_unstorable(self) -> None:
+        """Raise OptionError for means that the blocks' format cannot hold."""
+        wide = [
+            n
+            for n, m in zip(self._binding.names, self._filling.means, strict=True)
+            if m.dtype == torch.complex128
+        ]
+        if wide:
+            raise OptionError(
+                f"{name_list(wide)} would be complex128, which blocks cannot hold: pass dtype=torch.float32"
+            )
+
+    def begin(self, start: int) -> None:
+        """Empty it, for a block after ``start``."""
+        self.start = self.last_sample = start
+        self._filling.restart()
+        self._metrics, self._lr = Metrics(), Metrics()
+
+    def rebind(self) -> None:
+        """Take up tensors that the model has in the place of those before, and those that thawed."""
+        for accumulator in (self._filling, self._resting):
+            accumulator.bind(self._binding.live, self._binding.names)
+
+    def note(self, metrics: Mapping[str, Any], lr: float | Tensor | None) -> None:
+        """Take the numbers of one optimizer step."""
+        if metrics:
+            self._metrics.add(metrics)
+        if lr is not None:
+            self._lr.add({"lr": lr})
+
+    def sample(self, step: int) -> None:
+        """Take the weights as they are after ``step``."""
+        self._filling.add(self._binding.live)
+        self.last_sample = step
+
+    @property
+    def count(self) -> int:
+        """Accepted samples; on an accelerator reading it waits for the device."""
+        return self._filling.n_averaged
+
+    def take(self) -> tuple[Block, list[Tensor]]:
+        """What was filled, up to the last sample, and its means; the next block begins there."""
+        block = Block(
+            self.start,
+            self.last_sample,
+            self._filling.n_averaged,
+            self._filling.n_skipped,
+            self._lr.summaries().get("lr"),
+            self._metrics.summaries(),
+        )
+        means = self._filling.means
+        self._filling, self._resting = self._resting, self._filling
+        self.begin(block.stop)
+        return block, means
+
+    def so_far(self) -> tuple[Block, dict[str, Tensor]] | None:
+        """What was filled until now and its means, on ranks this one's part of each; None before a sample."""
+        if not self.count:
+            return None
+        block = Block(self.start, self.last_sample, self.count)
+        return block, dict(zip(self._binding.names, self._filling.means, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, and the means by name, which are not copied."""
+        return {
+            "start": self.start,
+            "last_sample": self.last_sample,
+            "n_averaged": self._filling.n_averaged,
+            "n_skipped": self._filling.n_skipped,
+            "summaries": json.dumps({"lr": self._lr.to_json(), "metrics": self._metrics.to_json()}),
+            "frozen": self._binding.frozen,
+            "open_block": named(self._binding, self._filling.means),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that fits."""
+        copy_into(self._filling.means, local(state["open_block"][name] for name in self._binding.names))
+        self._filling.restart(state["n_averaged"], state["n_skipped"])
+        self.start, self.last_sample = state["start"], state["last_sample"]
+        summaries = json.loads(state["summaries"])
+        self._lr, self._metrics = (_metrics(summaries[kind]) for kind in ("lr", "metrics"))
+
+
+def named(binding: Binding, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Name to tensor, distributed as the model's is."""
+    return {n: sharded_like(p, w) for n, p, w in zip(binding.names, parts, binding.whole, strict=True)}
+
+
+def _metrics(entries: Mapping[str, dict[str, Any]]) -> Metrics:
+    return Metrics({name: Summary(**numbers) for name, numbers in entries.items()})
+
+
+# Means of blocks, in memory or on disk.
 
 # A few buffers, and what the descriptions of tensors take: there is no budget that these must fit.
 _ANY_MEMORY = "1TB"
@@ -121,10 +244,13 @@ class BlockMeans:
             if filling and row[-1]:
                 inputs.append(_in_memory(self._folder, filling[1]))
             # Who checks a file while it is read does so on one thread.
-            means = _combined(inputs, [a for a in row if a], workers=1 if files else None)
-            for block in counted if self._group.size == 1 else ():
-                if block.file_name in files:
-                    refuse_other_checksum(files[block.file_name], block.checksum, f"block {block}")
+            try:
+                means = _combined(inputs, [a for a in row if a], workers=1 if files else None)
+            except NonFiniteError:
+                self._refuse_other_checksums(counted, files)  # where it comes from
+                raise
+            if self._group.size == 1:
+                self._refuse_other_checksums(counted, files)
         return [means[name] for name in binding.names]
 
     def _kept_means(self, block: Block) -> Means | None:
@@ -138,6 +264,8 @@ class BlockMeans:
             return None
         if len(parts) == 1:
             return parts[0][1]
+        if any(means.keys() != parts[0][1].keys() for _, means in parts):
+            return None  # what thawed between them is in a file only
         inputs = [_in_memory(self._folder, means) for _, means in parts]
         # One thread: the training that goes on beside this has use for the other cores.
         return _combined(inputs, [part.count / block.count for part, _ in parts], workers=1)
@@ -151,16 +279,23 @@ class BlockMeans:
         return file
 
     def _input(self, block: Block, file: CheckedFile | None, binding: Binding) -> Checkpoint:
-        if file is None:
-            return _in_memory(self._folder, self._kept[block.file_name][1])
-        stored = _safetensors.read_file(file).tree
-        tensors = zip(binding.names, binding.live, binding.whole, strict=True)
+        """A block as what the sum takes it from; what thawed after it is taken as it was while frozen."""
+        kept = self._kept[block.file_name][1] if file is None else {}
+        stored = {} if file is None else dict(_safetensors.read_file(file).tree)
+        if not {*kept, *stored}.issuperset(binding.names):
+            stored = dict(_safetensors.read_file(DataFile(self._folder / FROZEN_NAME)).tree) | stored
         parts = {
             name: PartOfTensor(stored[name], part, whole) if is_sharded(whole) else stored[name]
-            for name, part, whole in tensors
-            if name in stored  # what is missing is found when the blocks are compared
+            for name, part, whole in zip(binding.names, binding.live, binding.whole, strict=True)
+            if name not in kept
         }
-        return Checkpoint(file.path, "safetensors", Contents(parts, exact=True))
+        parts |= {name: LoadedTensor(kept[name]) for name in binding.names if name in kept}
+        return Checkpoint(self._folder / block.file_name, "safetensors", Contents(parts, exact=True))
+
+    def _refuse_other_checksums(self, blocks: Sequence[Block], files: Mapping[str, CheckedFile]) -> None:
+        for block in blocks:
+            if block.file_name in files:
+                _blocks.refuse_other_checksum(files[block.file_name], block.checksum, f"block {block}")
 
     def _refuse_damaged(self, blocks: Sequence[Block]) -> None:
         """Have the first rank look at the files that any rank reads, each once: nobody reads the whole of one."""
@@ -171,7 +306,7 @@ class BlockMeans:
 
         def look() -> None:
             for block in new:
-                refuse_damaged(self._folder / block.file_name, block.checksum, f"block {block}")
+                _blocks.refuse_damaged(self._folder / block.file_name, block.checksum, f"block {block}")
 
         self._group.first(look)
         self._found_whole.update((block.file_name, block.checksum) for block in new)

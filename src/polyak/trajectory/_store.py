@@ -18,7 +18,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from polyak import checkpoints
 from polyak._checks import Difference
 from polyak._distributed import RankGroup
 from polyak.checkpoints._io import writing
@@ -43,24 +42,28 @@ class TrajectoryFolder:
     the first rank alone does the rest, and the others take up the manifest that it comes to.
 
     Args:
-        path: a folder, made where it does not exist; one that holds a trajectory is continued.
+        path: a folder, made where it does not exist; one that holds a trajectory goes on, if ``goes_on``.
         fresh: the manifest to begin with where there is none.
         given_block_steps: the block length that the caller insists on, if any.
+        goes_on: whether the caller knows of a run that is there.
         group: the ranks that write together; they must share the folder.
 
     Raises:
-        StateError: it was recorded with other options, or somebody is recording it now.
+        StateError: it holds a run and ``goes_on`` is False, it was recorded with other options, or somebody is
+            recording it now.
         CheckpointError: its manifest is damaged.
     """
 
-    def __init__(self, path: Path, fresh: Manifest, given_block_steps: int | None, group: RankGroup):
+    def __init__(
+        self, path: Path, fresh: Manifest, given_block_steps: int | None, goes_on: bool, group: RankGroup
+    ):
         self.path, self._group = path, group
         self._damaged: set[str] = set()
         # One for all threads: a recorder may be closed, or collected, on another than it was made on. And none of the
         # kind that outlives a process that was killed, where the file system knows no other.
         self._lock = FileLock(path / "lock", thread_local=False, fallback_to_soft=False)
         self.manifest = fresh
-        self._on_first(lambda: self._open(fresh, given_block_steps))
+        self._on_first(lambda: self._open(fresh, given_block_steps, goes_on))
         try:
             with group.all_or_none(f"recording into {path}"):
                 self._refuse_other_folder()
@@ -72,7 +75,7 @@ class TrajectoryFolder:
         """Let other writers in; more than once is harmless."""
         self._lock.release()
 
-    def _open(self, fresh: Manifest, given_block_steps: int | None) -> None:
+    def _open(self, fresh: Manifest, given_block_steps: int | None, goes_on: bool) -> None:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -81,6 +84,8 @@ class TrajectoryFolder:
                 self._refuse_orphans()
             self.manifest = Manifest.read(self.path) if Manifest.exists(self.path) else fresh
             if self.manifest.blocks:
+                if not goes_on:
+                    self._refuse_unasked()
                 self._refuse_other_options(fresh.options, given_block_steps)
             else:
                 self.manifest = fresh
@@ -117,25 +122,39 @@ class TrajectoryFolder:
 
         self.manifest = self._group.first(changed)
 
-    def refuse_other_model(self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]) -> None:
+    def refuse_other_model(
+        self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]
+    ) -> frozenset[str]:
         """Compare a model, name to shape, with the newest block that can be read and the frozen parameters.
+
+        Which of them are frozen may differ. What the newest block averages is given back: it has thawed, and goes on
+        being averaged where it is frozen again.
 
         Raises:
             StateError: the folder holds the trajectory of another model.
         """
-        self._on_first(lambda: self._refuse_other_shapes(averaged, frozen))
+        return self._group.first(lambda: self._refuse_other_shapes(averaged, frozen))
 
-    def _refuse_other_shapes(self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]) -> None:
+    def _refuse_other_shapes(
+        self, averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]
+    ) -> frozenset[str]:
         recorded = self._averaged_shapes()
         if recorded is None:
-            return
-        shapes = {**averaged, **{f"{name} (frozen)": shape for name, shape in frozen.items()}}
-        recorded |= {f"{name} (frozen)": shape for name, shape in self._frozen_shapes().items()}
-        if found := Difference.of(recorded, shapes):
+            return frozenset()
+        recorded_frozen = self._frozen_shapes()
+        both = {*recorded, *recorded_frozen} & {*averaged, *frozen}
+
+        def named(averaged: Mapping[str, Shape], frozen: Mapping[str, Shape]) -> dict[str, Shape]:
+            return {n if n in both else f"{n} (frozen)": shape for n, shape in frozen.items()} | dict(
+                averaged
+            )
+
+        if found := Difference.of(named(recorded, recorded_frozen), named(averaged, frozen)):
             raise StateError(
                 f"{self.path} holds the trajectory of another model: this one {found}. Give each model a directory of "
                 "its own"
             )
+        return frozenset(recorded)
 
     def refuse_gap_before(self, start: int) -> None:
         """Raise StateError unless the recorded blocks reach to ``start``, or there are none."""
@@ -206,8 +225,9 @@ class TrajectoryFolder:
         Parameters that the optimizer leaves alone may have been moved by hand, as a momentum encoder is; they are
         kept once, as they are now.
         """
-        if snapshot.frozen and not _blocks.holds_frozen(self.path / FROZEN_NAME, snapshot, self._group):
-            self._write_frozen(snapshot)
+        path = self.path / FROZEN_NAME
+        if snapshot.frozen and not _blocks.holds_frozen(path, snapshot, self._group):
+            self._write_frozen(_blocks.with_thawed(path, snapshot, self._group))
         # A file must not be replaced while it is listed with its checksum.
         if self.manifest.live_step == step:
             self._on_first(lambda: self._save(self.manifest.without_live()))
@@ -229,12 +249,12 @@ class TrajectoryFolder:
     def _frozen_shapes(self) -> dict[str, Shape]:
         if not self.manifest.has_frozen:
             return {}
-        with checkpoints.open(self.path / FROZEN_NAME) as stored:
+        with _blocks.open_stored(self.path / FROZEN_NAME) as stored:
             return {name: info.shape for name, info in stored.tensors.items() if name not in stored.ties}
 
     def _averaged_shapes(self) -> dict[str, Shape] | None:
         for block in reversed(self.manifest.blocks):
-            with suppress(CheckpointError), checkpoints.open(self._file(block)) as checkpoint:
+            with suppress(CheckpointError), _blocks.open_stored(self._file(block)) as checkpoint:
                 others = {*_blocks.copied_names(checkpoint), *checkpoint.ties}
                 return {name: info.shape for name, info in checkpoint.tensors.items() if name not in others}
         return None
@@ -245,7 +265,9 @@ class TrajectoryFolder:
             pair = manifest.blocks[index : index + 2]
             both = pair[0] + pair[1]
             try:
-                checksum = _blocks.merge_files({self._file(block): block for block in pair}, self._file(both))
+                frozen = self.path / FROZEN_NAME if manifest.has_frozen else None
+                files = {self._file(block): block for block in pair}
+                checksum = _blocks.merge_files(files, self._file(both), frozen)
             except Exception:  # a damaged header can provoke any
                 if not any(self._found_damage(block) for block in pair):
                     raise
@@ -292,6 +314,14 @@ class TrajectoryFolder:
                 f"{self.path} holds the blocks of a recording, {name_list(orphans)}, but its manifest is missing: "
                 "restore manifest.json, move the blocks away, or record into a new folder"
             )
+
+    def _refuse_unasked(self) -> None:
+        raise StateError(
+            f"{self.path} holds a run already, of {len(self.manifest.blocks)} blocks up to optimizer step "
+            f"{self.manifest.stop}. A new run needs another folder, or step=0 to replace that one. To go on with it, "
+            "pass resume=True and load the recorder's saved state with load_state_dict(), or pass step= with the "
+            "optimizer steps taken so far"
+        )
 
     def _refuse_other_options(self, options: Mapping[str, Any], given_block_steps: int | None) -> None:
         recorded: dict[str, Any] = {**self.manifest.options, "block": self.manifest.block_steps}

@@ -19,7 +19,15 @@ from polyak.combine import MemoryWriter, _inputs, batchnorm_statistics, combine,
 from polyak.combine._reading import Reading, read_inputs
 from polyak.errors import CheckpointError, NotStartedError, OptionError, name_list
 from polyak.profiles import Profile, Weights, as_profile
-from polyak.trajectory._blocks import FROZEN_NAME, Block, Manifest, copied_names, refuse_damaged
+from polyak.trajectory._blocks import (
+    FROZEN_NAME,
+    Block,
+    Manifest,
+    complete,
+    copied_names,
+    open_stored,
+    refuse_damaged,
+)
 from polyak.trajectory._explain import Explanation, block_coefficients, explain
 
 __all__ = ["Trajectory"]
@@ -83,7 +91,8 @@ class Assembly:
         }
         if self._frozen is not None:
             ties |= self._frozen.ties
-            tensors |= {n: info for n, info in self._frozen.tensors.items() if n not in ties}
+            frozen = {n: info for n, info in self._frozen.tensors.items() if n not in newest.tensors}
+            tensors |= {n: info for n, info in frozen.items() if n not in ties}
         return Layout(tensors, ties)
 
     def fill(self, rows: Sequence[Row], writers: Sequence[Writer], max_memory: int | str) -> None:
@@ -100,7 +109,8 @@ class Assembly:
         copied = copied_names(newest).intersection(stored)
         _copy(newest, copied, writer)
         if self._frozen is not None:
-            _copy(self._frozen, stored.keys() & self._frozen.tensors.keys(), writer)
+            frozen = self._frozen.tensors.keys() - newest.tensors.keys()
+            _copy(self._frozen, stored.keys() & frozen, writer)
         return [name for name in stored if name in newest.tensors and name not in copied]
 
     def _counted(self, rows: Sequence[Row]) -> dict[int, Checkpoint]:
@@ -172,7 +182,8 @@ class Trajectory:
         self._place = str(folder)
         self.blocks = manifest.blocks
         self._unchecked = {index for index in range(len(self.blocks)) if index not in self.damaged}
-        self._frozen = checkpoints.open(folder / FROZEN_NAME) if manifest.has_frozen else None
+        self._frozen = open_stored(folder / FROZEN_NAME) if manifest.has_frozen else None
+        complete([block for block in self._inputs if block is not None], self._frozen)
         self._live = None if manifest.live_name is None else folder / manifest.live_name
         self._live_checksum = manifest.live_checksum
         self._frozen_checksum = manifest.frozen_checksum
@@ -400,8 +411,10 @@ class Trajectory:
             self._refuse_outdated()
             raise
         self._check_frozen()
-        sources = [checkpoints.open(self._live), *([self._frozen] if self._frozen else [])]
-        return {name: source.read(name) for source in sources for name in source.tensors}
+        live = open_stored(self._live)
+        if self._frozen is not None:
+            live.take_in([name for name in self._frozen.tensors if name not in live.tensors], self._frozen)
+        return {name: live.read(name) for name in live.tensors}
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -491,7 +504,7 @@ def _read(folder: Path) -> tuple[Manifest, list[Checkpoint | None], dict[int, st
         damaged: dict[int, str] = {}
         for index, block in enumerate(manifest.blocks):
             try:
-                inputs.append(checkpoints.open(folder / block.file_name))
+                inputs.append(open_stored(folder / block.file_name))
             except CheckpointError as error:
                 inputs.append(None)
                 damaged[index] = str(error)
