@@ -416,6 +416,7 @@ class Recording(Callback):
         self._recalibrate, self._given_forward = recalibrate, forward
         self._index = whole_within("(-inf, inf)", "optimizer", optimizer)
         self._state: dict[str, Any] | None = None
+        self._has_begun = False
         self._undo: list[Callable[[], Any]] = []
 
     @property
@@ -424,23 +425,16 @@ class Recording(Callback):
         return self._recording.trajectory
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, or go on."""
+        """Begin, or go on; with a sharded model that is once its checkpoint is there."""
         self._stop()
         _lightning.refuse_gathered(trainer, pl_module)
-        forward = _lightning.batch_runner(trainer, self._given_forward, self._recalibrate)
-        optimizer = _lightning.chosen_optimizer(trainer, self._index)
-        sharded = _following.is_sharded_model(pl_module)
-        self._recording.begin(
-            pl_module,
-            optimizer,
-            self._state,
-            forward,
-            records=sharded or trainer.is_global_zero,
-            resumes=sharded and trainer.ckpt_path is not None,  # whose state is loaded later
-        )
-        self._state = None
-        if self._recording.previews:
-            self._undo.append(_lightning.Validation.score(trainer, self._recording.scored()))
+        if not _following.is_sharded_model(pl_module):
+            self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, where no checkpoint came."""
+        if not self._has_begun:
+            self._begin(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -480,15 +474,24 @@ class Recording(Callback):
         """Keep the state until training begins; that of a sharded model comes when it is there."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if not self._recording.sharded:
-            self._state = state
-        elif state:
+        self._state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if self._state and _following.is_sharded_model(pl_module):
+            state, self._state = self._state, None
+            self._begin(trainer, pl_module, resumes=True)
             current = self._recording.state_dict()
             self._recording.load(_lightning.kept_sharded(trainer, self.state_key, state, current))
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, *, resumes: bool = False) -> None:
+        forward = _lightning.batch_runner(trainer, self._given_forward, self._recalibrate)
+        optimizer = _lightning.chosen_optimizer(trainer, self._index)
+        records = trainer.is_global_zero or _following.is_sharded_model(pl_module)
+        self._recording.begin(pl_module, optimizer, self._state, forward, records=records, resumes=resumes)
+        self._state, self._has_begun = None, True
+        if self._recording.previews:
+            self._undo.append(_lightning.Validation.score(trainer, self._recording.scored()))
 
     def _stop(self, error: BaseException | None = None) -> None:
         for undo in self._undo:
             undo()
-        self._undo = []
+        self._undo, self._has_begun = [], False
         self._recording.close(error)
