@@ -13,7 +13,9 @@ from multiprocessing import get_context
 import pytest
 import torch
 import torch._dynamo.testing
+from accelerate import Accelerator
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import polyak
 from polyak.errors import OptionError, StateError
@@ -707,3 +709,26 @@ def test_an_update_that_raises_or_steps_does_not_upset_the_count():
     optimizer.step()
     optimizer.step()
     assert odd.steps == 3
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_the_step_by_which_distributed_checkpoints_make_state_is_none(prepared):
+    """They do so before state is saved or loaded that is not there: of SGD without momentum, each time."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if prepared:
+        optimizer = Accelerator(cpu=True).prepare(optimizer)
+    average = polyak.Average(model, polyak.Uniform())
+    handle = polyak.attach(optimizer, average)
+    state = get_optimizer_state_dict(model, optimizer)
+    set_optimizer_state_dict(model, optimizer, state)
+    assert average.n_averaged == 0
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert average.n_averaged == 1
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # as a warm-up begins
+    optimizer.step()
+    assert average.n_averaged == 2
+    handle.remove()

@@ -92,6 +92,20 @@ def test_update_now_stands_for_the_steps_since_the_last_sample():
     assert float(average.named_tensors()["weight"]) == pytest.approx((older + 2 * newer) / (older + newer))
 
 
+@pytest.mark.parametrize("scheme", ["ema:half_life=2", "power:gamma=2"])
+def test_without_every_only_update_now_samples_the_first_time_for_the_steps_since_start(scheme):
+    model = nn.Linear(1, 1, bias=False)
+    average = polyak.Average(model, scheme, start=2, every=None)
+    for step in range(1, 10):
+        model.weight.data.fill_(float(step))
+        average.update()
+        if step in (6, 9):
+            average.update_now()
+    shares = polyak.parse(scheme).weights([0, 4, 7])
+    assert average.n_averaged == 2
+    assert average.named_tensors()["weight"].item() == pytest.approx(shares @ [6.0, 9.0])
+
+
 def test_update_now_alone_keeps_the_callers_schedule():
     model = nn.Linear(1, 1, bias=False)
     average = polyak.Average(model, polyak.EMA(half_life=100), every=100)

@@ -268,3 +268,19 @@ def test_a_full_device_is_not_taken_for_one_without_float64(monkeypatch):
     monkeypatch.setattr(torch, "zeros", refuse)
     with pytest.raises(torch.OutOfMemoryError):
         _torch.widest_float.__wrapped__(torch.device("cpu"))
+
+
+def test_models_whose_parameters_are_nowhere_whole_are_refused_by_name():
+    """FSDP1 flattens, ZeRO-3 takes apart; DeepSpeed is not among what tests need, so its mark stands for it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    flattened = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(flattened)
+    with pytest.raises(StructureError, match=r"\(FSDP1\) flattens .* polyak\.average_checkpoints"):
+        polyak.Average(nn.Sequential(flattened), polyak.Uniform())
+    model = nn.Linear(2, 2)
+    model.weight.ds_id = 0
+    with pytest.raises(
+        StructureError, match=r"ZeRO-3 leaves no parameter whole .* polyak\.average_checkpoints"
+    ):
+        polyak.Average(nn.Sequential(model), polyak.Uniform())

@@ -140,6 +140,7 @@ class _Calls(threading.local):
     """The wrapped ``step`` calls that this thread is inside of, the outermost first, and whether one took a step."""
 
     entered: tuple[_Step, ...] = ()
+    counts = True
     taken = False
 
 
@@ -207,7 +208,7 @@ class _Steps:
         if not self.followers or _was_skipped(optimizer):
             return
         if self.calls.entered:
-            self.calls.taken = True
+            self.calls.taken = self.calls.counts
             return
         # Somebody kept the step of before, as accelerate does where it scales gradients.
         _refuse_several_steps(optimizer)
@@ -252,6 +253,7 @@ class _Step:
         if self in outer:
             return self._take(*args, **kwargs)
         calls.entered, calls.taken = (*outer, self), False
+        calls.counts = calls.counts if outer else not self._only_makes_state(kwargs)
         try:
             result = self._take(*args, **kwargs)
             if calls.taken and (self._is_own or not outer):
@@ -260,6 +262,16 @@ class _Step:
             return result
         finally:
             calls.entered = outer
+
+    def _only_makes_state(self, kwargs: dict[str, Any]) -> bool:
+        """Whether it is no step of training: torch.distributed.checkpoint has optimizers make their state by one.
+
+        It takes it at a learning rate of 0, and says that there is no closure, which nobody who trains does.
+        """
+        optimizer = self._optimizer()
+        if optimizer is None or kwargs != {"closure": None}:
+            return False
+        return not any(float(group.get("lr", 0)) for group in optimizer.param_groups)
 
     def undo(self) -> None:
         """Put back what was there; what was put around it since goes on calling it, to no effect."""

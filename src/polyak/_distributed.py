@@ -201,9 +201,10 @@ def refuse_unplaced(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in sharded.items():
         if not all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
             raise StructureError(
-                f"{name_list([name])} is placed as {tensor.placements}: only Shard and Replicate can be recorded, so "
-                "not a dimension that is sharded twice, as FSDP over tensor parallelism does; save checkpoints and "
-                "read them with Trajectory.from_checkpoints"
+                f"{name_list([name])} is placed as {tensor.placements}: only of Shard and Replicate can it be told "
+                "which elements a rank holds, so not of a dimension that is sharded twice, as FSDP over tensor "
+                "parallelism does; save folders of torch.distributed.checkpoint, which polyak.average_checkpoints and "
+                "Trajectory.from_checkpoints read"
             )
 
 

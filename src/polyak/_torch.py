@@ -228,14 +228,22 @@ def is_wrapped(parent: nn.Module, child_name: str) -> bool:
 
 
 def refuse_flattened(modules: Iterable[nn.Module]) -> None:
-    """Refuse (``StructureError``) the older kind of FSDP."""
+    """Refuse (``StructureError``) the older kind of FSDP, and DeepSpeed's ZeRO-3: no names or shapes are left."""
     # Where torch's FSDP was never imported no module can be sharded, and importing it takes long.
     flattened = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    if any(isinstance(module, flattened) for module in modules):
-        raise StructureError(
-            "FullyShardedDataParallel flattens parameters, so that their names and shapes are lost; shard the "
-            "model with torch.distributed.fsdp.fully_shard instead"
-        )
+    for module in modules:
+        if isinstance(module, flattened):
+            raise StructureError(
+                "FullyShardedDataParallel (FSDP1) flattens parameters, so that their names and shapes are lost: shard "
+                "the model with torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2), or save checkpoints and "
+                "average those: polyak.average_checkpoints"
+            )
+        # DeepSpeed marks every parameter that it takes apart; it leaves an empty tensor in its place.
+        if any(hasattr(parameter, "ds_id") for parameter in parameters_of(module).values()):
+            raise StructureError(
+                "DeepSpeed's ZeRO-3 leaves no parameter whole on any rank: use ZeRO-1 or 2, or FSDP2, or save whole "
+                "checkpoints (DeepSpeed's zero_to_fp32.py makes them) and average those: polyak.average_checkpoints"
+            )
 
 
 def fsdp_modules(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:

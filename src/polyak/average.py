@@ -52,7 +52,8 @@ class Average:
             never copied.
         scheme: any :class:`polyak.Scheme`, or its text: ``polyak.Uniform()`` (SWA), ``"ema:half_life=2000"``, …
         start: optimizer steps before averaging begins.
-        every: optimizer steps between samples: they are taken after steps start + every, start + 2·every, …
+        every: optimizer steps between samples: they are taken after steps start + every, start + 2·every, …; None:
+            only :meth:`update_now` takes them.
         dtype: of the average; None: that of each parameter, but at least fp32.
         device: where the average and the backup of a swap are kept; None: beside each parameter.
         buffers: "copy" takes buffers from the live model; "average" averages the floating ones.
@@ -90,7 +91,7 @@ class Average:
         scheme: Scheme | str,
         *,
         start: int = 0,
-        every: int = 1,
+        every: int | None = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         buffers: Literal["copy", "average"] = "copy",
@@ -101,7 +102,7 @@ class Average:
     ):
         self._scheme = as_scheme(scheme)
         self.start = whole_within("[0, inf)", "start", start)
-        self.every = whole_within("[1, inf)", "every", every)
+        self.every = None if every is None else whole_within("[1, inf)", "every", every)
         self._buffers = buffers
         self._device = device
         self._make_accumulator = partial(
@@ -172,19 +173,20 @@ class Average:
         self._refuse_while_swapped("update() would average the averaged weights")
         self._step += 1
         past = self._step - self.start
-        if past > 0 and past % self.every == 0:
+        if self.every is not None and past > 0 and past % self.every == 0:
             self._sample()
 
     @_torch.uncompiled
     def update_now(self) -> None:
         """Take a sample now, whatever the schedule; raises as :meth:`update` does.
 
-        It stands for the optimizer steps counted since the last sample. Where none were, because the caller
-        keeps the schedule and never calls :meth:`update`, it stands for ``every`` steps.
+        It stands for the optimizer steps counted since the last sample, the first one for those since ``start``.
+        Where none were, because the caller keeps the schedule and never calls :meth:`update`, it stands for ``every``
+        steps.
         """
         self._refuse_while_swapped("update_now() would average the averaged weights")
         if self._step == self._sampled_at:
-            self._step += self.every
+            self._step += self.every or 1
         self._sample()
 
     @property
@@ -326,7 +328,8 @@ class Average:
         """Write the averaged model as a checkpoint, in the average's own dtype, atomically.
 
         The ending chooses the format: ``.safetensors``, ``.pt``, …; see :mod:`polyak.checkpoints`. A sharded
-        model is written by all ranks, without gathering, as a ``torch.distributed.checkpoint`` folder.
+        model is written by all ranks, each its own elements, without gathering: as one ``.safetensors`` file, or
+        under a name without an ending as a ``torch.distributed.checkpoint`` folder.
 
         A model with BatchNorm is saved inside :meth:`applied`, after :func:`polyak.update_bn`. Elsewhere its
         statistics are not those of the averaged weights, and a warning says so.
@@ -334,6 +337,7 @@ class Average:
         Raises:
             NotStartedError: before the first sample.
             OutputExistsError: ``path`` exists and ``overwrite`` is False.
+            OptionError: a sharded average under the ending of a format that only one process can write.
         """
         from polyak import checkpoints
         from polyak.batchnorm import tracks_statistics
@@ -348,13 +352,9 @@ class Average:
             )
         entries = [e for e in ModelTensors(self._binding.model).values() if e.persistent]
         ties = {alias: e.name for e in entries for alias in e.aliases}
-        if self._binding.sharded:
-            checkpoints.write_sharded(path, tensors | {a: tensors[n] for a, n in ties.items()}, overwrite)
-            return
         about = {"scheme": str(self.scheme), "n_averaged": self.n_averaged, "polyak": __version__}
-        checkpoints.write(
-            path, tensors, ties=ties, metadata={"polyak": json.dumps(about)}, overwrite=overwrite
-        )
+        write = checkpoints.write_sharded if self._binding.sharded else checkpoints.write
+        write(path, tensors, ties=ties, metadata={"polyak": json.dumps(about)}, overwrite=overwrite)
 
     # Saving and resuming.
 
@@ -419,7 +419,8 @@ class Average:
         self._sampled_at = self._step
         accumulator = self._follow_model()
         self._take_up_thawed()
-        origin = self._origin = self._step - self.every if self._origin is None else self._origin
+        if (origin := self._origin) is None:
+            origin = self._origin = self.start if self._step > self.start else self._step - (self.every or 1)
         accumulator.add(self._binding.live, self._step - origin)
         self._modules.follow(self._binding, accumulator, with_buffers=True)
 
@@ -455,9 +456,12 @@ class Average:
 
     def _started(self, call: str) -> Accumulator:
         if self._accumulator is None or not self._accumulator.n_averaged:
+            first = "by update_now(), not at optimizer steps"
+            if self.every is not None:
+                first = f"after optimizer step {self.start + self.every}"
             raise NotStartedError(
-                f"{call} needs at least one sample; the first is taken after optimizer step "
-                f"{self.start + self.every}, and {self._step} were counted (is update() called?)"
+                f"{call} needs at least one sample; the first is taken {first}, and {self._step} were counted (is "
+                "update() called?)"
             )
         return self._accumulator
 

@@ -314,7 +314,7 @@ def twice_sharded(folder):
 
 def test_a_dimension_that_is_sharded_twice_is_refused_at_once(tmp_path):
     for message in run_on_ranks(twice_sharded, str(tmp_path / "run"), ranks=4):
-        assert "0.weight" in message and "only Shard and Replicate can be recorded" in message
+        assert "0.weight" in message and "only of Shard and Replicate can it be told" in message
 
 
 def failing_by_ranks(folder):

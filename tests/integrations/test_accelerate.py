@@ -1,22 +1,34 @@
-"""accelerate, which needs no callback: `attach` and its own way of saving what it is told of."""
+"""accelerate, which needs no callback: `attach`, and its own states; with a model that FSDP2 shards on two ranks."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 import polyak
+from polyak.errors import OptionError, StateError
+from polyak.integrations.accelerate import register
+from ranks import run_on_ranks
+from sharded_accelerate import sharding_accelerator
 
 
-def run(folder, n_steps, load=False):
-    accelerator = Accelerator(cpu=True)
+def by_itself(accelerator, average):
+    accelerator.register_for_checkpointing(average)
+
+
+def by_name(accelerator, average):
+    register(accelerator, ema=average)
+
+
+def run(accelerator, folder, n_steps, carry, load=False):
     torch.manual_seed(0)
-    model = nn.Linear(3, 1)
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    model = nn.Linear(3, 5)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     average = polyak.Average(model, polyak.EMA(half_life=2))
     polyak.attach(optimizer, average)
-    accelerator.register_for_checkpointing(average)
+    carry(accelerator, average)
     if load:
         accelerator.load_state(str(folder))
     for _ in range(n_steps):
@@ -27,10 +39,42 @@ def run(folder, n_steps, load=False):
     return average
 
 
-def test_save_state_and_load_state_carry_the_average(tmp_path):
-    whole = run(tmp_path / "whole", 6)
-    run(tmp_path / "half", 3)
-    resumed = run(tmp_path / "half", 3, load=True)
+@pytest.mark.parametrize("carry", [by_itself, by_name])
+def test_save_state_and_load_state_carry_the_average(tmp_path, carry):
+    whole = run(Accelerator(cpu=True), tmp_path / "whole", 6, carry)
+    run(Accelerator(cpu=True), tmp_path / "half", 3, carry)
+    resumed = run(Accelerator(cpu=True), tmp_path / "half", 3, carry, load=True)
     assert resumed.n_averaged == whole.n_averaged == 6
     for name, tensor in whole.named_tensors().items():
         assert torch.equal(tensor, resumed.named_tensors()[name])
+
+
+def test_what_cannot_be_carried_is_refused(tmp_path):
+    with pytest.raises(OptionError, match="ema is neither an Average nor a Recorder, but Linear"):
+        register(Accelerator(cpu=True), ema=nn.Linear(1, 1))
+    run(Accelerator(cpu=True), tmp_path / "state", 1, lambda *_: None)
+    with pytest.raises(StateError, match=r"holds no polyak-ema\.pt"):
+        run(Accelerator(cpu=True), tmp_path / "state", 1, by_name, load=True)
+
+
+def sharded(folder, load):
+    """SGD without momentum, whose state torch makes by a step of its own at each save, which must not count."""
+    average = run(sharding_accelerator(), f"{folder}/state", 3, by_name, load=load)
+    average.save(f"{folder}/average{average.n_averaged}.safetensors", overwrite=True)
+    means = average.named_tensors()
+    return average.n_averaged, {name: tensor.full_tensor() for name, tensor in means.items()}
+
+
+def test_a_sharded_average_is_carried_to_another_number_of_ranks(tmp_path):
+    whole = run(Accelerator(cpu=True), tmp_path / "whole", 6, by_name)
+    before = run_on_ranks(sharded, str(tmp_path), False)
+    assert [n for n, _ in before] == [3, 3]
+    for ranks in (1, 2):  # where the second begins from what the first has saved
+        for n_averaged, found in run_on_ranks(sharded, str(tmp_path), True, ranks=ranks):
+            assert n_averaged == 3 + 3 * ranks
+            if ranks == 1:
+                for name, tensor in whole.named_tensors().items():
+                    torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+    from safetensors.torch import load_file
+
+    assert load_file(tmp_path / "average9.safetensors").keys() == {"weight", "bias"}

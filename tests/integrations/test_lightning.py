@@ -5,79 +5,19 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint, WeightAveraging
-from torch import nn
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 import polyak
+from lightning_runs import QUIET, Net, batches, fit, mean, trainer, weights
 from polyak.errors import NotStartedError, OptionError, PolyakError, StateError
 from polyak.integrations.lightning import Averaging, Recording
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*(TensorBoard|LeafSpec|tree_|num_workers|is not empty|ckpt_path=)"),
-]
-
-
-class Net(pl.LightningModule):
-    def __init__(self, norm=False, fail_in_validation=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4) if norm else nn.Tanh(), nn.Linear(4, 1))
-        self.fail_in_validation = fail_in_validation
-        self.stepped, self.validated, self.losses = [], [], []
-
-    def forward(self, x):
-        return self.body(x)
-
-    def training_step(self, batch, index):
-        loss = self(batch[0]).square().mean()
-        self.losses.append(loss.item())
-        return loss
-
-    def on_train_batch_end(self, *_):
-        self.stepped.append(weights(self))
-
-    def validation_step(self, batch, index):
-        if self.fail_in_validation and not self.trainer.sanity_checking:
-            raise RuntimeError("validation failed")
-        self.validated.append(weights(self))
-        self.log("loss", self(batch[0]).square().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-
-
-def weights(model):
-    return model.body[0].weight.detach().clone()
-
-
-def batches():
-    torch.manual_seed(1)
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(32, 3)), batch_size=8)
-
-
-def trainer(folder, *callbacks, epochs=3, **options):
-    return pl.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **({"enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks)} | options),
-    )
-
-
-def fit(folder, *callbacks, model=None, ckpt_path=None, **options):
-    model = model or Net()
-    run = trainer(folder, *callbacks, **options)
-    run.fit(model, batches(), batches(), ckpt_path=ckpt_path)
-    return model, run
-
-
-def mean(samples):
-    return torch.stack(samples).double().mean(0).float()
+pytestmark = [pytest.mark.filterwarnings(quiet) for quiet in QUIET]
 
 
 def test_it_follows_stands_in_and_becomes_the_model(tmp_path):
@@ -372,8 +312,12 @@ def test_what_cannot_work_is_refused(tmp_path):
     loader = torch.utils.data.DataLoader([1], num_workers=1, persistent_workers=True)
     with pytest.raises(OptionError, match="persistent_workers"):
         Averaging(polyak.Uniform(), recalibrate=loader)
-    with pytest.raises(OptionError, match="WeightAveraging"):
-        fit(tmp_path, Averaging(polyak.Uniform()), WeightAveraging())
+    for theirs in (WeightAveraging(), StochasticWeightAveraging(0.1)):
+        with pytest.raises(OptionError, match=f"Lightning's {type(theirs).__name__}"):
+            fit(tmp_path, Averaging(polyak.Uniform()), theirs)
+    for index in (1, -2):
+        with pytest.raises(OptionError, match=f"optimizer={index} names none of the 1"):
+            fit(tmp_path, Averaging(polyak.Uniform(), optimizer=index))
     with pytest.raises(NotStartedError, match="when training begins"):
         _ = Averaging(polyak.Uniform()).average
 

@@ -14,8 +14,7 @@
 # Every module of a format makes it known.
 from polyak.checkpoints import _dcp, _huggingface, _npz, _pt, _safetensors  # noqa: F401
 from polyak.checkpoints._base import FORMATS, Format, Layout, Location, TensorInfo, Writer
-from polyak.checkpoints._checkpoint import Checkpoint, create, open, write
-from polyak.checkpoints._dcp import write_sharded
+from polyak.checkpoints._checkpoint import Checkpoint, create, open, write, write_sharded
 
 __all__ = [
     "Checkpoint",

@@ -497,14 +497,14 @@ def written_together(
         PolyakError: on the ranks that did not fail, or if one was lost.
     """
     whole: Writer | None = None
-    locations: dict[str, Location] = {}
+
+    def lay_out() -> dict[str, Location]:
+        nonlocal whole
+        whole = create(observe)
+        return _locations(whole, output) if group.size > 1 else {}
+
     try:
-        with group.all_or_none(f"laying out {output}"):
-            if group.is_first:
-                whole = create(observe)
-                if group.size > 1:
-                    locations = _locations(whole, output)
-        locations = group.first(lambda: locations)
+        locations = group.first(lay_out)
         with group.all_or_none(f"writing {output}"):
             if whole is not None:
                 yield whole

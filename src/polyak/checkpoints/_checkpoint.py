@@ -12,7 +12,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from polyak.checkpoints import _pt
+from polyak._distributed import RankGroup, refuse_unplaced, shard_runs
+from polyak._model import local
+from polyak.checkpoints import _dcp, _pt
 from polyak.checkpoints._base import (
     FORMATS,
     Contents,
@@ -22,11 +24,13 @@ from polyak.checkpoints._base import (
     StoredTensor,
     TensorInfo,
     Writer,
+    on_host,
+    written_together,
 )
 from polyak.checkpoints._dialects import STEP_KEYS
 from polyak.checkpoints._io import DataFile
 from polyak.checkpoints._tree import find_weights
-from polyak.errors import CheckpointError, OptionError, StructureError, name_list
+from polyak.errors import CheckpointError, OptionError, OutputExistsError, StructureError, name_list
 
 __all__ = [
     "FORMATS",
@@ -41,6 +45,7 @@ __all__ = [
     "open",
     "recognise",
     "write",
+    "write_sharded",
 ]
 
 # Which format a path is in, or is to be written in.
@@ -415,6 +420,51 @@ def write(
     layout = Layout(infos, {**shared, **(ties or {})}, metadata or {})
     with create(path, layout, format=format, overwrite=overwrite) as writer:
         writer.fill(tensors)
+
+
+def write_sharded(
+    path: str | PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    ties: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write DTensors from all ranks, each its own shards, without gathering; a collective call of all ranks.
+
+    A name with the suffix of a format becomes one such file, which the first rank lays out and every rank writes its
+    own elements into: all must share its folder. Any other becomes a folder of ``torch.distributed.checkpoint``, in
+    which ties are names like any other, and which has no metadata.
+
+    Args:
+        path: the output.
+        tensors: name to DTensor, or to a plain tensor that is the same on all ranks.
+        ties: as for ``write``.
+        metadata: as for ``write``.
+        overwrite: as for ``create``.
+
+    Raises ``OutputExistsError``; ``OptionError`` for a format that several processes cannot write; ``StructureError``
+    where ranks hold other tensors than each other, or parts whose place in the whole cannot be told;
+    ``PolyakError`` where another rank failed. All ranks raise, and nothing is left behind.
+    """
+    path, ties, group = Path(path), dict(ties or {}), RankGroup.of_all()
+    if any(group.gather(path.exists())) and not overwrite:
+        raise OutputExistsError(f"{path} exists already: name another output, or pass overwrite=True")
+    if not path.suffix or not any(path.suffix in format.suffixes for format in FORMATS.values()):
+        _dcp.write_folder(path, {**tensors, **{tied: tensors[name] for tied, name in ties.items()}})
+        return
+    refuse_unplaced(tensors)
+    layout = Layout({name: TensorInfo.of(t) for name, t in tensors.items()}, ties, metadata or {})
+    if any(other != layout.tensors for other in group.gather(layout.tensors)):
+        raise StructureError(
+            f"{path}: ranks hold different tensors, as the stages of a pipeline do, which one file does not take "
+            "together: name a folder"
+        )
+    with written_together(group, path, layout, lambda _: create(path, layout, overwrite=overwrite)) as writer:
+        for name, whole in tensors.items():
+            (part,) = local([whole])
+            for start, values in shard_runs(on_host(part).view(part.shape), whole, group.is_first):
+                writer.write(name, start, values)
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak import _distributed
 from polyak.checkpoints import _base, _pickle, _pt
 from polyak.checkpoints._base import Contents, Layout, StoredTensor, TensorInfo
 from polyak.checkpoints._dialects import STEP_KEYS
 from polyak.checkpoints._io import DataFile
-from polyak.errors import CheckpointError, OutputExistsError, name_list
+from polyak.errors import CheckpointError, name_list
 
-__all__ = ["write_sharded"]
+__all__ = ["write_folder"]
 
 _METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint"
@@ -88,17 +86,13 @@ class DcpFormat(_base.Format):
         return DcpWriter(path, layout, overwrite)
 
 
-def write_sharded(path: str | PathLike[str], tensors: Mapping[str, Tensor], overwrite: bool = False) -> None:
+def write_folder(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write DTensors from all ranks, each its own shards, into one folder; a collective call.
 
-    torch's writer puts ``.metadata`` there last, so a folder that has it is whole. Raises ``OutputExistsError``
-    on every rank where the folder is there and ``overwrite`` is False.
+    torch's writer puts ``.metadata`` there last, so a folder that has it is whole.
     """
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    path = Path(path)
-    if any(_distributed.RankGroup.of_all().gather(path.exists())) and not overwrite:
-        raise OutputExistsError(f"{path} exists already: name another output, or pass overwrite=True")
     save(dict(tensors), checkpoint_id=path)
 
 
