@@ -197,6 +197,7 @@ def test_the_rate_is_that_of_torch():
         (lambda: RecordedRun("run", {"every": 0}), "every must be"),
         (lambda: RecordedRun("run", {"every": 2, "block": 3}), "block"),
         (lambda: RecordedRun("run", {}, preview="tail"), "tail"),
+        (lambda: RecordedRun("run", {}, preview=3), "a profile is needed"),
         (lambda: RecordedRun("run", {}, recalibrate=iter([])), "only once"),
     ],
 )

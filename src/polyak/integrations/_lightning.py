@@ -97,9 +97,8 @@ class Validation:
     def __init__(self, trainer: Trainer, loop: Any):
         self._trainer, self._loop = trainer, loop
         self._connector = undocumented("lightning", trainer, "_logger_connector")
-        for name in ("log_metrics", "log_eval_end_metrics", "metrics", *_METRICS):
-            if name != "metrics":  # whose value is there during an evaluation only
-                undocumented("lightning", self._connector, name)
+        for name in ("log_metrics", "log_eval_end_metrics", *_METRICS):
+            undocumented("lightning", self._connector, name)
         self._scored: list[Scored] = []
 
     @classmethod

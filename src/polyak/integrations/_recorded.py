@@ -88,7 +88,8 @@ def preview_names(preview: Profile | str | Iterable[Profile | str] | None) -> di
     >>> list(preview_names(["decay:sqrt:0.4", "tail:0.2"]))
     ['decayed', 'tail:0.2']
     """
-    given = [] if preview is None else [preview] if isinstance(preview, Profile | str) else preview
+    several = isinstance(preview, Iterable) and not isinstance(preview, str)
+    given: Iterable[object] = () if preview is None else preview if several else [preview]  # type: ignore[assignment]
     profiles = [as_profile(one) for one in given]
     decays = [profile for profile in profiles if isinstance(profile, Decay)]
     return {"decayed" if [profile] == decays else str(profile): profile for profile in profiles}

@@ -429,8 +429,15 @@ class Recording(Callback):
         _lightning.refuse_gathered(trainer, pl_module)
         forward = _lightning.batch_runner(trainer, self._given_forward, self._recalibrate)
         optimizer = _lightning.chosen_optimizer(trainer, self._index)
-        records = trainer.is_global_zero or _following.is_sharded_model(pl_module)
-        self._recording.begin(pl_module, optimizer, self._state, forward, records=records)
+        sharded = _following.is_sharded_model(pl_module)
+        self._recording.begin(
+            pl_module,
+            optimizer,
+            self._state,
+            forward,
+            records=sharded or trainer.is_global_zero,
+            resumes=sharded and trainer.ckpt_path is not None,  # whose state is loaded later
+        )
         self._state = None
         if self._recording.previews:
             self._undo.append(_lightning.Validation.score(trainer, self._recording.scored()))
