@@ -135,9 +135,9 @@ def test_a_nan_on_one_rank_is_skipped_on_all():
     assert run_on_ranks(poisoned_shard) == [True, True]
 
 
-def followers(folder, model):
+def followers(folder, model, resume=False):
     average = polyak.Average(model, polyak.EMA(half_life=5), every=2)
-    return average, polyak.Recorder(model, Path(folder) / "run", every=2, block=8)
+    return average, polyak.Recorder(model, Path(folder) / "run", every=2, block=8, resume=resume)
 
 
 def state_of(model, average, recorder):
@@ -163,7 +163,7 @@ def load_sharded(folder):
 
 
 def resume(folder, model):
-    average, recorder = followers(folder, model)
+    average, recorder = followers(folder, model, resume=True)
     state = state_of(model, average, recorder)
     dcp.load(state, checkpoint_id=folder)
     model.load_state_dict(state["model"])

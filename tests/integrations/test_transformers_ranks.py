@@ -140,8 +140,15 @@ def fsdp_trainer(folder, name):
         "state_dict_type": "SHARDED_STATE_DICT",
         "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
     }
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss/average",
+        "greater_is_better": False,
+    }
     with sharding_on_cpu():
-        trainer, visited = trainer_for(folder / "out", language_model(), fsdp=True, fsdp_config=config)
+        trainer, visited = trainer_for(
+            folder / "out", language_model(), fsdp=True, fsdp_config=config, **best
+        )
     averaging = Averaging(trainer, polyak.EMA(half_life=2), validate="both", save_average=True)
     recording = Recording(trainer, folder / name, block=2, preview="decay:sqrt:0.4")
     return trainer, visited, averaging, recording
@@ -175,7 +182,7 @@ def test_fsdp_of_accelerate_with_checkpoints_that_other_numbers_of_ranks_resume(
     (held, visited, whole), (other_held, _, other) = run_on_ranks(by_fsdp, str(tmp_path))
     means, model, recorded, scored = whole
     assert held + other_held == sum(value.numel() for value in visited[0].values()), "nothing is held twice"
-    assert scored == other[3]
+    assert scored == other[3] and scored[1]["eval_loss/average"] < scored[0]["eval_loss/average"]
     assert scored[-1].keys() == {"eval_loss", "eval_loss/average", "eval_loss/decayed"}
     weights = torch.from_numpy(polyak.EMA(half_life=2).weights(range(7)))
     expected = {

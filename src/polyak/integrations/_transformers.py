@@ -17,7 +17,15 @@ from polyak.errors import OptionError, PolyakError
 from polyak.integrations._following import Following, Scored, undocumented
 from polyak.integrations._recorded import save_state
 
-__all__ = ["Annealed", "Watching", "callbacks_of", "refuse_upside_down", "save_swapped", "steps_per_epoch"]
+__all__ = [
+    "Annealed",
+    "Watching",
+    "agree_on_best",
+    "callbacks_of",
+    "refuse_upside_down",
+    "save_swapped",
+    "steps_per_epoch",
+]
 
 
 # What is used of the Trainer beyond its documentation.
@@ -162,6 +170,19 @@ def refuse_upside_down(args: TrainingArguments, names: Iterable[str]) -> None:
             f"metric_for_best_model={metric!r} is a loss, of which transformers would take the greatest, as its name "
             "does not end in 'loss': pass greater_is_better=False to TrainingArguments"
         )
+
+
+def agree_on_best(args: TrainingArguments, state: TrainerState) -> None:
+    """Have all ranks know the same best checkpoint, now that the last one is there.
+
+    The Trainer has each rank look for its folder, where shards are saved before it is made. Ranks that come to another
+    answer would wait for each other when they load it, or load different ones.
+    """
+    if not args.load_best_model_at_end or not state.best_global_step:
+        return
+    best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+    if RankGroup.of_all().first(best.is_dir):
+        state.best_model_checkpoint = str(best)
 
 
 # The learning rate to average at.

@@ -256,6 +256,8 @@ class Averaging(Watching):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the average's state into the checkpoint, and the averaged model if asked for."""
+        if self._following.sharded:
+            _transformers.agree_on_best(args, state)
         folder = self._save(args, state, self._state, self._following.sharded)
         if folder is not None and self._save_average and self.average.n_averaged:
             self._save_model(args, folder)
