@@ -28,7 +28,7 @@ from polyak._batches import (
 )
 from polyak.profiles import Scheme
 
-__all__ = ["DeviceMean", "all_finite"]
+__all__ = ["DeviceMean", "all_finite", "are_finite"]
 
 
 class DeviceMean:
@@ -149,6 +149,16 @@ def all_finite(
     if len(verdicts) < 2:
         return verdicts[0] if verdicts else None
     return torch.stack(verdicts).all()
+
+
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor holds a NaN or an infinity; the host waits once.
+
+    >>> are_finite([torch.ones(2)]), are_finite([torch.ones(2), torch.tensor(float("inf"))])
+    (True, False)
+    """
+    finite = all_finite(tensors, [tensor.dtype for tensor in tensors], tensors[0].device) if tensors else None
+    return finite is None or bool(finite)
 
 
 class _Fold:

@@ -104,6 +104,7 @@ class Accumulator:
         self.residuals: list[Tensor] = []
         self._counts: _HostCounts | DeviceMean = _HostCounts()
         self._warned = False
+        self._attempts, self._last_position = 0, 0.0
         self.bind(tensors)
 
     def bind(self, tensors: Sequence[Tensor]) -> None:
@@ -126,7 +127,7 @@ class Accumulator:
         else:
             check = self.check_finite is not False
             self._counts = DeviceMean(tensors, self._means, self.residuals, check=check, agree=self._agree)
-        self._set_counters(*counters)
+        self._counts.set(*counters)
 
     def _plan_on_host(self, tensors: Sequence[Tensor]) -> None:
         self._come_over = not any(map(_torch.on_host, tensors))
@@ -168,6 +169,15 @@ class Accumulator:
         """Where the last sample was taken, accepted or not; samples that a CUDA graph replayed count."""
         return float(self._counts.clock)
 
+    def replayed(self) -> float:
+        """How much farther a CUDA graph came that replayed :meth:`add`, since this was last asked.
+
+        Only the device knows, so it is waited for; the next position is taken to be as much farther.
+        """
+        ahead = self.clock - self._last_position
+        self._last_position += ahead
+        return ahead
+
     def restart(
         self, n_averaged: int = 0, n_skipped: int = 0, position: float = 0.0, clock: float | None = None
     ) -> None:
@@ -175,7 +185,9 @@ class Accumulator:
 
         ``clock`` is the position of the last sample, if that was not an accepted one.
         """
-        self._set_counters(n_averaged, n_skipped, position, position if clock is None else clock)
+        self._last_position = position if clock is None else clock
+        self._counts.set(n_averaged, n_skipped, position, self._last_position)
+        self._attempts = n_averaged
         self._look_anew()
         if isinstance(self._counts, DeviceMean) and not n_averaged:
             # There the first sample is added to what is left of the samples before, not copied over it.
@@ -224,11 +236,6 @@ class Accumulator:
         self._counts.count(accepted, position)
         if not accepted and self.check_finite == "raise":
             self._raise_non_finite(tensors)
-
-    def _set_counters(self, n_averaged: int, n_skipped: int, position: float, clock: float) -> None:
-        self._counts.set(n_averaged, n_skipped, position, clock)
-        self._attempts = n_averaged
-        self._last_position = clock
 
     def _add_on_device(self, device_mean: DeviceMean, tensors: Sequence[Tensor], gap: float) -> None:
         if not self._warned:

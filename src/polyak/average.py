@@ -307,6 +307,7 @@ class Average:
         through ``torch.distributed.checkpoint``, sharded where the model is.
         """
         accumulator = self._follow_model()
+        self._count_replayed(accumulator)
         state = {
             **self._options(),
             "step": self._step,
@@ -338,8 +339,9 @@ class Average:
             )
         for kind in ("average", "residual") if self._compensated else ("average",):
             copy_into(local(current[kind].values()), local(state[kind][name] for name in current[kind]))
-        accumulator.restart(state["n_averaged"], state["n_skipped"], state["position"])
         self._step, self._sampled_at, self._origin = state["step"], state["sampled_at"], state["origin"]
+        clock = None if self._origin is None else float(self._sampled_at - self._origin)
+        accumulator.restart(state["n_averaged"], state["n_skipped"], state["position"], clock)
 
     def __repr__(self) -> str:
         schedule = f"start={self.start}, every={self.every}"
@@ -352,6 +354,12 @@ class Average:
         accumulator = self._follow_model()
         origin = self._origin = self._step - self.every if self._origin is None else self._origin
         accumulator.add(self._binding.live, self._step - origin)
+
+    def _count_replayed(self, accumulator: Accumulator) -> None:
+        """Steps for which a CUDA graph replayed :meth:`update` were counted on the device alone."""
+        steps = round(accumulator.replayed())
+        self._step += steps
+        self._sampled_at += steps
 
     def _follow_model(self) -> Accumulator:
         replaced = self._binding.follow()

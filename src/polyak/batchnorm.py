@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak import _distributed, _terminal, _torch
 from polyak._checks import whole_within
+from polyak._device_mean import are_finite
 from polyak._distributed import is_distributed, is_main_rank, sum_over_ranks
 from polyak._model import bare_model
 from polyak._swap import modes, undoing
@@ -240,20 +241,20 @@ def store(moments: PooledMoments, layers: list[BatchNormLayer]) -> None:
     """
     olds: list[Tensor] = []
     news: list[Tensor] = []
-    broken: list[str] = []
+    statistics: dict[str, list[Tensor]] = {}
     for index, layer in enumerate(layers):
         if moments.counts[index] == 0:
             continue
         mean = moments.means[index].to(layer.mean.dtype)
         variance = moments.variances[index].to(layer.variance.dtype)
-        if not (mean.isfinite().all() and variance.isfinite().all()):
-            broken.append(layer.name)
+        statistics[layer.name] = [mean, variance]
         olds += [layer.mean, layer.variance]
         news += [mean, variance]
         if layer.n_batches is not None:
             olds.append(layer.n_batches)
-            news.append(torch.tensor(moments.batches[index]))
-    if broken:
+            news.append(torch.full_like(layer.n_batches, moments.batches[index]))
+    if not are_finite([tensor for pair in statistics.values() for tensor in pair]):
+        broken = [name for name, pair in statistics.items() if not are_finite(pair)]
         raise NonFiniteError(
             f"the statistics of BatchNorm layers {name_list(broken)} came out as NaN or infinite, because a "
             "batch or a weight is not finite, or is too large for the layer's dtype; look for it with "
