@@ -44,6 +44,7 @@ class Tape(TorchDispatchMode):
         self._operations.append((func, args, kwargs or {}, tree_leaves(result)))
         return result
 
+    @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, before in self._operations:
             for old, new in zip(before, tree_leaves(func(*args, **kwargs)), strict=True):

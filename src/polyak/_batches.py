@@ -23,7 +23,6 @@ __all__ = [
     "allocate",
     "are_mostly_small",
     "in_place_of",
-    "is_dense",
     "is_small",
     "lie_alike",
     "plan_batches",
@@ -296,15 +295,6 @@ def is_small(tensor: Tensor) -> bool:
     (True, False)
     """
     return tensor.numel() < _SMALL_NUMEL
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills a stretch of memory, in whatever order, each element once.
-
-    >>> is_dense(torch.zeros(3, 2).t()), is_dense(torch.zeros(3, 2)[:, 0])
-    (True, False)
-    """
-    return tensor.stride() == torch.empty_like(tensor, device="meta").stride()
 
 
 def lie_alike(means: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:

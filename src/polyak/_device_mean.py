@@ -289,16 +289,12 @@ def _folds(
     groups: dict[tuple[torch.device, bool], list[int]] = {}
     for index, mean in enumerate(means):
         if mean.numel():
-            fused = not residuals and _can_be_fused(mean)
+            fused = not residuals and mean.dtype == torch.float32 and _torch.lerps_unless(mean.device)
             groups.setdefault((mean.device, fused), []).append(index)
     for (_, fused), indices in groups.items():
         yield (
             _FusedFold(tensors, means, indices) if fused else _MaskedFold(tensors, means, residuals, indices)
         )
-
-
-def _can_be_fused(mean: Tensor) -> bool:
-    return mean.dtype == torch.float32 and is_dense(mean) and _torch.lerps_unless(mean.device)
 
 
 def _reals(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -397,7 +397,11 @@ class AveragedModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Accumulators work on views, which pickle would tear from their means: they are made anew.
         wide = self._wide_means()
-        state = {key: value for key, value in self.__dict__.items() if key not in ("_pairings", "_mean", "_counted")}
+        state = {
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in ("_pairings", "_mean", "_counted")
+        }
         return state | {"_wide": {name: _apart(mean) for name, mean in wide.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -464,7 +468,9 @@ class AveragedModel(nn.Module):
     def _samples(self) -> int:
         """``n_averaged``, which is on the model's device after ``.to()``: read where somebody else wrote to it."""
         counter, version, count = self._counted
-        known = counter is self.n_averaged and version >= 0 and [version] == _torch.versions([self.n_averaged])
+        known = (
+            counter is self.n_averaged and version >= 0 and [version] == _torch.versions([self.n_averaged])
+        )
         return count if known and not _torch.on_host(self.n_averaged) else int(self.n_averaged)
 
     def _count_sample(self) -> None:
