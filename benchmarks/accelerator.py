@@ -6,8 +6,8 @@
 ``--count`` needs no GPU. Updates run on tensors of the meta device, which have shapes but no numbers, and every
 operation is counted. One JSON object goes to stdout, and for each case it says ``calls``, the operations that would
 launch a kernel (views and allocations are left out); ``passes``, the bytes that they read and write over the bytes of
-the parameters in fp32; and ``host_reads``, numbers that the host would wait for, or copy over. One ``_foreach_lerp_`` of
-all parameters makes 1 call and 3 passes.
+the parameters in fp32; and ``host_reads``, numbers that the host would wait for, or copy over. One ``_foreach_lerp_``
+of all parameters makes 1 call and 3 passes.
 
 Without it a GPU is measured: time, host time, launches and memory of an update beside the installed peers and a copy
 of the same bytes, a CUDA graph that is replayed with a NaN, and a swap.

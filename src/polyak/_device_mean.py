@@ -20,7 +20,6 @@ from polyak import _torch
 from polyak._batches import (
     Tensors,
     are_mostly_small,
-    is_dense,
     is_small,
     plan_batches,
     plan_staged,
@@ -77,9 +76,7 @@ class DeviceMean:
             state = torch.zeros(5, dtype=_torch.widest_float(device), device=device)
             self.refused = torch.zeros((), device=device)
         self.averaged, self.skipped, self.position, self.clock, self._coefficient = state.unbind()
-        tensors, means, residuals = map(_reals, (tensors, means, residuals))
-        self._dtypes = [mean.dtype for mean in means]
-        self._folds = list(_folds(tensors, means, residuals))
+        self._folds = list(_folds(*(list(map(_real, given)) for given in (tensors, means, residuals))))
 
     def set(self, averaged: int, skipped: int, position: float, clock: float) -> None:
         """Set the counters, in place."""
@@ -91,7 +88,7 @@ class DeviceMean:
 
     def add(self, tensors: Sequence[Tensor], scheme: Scheme, gap: float) -> None:
         """Fold a sample in that lies ``gap`` after the last, or leave it out and touch no mean."""
-        sources = _reals(tensors) if self._is_complex else tensors
+        sources = list(map(_real, tensors)) if self._is_complex else tensors
         self.clock.add_(gap)
         samples = scheme.unit == "samples"
         before, now = (self.averaged, self.averaged + 1) if samples else (self.position, self.clock)
@@ -104,7 +101,7 @@ class DeviceMean:
 
     def _look(self, sources: Sequence[Tensor]) -> None:
         looked_at = [pair for fold in self._folds for pair in fold.looked_at(sources)]
-        finite = all_finite(*zip(*looked_at, strict=True), self.refused.device) if looked_at else None
+        finite = all_finite(looked_at, self.refused.device)
         if finite is None:
             self.refused.zero_()
         else:
@@ -124,21 +121,20 @@ class DeviceMean:
         self.position.lerp_(self.clock, accepted)
 
 
-def all_finite(
-    tensors: Iterable[Tensor], dtypes: Iterable[torch.dtype], device: torch.device
-) -> Tensor | None:
-    """Whether every element is finite once it is rounded to the dtype given for its tensor; None without elements.
+def all_finite(pairs: Iterable[tuple[Tensor, torch.dtype]], device: torch.device) -> Tensor | None:
+    """Whether every element is finite once it is rounded to the dtype beside its tensor; None without elements.
 
     A 0-dim bool on ``device``. Each tensor is read once, where it is, and the host waits for none of them, unless
     they are on another device.
 
-    >>> all_finite([torch.tensor([1e5])], [torch.float16], torch.device("cpu"))
+    >>> all_finite([(torch.tensor([1e5]), torch.float16)], torch.device("cpu"))
     tensor(False)
     """
     groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
-    for tensor, dtype in zip(_reals(tensors), dtypes, strict=True):
+    for tensor, dtype in pairs:
         if tensor.numel():
-            groups.setdefault((tensor.device, tensor.dtype, dtype.to_real()), []).append(tensor)
+            real = _real(tensor)
+            groups.setdefault((real.device, real.dtype, dtype.to_real()), []).append(real)
     verdicts = [
         # Rounding keeps order, so the largest element tells of all; no comparison with a NaN is true.
         (torch.stack(_torch.foreach_norm(group, math.inf)).to(dtype) <= torch.finfo(dtype).max)
@@ -157,7 +153,7 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
     >>> are_finite([torch.ones(2)]), are_finite([torch.ones(2), torch.tensor(float("inf"))])
     (True, False)
     """
-    finite = all_finite(tensors, [tensor.dtype for tensor in tensors], tensors[0].device) if tensors else None
+    finite = all_finite([(t, t.dtype) for t in tensors], tensors[0].device) if tensors else None
     return finite is None or bool(finite)
 
 
@@ -177,7 +173,7 @@ class _Fold:
 
     def looked_at(self, sources: Sequence[Tensor]) -> list[tuple[Tensor, torch.dtype]]:
         """What has to be finite, in which dtype."""
-        return [(s, m.dtype) for s, m in zip(self._mine(sources), self._means, strict=True) if s.numel()]
+        return [(s, m.dtype) for s, m in zip(self._mine(sources), self._means, strict=True)]
 
     @abstractmethod
     def __call__(self, sources: Sequence[Tensor], coefficient: Tensor, refused: Tensor | None) -> None:
@@ -297,9 +293,9 @@ def _folds(
         )
 
 
-def _reals(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Complex ones as pairs of real numbers, which have to be stored as they are for that."""
-    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+def _real(tensor: Tensor) -> Tensor:
+    """A complex one as pairs of real numbers, which have to be stored as they are for that."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _layouts(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:

@@ -85,7 +85,7 @@ class Accumulator:
         device: torch.device | str | None = None,
         compensated: bool = False,
         check_finite: CheckFinite = True,
-        agree: Callable[[Tensor], Tensor] | None = None,
+        agree: Callable[[Tensor], object] | None = None,
         means: Sequence[Tensor] | None = None,
     ):
         if check_finite not in (True, False, "raise"):
@@ -317,7 +317,7 @@ class Accumulator:
 
     def _refused_there(self, tensors: Sequence[Tensor]) -> Tensor:
         device = tensors[0].device
-        finite = all_finite(tensors, [mean.dtype for mean in self._means], device)
+        finite = all_finite([(t, m.dtype) for t, m in zip(tensors, self._means, strict=True)], device)
         return torch.zeros((), device=device) if finite is None else finite.logical_not().float()
 
     def _refused_here(self, tensors: Sequence[Tensor]) -> Tensor:

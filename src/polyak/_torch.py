@@ -112,7 +112,8 @@ def lerp_unless_(
     >>> mean
     tensor([2., 2.])
     """
-    torch._fused_sgd_(
+    fold: Callable[..., Any] = getattr(torch, "_fused_sgd_")  # noqa: B009
+    fold(
         means,
         weights,
         [],

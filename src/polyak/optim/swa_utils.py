@@ -476,7 +476,8 @@ class AveragedModel(nn.Module):
     def _count_sample(self) -> None:
         count = self._samples()
         self.n_averaged += 1
-        self._counted = (self.n_averaged, *_torch.versions([self.n_averaged]), count + 1)
+        [version] = _torch.versions([self.n_averaged])
+        self._counted = (self.n_averaged, version, count + 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         wide = self._wide_means()
