@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "_version"},
     {"_terminal", "_torch", "_checks"},
     {"_model", "profiles"},
-    {"_mean", "_device_mean", "_batches", "_swap", "_distributed", "checkpoints", "combine"},
+    {"_mean", "_device_mean", "_triton_mean", "_batches", "_swap", "_distributed", "checkpoints", "combine"},
     {"average", "batchnorm", "_attach", "trajectory"},
     {"_evaluate", "_plots"},
     {"inspection", "selection", "landscape", "posterior"},

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -76,7 +77,12 @@ class DeviceMean:
             state = torch.zeros(5, dtype=_torch.widest_float(device), device=device)
             self.refused = torch.zeros((), device=device)
         self.averaged, self.skipped, self.position, self.clock, self._coefficient = state.unbind()
-        self._folds = list(_folds(*(list(map(_real, given)) for given in (tensors, means, residuals))))
+        self._means, self._residuals = list(map(_real, means)), list(map(_real, residuals))
+        self._plan(list(map(_real, tensors)))
+
+    def _plan(self, sources: Sequence[Tensor]) -> None:
+        self._layouts = list(map(Tensor.stride, sources))
+        self._folds = list(_folds(sources, self._means, self._residuals))
 
     def set(self, averaged: int, skipped: int, position: float, clock: float) -> None:
         """Set the counters, in place."""
@@ -89,6 +95,8 @@ class DeviceMean:
     def add(self, tensors: Sequence[Tensor], scheme: Scheme, gap: float) -> None:
         """Fold a sample in that lies ``gap`` after the last, or leave it out and touch no mean."""
         sources = list(map(_real, tensors)) if self._is_complex else tensors
+        if list(map(Tensor.stride, sources)) != self._layouts:
+            self._plan(sources)
         self.clock.add_(gap)
         samples = scheme.unit == "samples"
         before, now = (self.averaged, self.averaged + 1) if samples else (self.position, self.clock)
@@ -192,10 +200,7 @@ class _FusedFold(_Fold):
         with torch.inference_mode(False):
             self._minus_share = torch.zeros((), device=self._means[0].device)
         self._gathers = are_mostly_small(self._means)
-        self._plan(self._mine(tensors))
-
-    def _plan(self, sources: Sequence[Tensor]) -> None:
-        self._layouts = _layouts(sources)
+        sources = self._mine(tensors)
         places = range(len(sources))
         staged = [i for i in places if not self._goes_directly(sources[i], self._means[i])]
         self._staged, self._at_once = plan_staged(sources, self._means, staged, self._gathers)
@@ -211,15 +216,11 @@ class _FusedFold(_Fold):
 
     def looked_at(self, sources: Sequence[Tensor]) -> list[tuple[Tensor, torch.dtype]]:
         mine = self._mine(sources)
-        if _layouts(mine) != self._layouts:
-            self._plan(mine)
         together = [batch.sources(batch.parts(mine), ())[0] for batch, _ in self._gathered if self._at_once]
         return [(tensor, torch.float32) for tensor in (*together, *(mine[i] for i in self._looked_at))]
 
     def __call__(self, sources: Sequence[Tensor], coefficient: Tensor, refused: Tensor | None) -> None:
         mine = self._mine(sources)
-        if _layouts(mine) != self._layouts:
-            self._plan(mine)
         self._minus_share.copy_(coefficient).neg_()
         if refused is not None:
             refused = refused.to(self._minus_share.device)
@@ -278,25 +279,56 @@ def _replace(old: Tensor, new: Tensor, keeps: Tensor | None) -> None:
     old.copy_(new if keeps is None else torch.where(keeps, old, new))
 
 
+class _KernelFold(_Fold):
+    """Means of any dtype, with or without residuals, by a kernel of Triton, where it works."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        means: Sequence[Tensor],
+        residuals: Sequence[Tensor],
+        indices: Sequence[int],
+    ):
+        from polyak._triton_mean import Kernel
+
+        super().__init__(tensors, means, indices)
+        self._kernel = Kernel(self._mine(tensors), self._means, self._mine(residuals) if residuals else [])
+
+    def __call__(self, sources: Sequence[Tensor], coefficient: Tensor, refused: Tensor | None) -> None:
+        device = self._means[0].device
+        self._kernel(
+            self._mine(sources), coefficient.to(device), None if refused is None else refused.to(device)
+        )
+
+
 def _folds(
     tensors: Sequence[Tensor], means: Sequence[Tensor], residuals: Sequence[Tensor]
 ) -> Iterator[_Fold]:
-    """One or two for each device."""
-    groups: dict[tuple[torch.device, bool], list[int]] = {}
-    for index, mean in enumerate(means):
+    """One for each device and way."""
+    groups: dict[tuple[torch.device, str], list[int]] = {}
+    for index, (tensor, mean) in enumerate(zip(tensors, means, strict=True)):
         if mean.numel():
-            fused = not residuals and mean.dtype == torch.float32 and _torch.lerps_unless(mean.device)
-            groups.setdefault((mean.device, fused), []).append(index)
-    for (_, fused), indices in groups.items():
-        yield (
-            _FusedFold(tensors, means, indices) if fused else _MaskedFold(tensors, means, residuals, indices)
-        )
+            way = "fused" if not residuals and _can_be_fused(mean) else _other_way(tensor, mean)
+            groups.setdefault((mean.device, way), []).append(index)
+    for (_, way), indices in groups.items():
+        if way == "fused":
+            yield _FusedFold(tensors, means, indices)
+        else:
+            yield (_KernelFold if way == "kernel" else _MaskedFold)(tensors, means, residuals, indices)
+
+
+def _can_be_fused(mean: Tensor) -> bool:
+    return mean.dtype == torch.float32 and _torch.lerps_unless(mean.device)
+
+
+def _other_way(tensor: Tensor, mean: Tensor) -> str:
+    if find_spec("triton") is None:
+        return "masked"
+    from polyak._triton_mean import can_take, works_on
+
+    return "kernel" if can_take(tensor, mean) and works_on(mean.device) else "masked"
 
 
 def _real(tensor: Tensor) -> Tensor:
     """A complex one as pairs of real numbers, which have to be stored as they are for that."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _layouts(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [tensor.stride() for tensor in tensors]
