@@ -293,7 +293,9 @@ def main(arguments: list[str] | None = None) -> None:
         }
         print(json.dumps(record, indent=2))
     if options.output is not None:
-        harness.write_json(options.output, {"counted": record} if options.count else record)
+        harness.write_json(
+            options.output, {"benchmark": "accelerator", "counted": record} if options.count else record
+        )
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -74,9 +73,9 @@ class DeviceMean:
         self._is_complex = any(tensor.is_complex() for tensor in tensors)
         device = means[0].device
         with torch.inference_mode(False):  # what is made in inference mode could not be changed outside it
-            state = torch.zeros(5, dtype=_torch.widest_float(device), device=device)
+            state = torch.zeros(4, dtype=_torch.widest_float(device), device=device)
             self.refused = torch.zeros((), device=device)
-        self.averaged, self.skipped, self.position, self.clock, self._coefficient = state.unbind()
+        self.averaged, self.skipped, self.position, self.clock = state.unbind()
         self._means, self._residuals = list(map(_real, means)), list(map(_real, residuals))
         self._plan(list(map(_real, tensors)))
 
@@ -100,11 +99,11 @@ class DeviceMean:
         self.clock.add_(gap)
         samples = scheme.unit == "samples"
         before, now = (self.averaged, self.averaged + 1) if samples else (self.position, self.clock)
-        self._coefficient.copy_(scheme.coefficient_between(before, now, xp=torch))
+        coefficient = scheme.coefficient_between(before, now, xp=torch)
         if self._check:
             self._look(sources)
         for fold in self._folds:
-            fold(sources, self._coefficient, self.refused if self._check else None)
+            fold(sources, coefficient, self.refused if self._check else None)
         self._count()
 
     def _look(self, sources: Sequence[Tensor]) -> None:
@@ -322,9 +321,7 @@ def _can_be_fused(mean: Tensor) -> bool:
 
 
 def _other_way(tensor: Tensor, mean: Tensor) -> str:
-    if find_spec("triton") is None:
-        return "masked"
-    from polyak._triton_mean import can_take, works_on
+    from polyak._triton_mean import can_take, works_on  # which takes as long as Triton does
 
     return "kernel" if can_take(tensor, mean) and works_on(mean.device) else "masked"
 

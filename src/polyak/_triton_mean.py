@@ -1,6 +1,6 @@
 """One kernel of Triton for the means that no operation of torch folds in one call: fp64, half, and compensated ones.
 
-It is imported where Triton is installed only, as it is beside torch for NVIDIA's and AMD's GPUs. It reads weights and
+Triton comes with torch for NVIDIA's and AMD's GPUs; without it the kernel works nowhere. It reads weights and
 means once and writes the means, in one launch for all tensors of a pair of dtypes. `TRITON_INTERPRET=1` in the
 environment runs it on CPU tensors.
 """
@@ -10,12 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton  # type: ignore[import-not-found]
-import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
+
+if TYPE_CHECKING:
+    triton: Any
+    tl: Any
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        triton = tl = None
 
 __all__ = ["Kernel", "can_take", "works_on"]
 
@@ -25,14 +33,15 @@ _BLOCK_NUMEL = 1 << 12
 # Addresses that are multiples of this many bytes are read four fp32 numbers at a time.
 _ALIGNED_BYTES = 16
 _TYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
 }
+_compiled: Any = (lambda function: function) if triton is None else triton.jit
 
 
-@triton.jit
+@_compiled
 def _step(x, y, e, share, COMPENSATED: tl.constexpr):  # type: ignore[no-untyped-def]
     if COMPENSATED:  # Kahan's sum
         change = ((x - y) - e) * share + e
@@ -42,7 +51,7 @@ def _step(x, y, e, share, COMPENSATED: tl.constexpr):  # type: ignore[no-untyped
     return tl.where(share == 1.0, x, y + share * (x - y)), e
 
 
-@triton.jit
+@_compiled
 def _fold(  # type: ignore[no-untyped-def]
     addresses,  # of weights, means and residuals: int64, three for each tensor
     numels,
@@ -149,8 +158,8 @@ class Kernel:
                 table.start_of,
                 share,
                 refused,
-                WEIGHT=_TYPES[weight],
-                MEAN=_TYPES[mean],
+                WEIGHT=getattr(tl, _TYPES[weight]),
+                MEAN=getattr(tl, _TYPES[mean]),
                 COMPENSATED=bool(self._residuals),
                 CHUNK=_CHUNK_NUMEL,
                 BLOCK=_BLOCK_NUMEL,
@@ -183,6 +192,8 @@ def can_take(source: Tensor, mean: Tensor) -> bool:
 @cache
 def works_on(device: torch.device) -> bool:
     """Whether the kernel can be compiled and run there, and does what it says; found by trying."""
+    if triton is None:
+        return False
     try:
         return all(_is_right(device, compensated) for compensated in (False, True))
     except torch.OutOfMemoryError:
