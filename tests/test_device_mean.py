@@ -316,6 +316,27 @@ def test_a_refused_sample_leaves_the_sign_of_zero(options):
     assert mean.n_skipped == 1 and same_bits(mean.means, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_8_bits_are_averaged(dtype):
+    good, bad = torch.ones(70), torch.ones(70)
+    bad[3] = float("nan")
+    mean = on_accelerator([good.to(dtype)])
+    for sample in (good, bad, 2 * good):
+        mean.add([sample.to(dtype)])
+    assert (mean.n_averaged, mean.n_skipped) == (2, 1)
+    assert torch.equal(mean.means[0], torch.full((70,), 1.5))
+
+
+def test_a_copy_has_means_of_its_own():
+    for options in OPTIONS:
+        mean = on_accelerator([torch.ones(3), torch.ones(200, 200)], **options)
+        mean.add([torch.ones(3), torch.ones(200, 200)])
+        copied = copy.deepcopy(mean)
+        copied.add([torch.zeros(3), torch.zeros(200, 200)])
+        assert (mean.n_averaged, copied.n_averaged) == (1, 2)
+        assert all((m == 1).all() for m in mean.means) and all((m == 0.5).all() for m in copied.means)
+
+
 def test_raise_names_the_tensor_there_too():
     good = [torch.ones(2), torch.ones(2)]
     mean = on_accelerator(good, check_finite="raise")

@@ -140,7 +140,7 @@ def all_finite(pairs: Iterable[tuple[Tensor, torch.dtype]], device: torch.device
     groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
     for tensor, dtype in pairs:
         if tensor.numel():
-            real = _real(tensor)
+            real = _real(tensor) if tensor.itemsize > 1 else tensor.bfloat16()  # torch has no norm of 8 bits
             groups.setdefault((real.device, real.dtype, dtype.to_real()), []).append(real)
     verdicts = [
         # Rounding keeps order, so the largest element tells of all; no comparison with a NaN is true.

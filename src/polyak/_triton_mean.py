@@ -5,6 +5,7 @@ means once and writes the means, in one launch for all tensors of a pair of dtyp
 environment runs it on CPU tensors.
 """
 
+# pyright: reportInvalidTypeForm=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    triton: Any
-    tl: Any
+    triton: Any = None
+    tl: Any = None
 else:
     try:
         import triton
@@ -138,7 +139,7 @@ class Kernel:
         with torch.inference_mode(False):
             self._tables = {kinds: _Table.of(indices, means) for kinds, indices in groups.items()}
             self._accepted = torch.zeros((), device=means[0].device)
-        self._places: list[int] = []
+        self._places: list[tuple[int, ...]] = []
 
     def __call__(self, sources: Sequence[Tensor], share: Tensor, refused: Tensor | None) -> None:
         """``means += share (sources - means)``, unless ``refused`` is 1; both are 0-dim and on the device."""
@@ -167,20 +168,15 @@ class Kernel:
             )
 
     def _follow(self, sources: Sequence[Tensor]) -> None:
-        """Write down where the sources are, which a model may change; mostly it does not."""
-        places = [source.data_ptr() for source in sources]
+        """Write down where everything is: a model may move its weights, and a copy of this has other means."""
+        columns = (sources, self._means, self._residuals or self._means)
+        places = list(zip(*(map(Tensor.data_ptr, column) for column in columns), strict=True))
         if places == self._places:
             return
         self._places = places
-        others = [tensor.data_ptr() for tensor in (*self._means, *self._residuals)]
-        self._aligned = 1 if any(place % _ALIGNED_BYTES for place in places + others) else _ALIGNED_BYTES
+        self._aligned = 1 if any(p % _ALIGNED_BYTES for row in places for p in row) else _ALIGNED_BYTES
         for table in self._tables.values():
-            rows = [self._row(index) for index in table.indices]
-            table.addresses.copy_(torch.tensor(rows))
-
-    def _row(self, index: int) -> list[int]:
-        residual = self._residuals[index].data_ptr() if self._residuals else 0
-        return [self._places[index], self._means[index].data_ptr(), residual]
+            table.addresses.copy_(torch.tensor([places[index] for index in table.indices]))
 
 
 def can_take(source: Tensor, mean: Tensor) -> bool:
