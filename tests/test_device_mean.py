@@ -209,11 +209,18 @@ def test_an_average_counts_what_a_graph_replayed(scheme):
         k: v for k, v in expected.items() if k != "average"
     }
     resumed = polyak.Average(twin, scheme, every=2)
-    resumed.load_state_dict(copy.deepcopy(state))
+    state = copy.deepcopy(state)
+    resumed.load_state_dict(state)
     step(3.0, average.update_now, plain.update_now, resumed.update_now)
     step(6.0, tape.replay, plain.update_now, resumed.update_now)
+    averaged = {name: tensor.clone() for name, tensor in average.named_tensors().items()}
+    average.load_state_dict(state)  # the graph goes on from it
+    step(3.0, tape.replay)
+    step(6.0, tape.replay)
     for one in (average, resumed):
         assert one.state_dict()["step"] == 18
+    assert all(torch.equal(averaged[name], tensor) for name, tensor in average.named_tensors().items())
+    for one in (average, resumed):
         for name, tensor in plain.named_tensors().items():
             torch.testing.assert_close(one.named_tensors()[name], tensor, rtol=1e-6, atol=1e-6)
 

@@ -10,7 +10,7 @@ installed, and elsewhere by operations on copies, of which the verdict picks the
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -85,11 +85,10 @@ class DeviceMean:
 
     def set(self, averaged: int, skipped: int, position: float, clock: float) -> None:
         """Set the counters, in place."""
-        for counter, value in zip(self._counters(), (averaged, skipped, position, clock), strict=True):
-            counter.fill_(value)
-
-    def _counters(self) -> tuple[Tensor, ...]:
-        return self.averaged, self.skipped, self.position, self.clock
+        self.averaged.fill_(averaged)
+        self.skipped.fill_(skipped)
+        self.position.fill_(position)
+        self.clock.fill_(clock)
 
     def add(self, tensors: Sequence[Tensor], scheme: Scheme, gap: float) -> None:
         """Fold a sample in that lies ``gap`` after the last, or leave it out and touch no mean."""
@@ -164,7 +163,7 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
     return finite is None or bool(finite)
 
 
-class _Fold:
+class _Fold(ABC):
     """Some of the means, all on one device, and how sources are folded into them.
 
     Args:
@@ -321,7 +320,7 @@ def _can_be_fused(mean: Tensor) -> bool:
 
 
 def _other_way(tensor: Tensor, mean: Tensor) -> str:
-    from polyak._triton_mean import can_take, works_on  # which takes as long as Triton does
+    from polyak._triton_mean import can_take, works_on  # here, as importing Triton takes long
 
     return "kernel" if can_take(tensor, mean) and works_on(mean.device) else "masked"
 

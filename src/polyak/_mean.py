@@ -228,7 +228,10 @@ class Accumulator:
         self._last_position = position
         self._attempts += 1
         if isinstance(self._counts, DeviceMean):
-            self._add_on_device(self._counts, tensors, gap)
+            self._warn_if_stalling(self._nominal_coefficient())
+            self._counts.add(tensors, self.scheme, gap)
+            if self.check_finite == "raise" and bool(self._counts.refused):
+                self._raise_non_finite(tensors)
             return
         coefficient = self._coefficient(self._counts, position)
         self._warn_if_stalling(coefficient)
@@ -237,16 +240,10 @@ class Accumulator:
         if not accepted and self.check_finite == "raise":
             self._raise_non_finite(tensors)
 
-    def _add_on_device(self, device_mean: DeviceMean, tensors: Sequence[Tensor], gap: float) -> None:
-        if not self._warned:
-            # The coefficient itself is not read; this one is that of as many samples, all of them finite.
-            per_sample = (
-                1 if self.scheme.unit == "samples" else max(self._last_position / self._attempts, gap)
-            )
-            self._warn_if_stalling(self.scheme.coefficient(self._attempts, per_sample))
-        device_mean.add(tensors, self.scheme, gap)
-        if self.check_finite == "raise" and bool(device_mean.refused):
-            self._raise_non_finite(tensors)
+    def _nominal_coefficient(self) -> float:
+        """That of as many samples, evenly spaced, had all been finite; the one in use is on the device."""
+        gap = 1 if self.scheme.unit == "samples" else self._last_position / self._attempts
+        return self.scheme.coefficient(self._attempts, gap)
 
     def _coefficient(self, counts: _HostCounts, position: float) -> float:
         samples = self.scheme.unit == "samples"
