@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak import _distributed, _terminal, _torch
 from polyak._checks import whole_within
-from polyak._device_mean import are_finite
 from polyak._distributed import is_distributed, is_main_rank, sum_over_ranks
 from polyak._model import bare_model
 from polyak._swap import modes, undoing
@@ -241,20 +240,21 @@ def store(moments: PooledMoments, layers: list[BatchNormLayer]) -> None:
     """
     olds: list[Tensor] = []
     news: list[Tensor] = []
-    statistics: dict[str, list[Tensor]] = {}
+    finite: dict[str, Tensor] = {}
     for index, layer in enumerate(layers):
         if moments.counts[index] == 0:
             continue
         mean = moments.means[index].to(layer.mean.dtype)
         variance = moments.variances[index].to(layer.variance.dtype)
-        statistics[layer.name] = [mean, variance]
+        finite[layer.name] = (mean.isfinite() & variance.isfinite()).all().to(moments.means[0].device)
         olds += [layer.mean, layer.variance]
         news += [mean, variance]
         if layer.n_batches is not None:
             olds.append(layer.n_batches)
             news.append(torch.full_like(layer.n_batches, moments.batches[index]))
-    if not are_finite([tensor for pair in statistics.values() for tensor in pair]):
-        broken = [name for name, pair in statistics.items() if not are_finite(pair)]
+    # One read for all, as each would wait for the device.
+    verdicts = torch.stack(list(finite.values())).tolist() if finite else []
+    if broken := [name for name, is_finite in zip(finite, verdicts, strict=True) if not is_finite]:
         raise NonFiniteError(
             f"the statistics of BatchNorm layers {name_list(broken)} came out as NaN or infinite, because a "
             "batch or a weight is not finite, or is too large for the layer's dtype; look for it with "
