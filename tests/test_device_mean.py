@@ -280,6 +280,15 @@ def test_an_average_reads_nothing(accelerator, monkeypatch, scheme):
     assert counter.calls > 0 and counter.host_reads == 0
 
 
+def test_a_swap_is_a_few_calls(accelerator):
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(50)), nn.BatchNorm1d(3))
+    average = polyak.Average(model, "uniform")
+    average.update()
+    with accelerator.Counter() as counter, average.applied():
+        pass
+    assert 3 <= counter.calls <= 9
+
+
 # What was wrong before.
 
 
