@@ -81,7 +81,7 @@ MODELS = {
 
 # Counted, without a GPU.
 
-# torch 2.13 lacks a kernel of this operation for tensors without numbers; it changes tensors in place, returning nothing.
+# torch 2.13 has no kernel of this operation for tensors without numbers. It changes tensors and returns nothing.
 _WITHOUT_NUMBERS = torch.library.Library("aten", "IMPL", "Meta")
 if not _torch.lerps_unless(torch.device("meta")):
     _WITHOUT_NUMBERS.impl("_fused_sgd_.tensor_lr", lambda *args, **kwargs: None)
