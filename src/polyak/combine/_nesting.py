@@ -79,7 +79,7 @@ def _place(tree: Mapping[Any, Any], key: str) -> tuple[Any, ...]:
 def _names(
     contents: Contents, place: tuple[Any, ...], layout: Layout, like: Path
 ) -> tuple[dict[str, tuple[Any, ...]], list[str]]:
-    """Names of the average to the keys in ``like``, with its wrappers' prefixes, and the entries that are no weights."""
+    """Names of the average to keys in ``like``, with its wrappers' prefixes, and the entries that are no weights."""
     node: Any = contents.tree
     for key in place:
         node = node[key]
@@ -91,13 +91,13 @@ def _names(
     ours = {*layout.tensors, *layout.ties}
     if set(names) != ours:
         differences = [
-            f"it {verb} {name_list(sorted(those))}"
+            f"{verb} {name_list(sorted(those))}"
             for verb, those in (("lacks", ours - set(names)), ("has", set(names) - ours))
             if those
         ]
         raise StructureError(
-            f"{like} does not hold the tensors that are averaged: {' and '.join(differences)}. Name a checkpoint of the "
-            "same model"
+            f"{like} does not hold the tensors that are averaged: it {' and '.join(differences)}. Name a checkpoint of "
+            "the same model"
         )
     return names, sorted(_dotted((*place, *keys)) for keys in leaves.keys() - set(names.values()))
 
