@@ -45,7 +45,7 @@ from polyak.combine._roles import (
     same_weights,
     with_half_precision,
 )
-from polyak.combine._steps import counted_from_one, number_in_name, steps_in_names
+from polyak.combine._steps import counted_from_one, number_in_name, of_two_runs, steps_in_names
 from polyak.errors import OptionError, PolyakError, name_list
 
 __all__ = ["Reading", "checkpoints_below", "read_inputs"]
@@ -282,8 +282,11 @@ def _open(items: list[Item], key: str | None, allow: Sequence[str], keep_going: 
             item.step = item.checkpoint.step
         except PolyakError as error:
             item.error = error
-            if item.given or not (keep_going or isinstance(error, NoWeightsError)):
+            if item.given:
                 raise
+            if not (keep_going or isinstance(error, NoWeightsError)):
+                cure = ", or, to leave it out, name the others" if len(items) > 1 else ""
+                raise type(error)("", f"{error}{cure}", error.for_command + cure) from error
             item.why = "holds no weights" if isinstance(error, NoWeightsError) else "cannot be read"
     errors = [item.error for item in items if item.error is not None]
     if errors and not any(item.taken for item in items):
@@ -313,8 +316,9 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         return
     if known is None:
         order, known = _order_in_names(reading, items)
-    if known is not None and len(set(known)) < len(known):
-        reading.unordered = _sharing(items, known)
+    pair = None if known is None else of_two_runs([item.path for item in items], known)
+    if known is not None and pair is not None and (given is None or known[pair[0]] == known[pair[1]]):
+        reading.unordered = _of_two_runs(items, known, pair)
         folders = {item.path.parent for item in items}
         if len(set(known)) > 1 or len(folders) < len(items):  # else a soup, a file of each run
             _refuse_what_was_found(reading, items, all_count)
@@ -439,12 +443,16 @@ def _tell_apart(items: list[Item]) -> bool:
     return named is not None and named.values is not None and named.unit != "epoch"
 
 
-def _sharing(items: list[Item], steps: list[int]) -> OptionError:
-    first = next(index for index, step in enumerate(steps) if steps.count(step) > 1)
-    other = steps.index(steps[first], first + 1)
+def _of_two_runs(items: list[Item], steps: Sequence[int], pair: tuple[int, int]) -> OptionError:
+    first, other = (items[index].name for index in pair)
+    at, end = (steps[index] for index in pair)
+    how = (
+        f"are both of step {at}"
+        if at == end
+        else f"are of steps {at} and {end}, which overlap with each other's"
+    )
     return _asking_for_steps(
-        f"{items[first].name} and {items[other].name} are both of step {steps[first]}, as of two runs, and a "
-        "profile is about one: leave it out, or"
+        f"{first} and {other} {how}, as of two runs, and a profile is about one: leave it out, or"
     )
 
 

@@ -173,13 +173,14 @@ def leave_out_copies(items: list[Item]) -> None:
         mark = _COPY.search(item.path.name)
         name = mark and item.path.name[: mark.start()] + item.path.name[mark.end() :]
         twin = by_path.get(item.path.with_name(name)) if name and name != item.path.suffix else None
-        if twin is not None and not same_weights(twin, item):
+        if item.given or twin is None:
+            continue
+        if not same_weights(twin, item):
             raise OptionError(
                 f"{item.name} is, by its name, a copy of {twin.name}, and holds other weights: move away the one that "
                 "is not meant, or name the files that are"
             )
-        if twin is not None:
-            item.why = f"the same weights as {twin.name}"
+        item.why = f"the same weights as {twin.name}"
 
 
 def _words(name: str) -> set[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from polyak.errors import OptionError
 
-__all__ = ["NamedSteps", "counted_from_one", "number_in_name", "steps_in_names"]
+__all__ = ["NamedSteps", "counted_from_one", "number_in_name", "of_two_runs", "steps_in_names"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,48 @@ def counted_from_one(values: Sequence[int], unit: str) -> tuple[int, ...]:
     if unit in ("epoch", "number") and min(values) <= 0:
         return tuple(value + 1 for value in values)
     return tuple(values)
+
+
+def of_two_runs(paths: Sequence[Path], steps: Sequence[int]) -> tuple[int, int] | None:
+    """Positions of two checkpoints that are of two runs: of one step, or of folders whose steps lie between each other.
+
+    Folders of which one begins where the other ends are those of one run that was gone on with.
+
+    >>> of_two_runs([Path("a/1.pt"), Path("a/3.pt"), Path("b/2.pt"), Path("b/4.pt")], [1, 3, 2, 4])
+    (2, 1)
+    >>> of_two_runs([Path("a/1.pt"), Path("a/2.pt"), Path("b/3.pt"), Path("b/4.pt")], [1, 2, 3, 4])
+    """
+    order = sorted(range(len(paths)), key=steps.__getitem__)
+    for one, other in pairwise(order):
+        if steps[one] == steps[other]:
+            return one, other
+    runs = _runs(paths, steps)
+    oldest: dict[tuple[str, ...], int] = {}
+    newest: dict[tuple[str, ...], int] = {}
+    for at in order:
+        oldest.setdefault(runs[at], at)
+        newest[runs[at]] = at
+    several = [run for run, at in oldest.items() if newest[run] != at]
+    for run in several:
+        begin, end = oldest[run], newest[run]
+        for at in order:
+            if runs[at] != run and runs[at] in several and steps[begin] < steps[at] < steps[end]:
+                return at, end
+    return None
+
+
+def _runs(paths: Sequence[Path], steps: Sequence[int]) -> list[tuple[str, ...]]:
+    """The folders of each checkpoint, without those that are named after its step."""
+    folders = [path.parent.parts for path in paths]
+    of_runs = [
+        depth
+        for depth in range(max(map(len, folders)))
+        if not all(
+            depth < len(parts) and number_in_name(parts[depth]) in (step, step - 1)
+            for parts, step in zip(folders, steps, strict=True)
+        )
+    ]
+    return [tuple(parts[depth] for depth in of_runs if depth < len(parts)) for parts in folders]
 
 
 # From columns, each a number that all names have, to steps.
