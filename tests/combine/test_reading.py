@@ -183,6 +183,14 @@ REFUSED = {
     "live beside averages, in folders": (["live/step{}.pt", "ema/step{}.pt"], "are averages and"),
     "two models of each step": (["checkpoint_{}/gen.pt", "checkpoint_{}/disc.pt"], "are both of step 1"),
     "a pretrained model": (["epoch_{}.pth", "resnet50.pth"], "resnet50"),
+    "a pretrained model beside bare numbers": (
+        ["ckpt_{}.pth", "vit_b_16-0f3a9c1d.pth"],
+        "no part in the series",
+    ),
+    "a pretrained model beside a series": (
+        ["tuned_{}.pth", "resnet50.pth"],
+        "resnet50.pth has, by its name, no part",
+    ),
     "a target network": (["actor_{}.pt", "actor_target_{}.pt"], "are both of step 1"),
     "parts of ranks": (["iter_{}/model_rank_0.pt", "iter_{}/model_rank_1.pt"], "parts of one model"),
     "two runs in folders": (["a/step_{}0.pt", "b/step_{}5.pt"], "as of two runs"),
@@ -215,6 +223,7 @@ TAKEN = {
         ["step_{}.PT", "step_{}0.pt"],
         {"step_1.PT", "step_2.PT", "step_10.pt", "step_20.pt"},
     ),
+    "names of two phases": (["phaseA_{}.pt", "phaseB_3.pt"], {"phaseA_1.pt", "phaseA_2.pt", "phaseB_3.pt"}),
     "a resume file": (["epoch_{}.pt", "checkpoint.pt"], {"epoch_1.pt", "epoch_2.pt"}),
 }
 

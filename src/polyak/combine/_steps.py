@@ -233,7 +233,33 @@ def _of_numbers(
     chosen = _first_distinct(columns)
     if not chosen.is_distinct and len(columns) > 1:
         return None
+    if chosen.word == "number":
+        _refuse_strangers(paths)
     return chosen.named_steps(paths)
+
+
+# Words that checkpoints of any model have.
+_OF_ANY_MODEL = {"checkpoint", "ckpt", "model", "net", "network", "params", "state", "weights"}
+
+
+def _refuse_strangers(paths: Sequence[Path]) -> None:
+    """Refuse the number of another model beside a series of several: that of ``resnet50.pt`` beside ``run_1.pt``."""
+    names = [_CAMEL.findall(_BLANKED.sub(_BLANK, _stem(path.name))) for path in paths]
+    # Single letters are units.
+    words = [
+        frozenset(word.lower() for word in name if len(word) > 1 and not _word(word)) - _OF_ANY_MODEL
+        for name in names
+    ]
+    series = [path for path, own in zip(paths, words, strict=True) if words.count(own) > 1]
+    shared = set().union(*(own for own in words if words.count(own) > 1))
+    for path, own in zip(paths, words, strict=True):
+        if series and own and path not in series and not own & shared:
+            raise OptionError(
+                f"{path.name} has, by its name, no part in the series of {series[0].name}: leave it out, by a pattern "
+                "of the others, or ",
+                "give the step of each with steps",
+                "give the step of each with --steps",
+            )
 
 
 def _first_distinct(columns: Sequence[_Column]) -> _Column:
