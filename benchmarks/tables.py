@@ -284,6 +284,46 @@ def posterior(data: dict[str, Any]) -> str:
     )
 
 
+def preview(data: dict[str, Any]) -> str:
+    settings, tuned, shares = data["settings"], data["tuned"], data["shares"]
+    names = ("live", "ema", "preview", "decayed")
+    losses = [
+        (f"{share}, {found['steps']}", *(mean(found[name]) for name in names))
+        for share, found in shares.items()
+    ]
+    differences = [
+        (f"{share}, {found['steps']}", *map(off_by, found["minus_decayed"].values()))
+        for share, found in shares.items()
+    ]
+    log = [
+        (f"{entry['step']}", *(f"{entry[f'eval_loss{name}']:.4f}" for name in ("", "/average", "/decayed")))
+        for entry in data["log"]
+    ]
+    half_lives = ", ".join(map(str, tuned["half_lives"].values()))
+    return "\n\n".join(
+        (
+            f"The text task under the Trainer of transformers on {len(settings['seeds'])} seeds that nothing was tuned "
+            f"on; test NLL in nats per byte. One run a seed at the constant rate {tuned['rate']:g} is recorded with "
+            f'`preview="{settings["preview"]}"` and followed by EMAs. *Really decayed* are runs of their own that end '
+            "at the step of their row, of the same seed, order of data and rate, which falls to zero over their last "
+            f"{settings['decay_share']:.0%} ({tuned['shape']}); all of a row took the same number of steps. Rate, shape "
+            f"and the half-lives of the EMA ({half_lives} steps) had the best validation on "
+            f"{len(settings['tuning_seeds'])} other seeds.",
+            table(("share of the run, steps", "live", "EMA", "decayed now", "really decayed"), losses),
+            "Minus the really decayed run, paired over seeds, ± standard error:",
+            table(("share of the run, steps", "live", "EMA", "decayed now"), differences),
+            worth_of_preview(shares),
+            f"What the Trainer logged on the first seed (`eval_loss/average` is the EMA of half-life "
+            f"{tuned['half_lives']['100%']}):",
+            table(("step", *(f"`eval_loss{name}`" for name in ("", "/average", "/decayed"))), log),
+        )
+    )
+
+
+def off_by(entry: dict[str, float]) -> str:
+    return f"{entry['mean']:+.4f} ± {entry['stderr']:.4f}"
+
+
 def mean(values: list[float]) -> str:
     return f"{sum(values) / len(values):.4f}"
 
@@ -319,6 +359,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Does it help? Text", "demo_text.json", "polyak demo --task text", demo),
     ("What is choosing afterwards worth?", "effect.json", "python benchmarks/effect.py", effect),
     ("Does choosing ever do harm?", "no_harm.json", "python benchmarks/no_harm.py", no_harm),
+    ("What would it score if I decayed now?", "preview.json", "python benchmarks/preview.py", preview),
     ("Does the average lie wider?", "valley.json", "python benchmarks/valley.py", valley),
     ("Does SWAG add to the average?", "posterior.json", "python benchmarks/posterior.py", posterior),
     ("What recording and choosing cost", "trajectory.json", "python benchmarks/trajectory.py", trajectory),
