@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -306,9 +307,10 @@ def preview(data: dict[str, Any]) -> str:
             f"on; test NLL in nats per byte. One run a seed at the constant rate {tuned['rate']:g} is recorded with "
             f'`preview="{settings["preview"]}"` and followed by EMAs. *Really decayed* are runs of their own that end '
             "at the step of their row, of the same seed, order of data and rate, which falls to zero over their last "
-            f"{settings['decay_share']:.0%} ({tuned['shape']}); all of a row took the same number of steps. Rate, shape "
-            f"and the half-lives of the EMA ({half_lives} steps) had the best validation on "
-            f"{len(settings['tuning_seeds'])} other seeds.",
+            f"{settings['decay_share']:.0%} ({tuned['shape']}); all of a row took the same number of steps. The rate, "
+            f"out of {', '.join(f'{rate:g}' for rate in settings['rates'])}, the shape, linear or 1-sqrt, and the "
+            f"EMA's half-lives ({half_lives} steps) had the best validation on {len(settings['tuning_seeds'])} other "
+            "seeds.",
             table(("share of the run, steps", "live", "EMA", "decayed now", "really decayed"), losses),
             "Minus the really decayed run, paired over seeds, ± standard error:",
             table(("share of the run, steps", "live", "EMA", "decayed now"), differences),
@@ -317,6 +319,33 @@ def preview(data: dict[str, Any]) -> str:
             f"{tuned['half_lives']['100%']}):",
             table(("step", *(f"`eval_loss{name}`" for name in ("", "/average", "/decayed"))), log),
         )
+    )
+
+
+def worth_of_preview(shares: dict[str, Any]) -> str:
+    """The conclusion: how far off the preview is, beside what else is logged, and what of a gain it shows."""
+    (begin, first), *_, (end, last) = shares.items()
+    off = {
+        name: [found["minus_decayed"][name]["mean"] for found in shares.values()]
+        for name in first["minus_decayed"]
+    }
+    most = {name: max(map(abs, values)) for name, values in off.items()}
+    signed = ", ".join(
+        f"{value:+.4f} at {share}" for share, value in zip(shares, off["preview"], strict=True)
+    )
+    worst = max(
+        abs(preview - decayed)
+        for found in shares.values()
+        for preview, decayed in zip(found["preview"], found["decayed"], strict=True)
+    )
+    shown, gained = (fmean(first[name]) - fmean(last[name]) for name in ("preview", "decayed"))
+    return (
+        "**What it is good for.** For an evaluation more the preview tells about what a decay now would come to, on "
+        f"average {signed} of the steps and {worst:.4f} on the worst seed away from it, where the live weights are up "
+        f"to {most['live']:.4f} away, and an EMA, whose half-life was tuned for each of these steps, {most['ema']:.4f}; "
+        f"it shows {shown / gained:.0%} of what the decayed runs gained from {begin} to {end}: good for following a "
+        "run at a constant rate and for deciding how long to train, not for telling apart settings that differ by "
+        "less than it is off."
     )
 
 
