@@ -342,10 +342,10 @@ def worth_of_preview(shares: dict[str, Any]) -> str:
     return (
         "**What it is good for.** For an evaluation more the preview tells about what a decay now would come to, on "
         f"average {signed} of the steps and {worst:.4f} on the worst seed away from it, where the live weights are up "
-        f"to {most['live']:.4f} away, and an EMA, whose half-life was tuned for each of these steps, {most['ema']:.4f}; "
+        f"to {most['live']:.4f} away, and an EMA, its half-life tuned for each of these steps, {most['ema']:.4f}; "
         f"it shows {shown / gained:.0%} of what the decayed runs gained from {begin} to {end}: good for following a "
         "run at a constant rate and for deciding how long to train, not for telling apart settings that differ by "
-        "less than it is off."
+        "less than it is off, as each may be off in its own way."
     )
 
 
@@ -409,7 +409,8 @@ def section(title: str, file: str, command: str, write: Callable[[dict[str, Any]
         return f"\n## {title}\n\nNot measured yet: `{command}`.\n"
     data = json.loads(path.read_text())
     machine = data.get("environment", {}).get("processor")
-    where = f", on {machine}, {data['environment']['torch_threads']} threads" if machine else ""
+    threads = data["environment"]["torch_threads"] if machine else 0
+    where = f", on {machine}, {threads} {'thread' if threads == 1 else 'threads'}" if machine else ""
     return f"\n## {title}\n\n`{command}` (`{file}`{where}). {write(data)}\n"
 
 
