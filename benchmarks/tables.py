@@ -308,9 +308,9 @@ def preview(data: dict[str, Any]) -> str:
             f'`preview="{settings["preview"]}"` and followed by EMAs. *Really decayed* are runs of their own that end '
             "at the step of their row, of the same seed, order of data and rate, which falls to zero over their last "
             f"{settings['decay_share']:.0%} ({tuned['shape']}); all of a row took the same number of steps. The rate, "
-            f"out of {', '.join(f'{rate:g}' for rate in settings['rates'])}, the shape, linear or 1-sqrt, and the "
-            f"EMA's half-lives ({half_lives} steps) had the best validation on {len(settings['tuning_seeds'])} other "
-            "seeds.",
+            f"out of {', '.join(f'{rate:g}' for rate in settings['rates'])}, the shape, linear or 1-sqrt (1 - √x "
+            f"after the share x of the decay), and the EMA's half-lives ({half_lives} steps) had the best validation "
+            f"on {len(settings['tuning_seeds'])} other seeds.",
             table(("share of the run, steps", "live", "EMA", "decayed now", "really decayed"), losses),
             "Minus the really decayed run, paired over seeds, ± standard error:",
             table(("share of the run, steps", "live", "EMA", "decayed now"), differences),
