@@ -1,5 +1,6 @@
 """The arithmetic of the benchmarks of valleys, posteriors and previews, and a short run of the last."""
 
+import gc
 import json
 from dataclasses import replace
 from functools import cache
@@ -64,7 +65,9 @@ def preview(benchmark, monkeypatch):
     preview = benchmark("preview")
     monkeypatch.setattr("polyak.demo._tasks._TEXT_SAMPLES", 300)
     monkeypatch.setattr(preview, "TASK", replace(preview.TASK, load=cache(preview.TASK.load)))
+    gc.freeze()  # each Trainer collects garbage, which is to look at what is new only
     yield preview
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
