@@ -41,7 +41,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/trajectory.py --output benchmarks/results/trajectory.json
 	$(BIN)/python benchmarks/tables.py
 
-# What averaging buys, rather than what it costs: three quarters of an hour of training on two cores.
+# What averaging buys, rather than what it costs: an hour of training on two cores.
 evidence: $(VENV)/.dev
 	$(BIN)/polyak demo --output polyak-demo
 	$(BIN)/polyak demo --task text --output polyak-demo
@@ -49,6 +49,7 @@ evidence: $(VENV)/.dev
 	cp polyak-demo/text.json benchmarks/results/demo_text.json
 	$(BIN)/python benchmarks/effect.py --output benchmarks/results/effect.json
 	$(BIN)/python benchmarks/no_harm.py --output benchmarks/results/no_harm.json
+	$(BIN)/python benchmarks/preview.py --output benchmarks/results/preview.json
 	$(BIN)/python benchmarks/valley.py --output benchmarks/results/valley.json
 	$(BIN)/python benchmarks/posterior.py --output benchmarks/results/posterior.json
 	$(BIN)/python benchmarks/tables.py

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -312,6 +313,74 @@ def posterior(data: dict[str, Any]) -> str:
     )
 
 
+def preview(data: dict[str, Any]) -> str:
+    settings, tuned, shares = data["settings"], data["tuned"], data["shares"]
+    names = ("live", "ema", "preview", "decayed")
+    losses = [
+        (f"{share}, {found['steps']}", *(mean(found[name]) for name in names))
+        for share, found in shares.items()
+    ]
+    differences = [
+        (f"{share}, {found['steps']}", *map(off_by, found["minus_decayed"].values()))
+        for share, found in shares.items()
+    ]
+    log = [
+        (f"{entry['step']}", *(f"{entry[f'eval_loss{name}']:.4f}" for name in ("", "/average", "/decayed")))
+        for entry in data["log"]
+    ]
+    half_lives = ", ".join(map(str, tuned["half_lives"].values()))
+    return "\n\n".join(
+        (
+            f"The text task under the Trainer of transformers on {len(settings['seeds'])} seeds that nothing was tuned "
+            f"on; test NLL in nats per byte. One run a seed at the constant rate {tuned['rate']:g} is recorded with "
+            f'`preview="{settings["preview"]}"` and followed by EMAs. *Really decayed* are runs of their own that end '
+            "at the step of their row, of the same seed, order of data and rate, which falls to zero over their last "
+            f"{settings['decay_share']:.0%} ({tuned['shape']}); all of a row took the same number of steps. The rate, "
+            f"out of {', '.join(f'{rate:g}' for rate in settings['rates'])}, the shape, linear or 1-sqrt (1 - √x "
+            f"after the share x of the decay), and the EMA's half-lives ({half_lives} steps) had the best validation "
+            f"on {len(settings['tuning_seeds'])} other seeds.",
+            table(("share of the run, steps", "live", "EMA", "decayed now", "really decayed"), losses),
+            "Minus the really decayed run, paired over seeds, ± standard error:",
+            table(("share of the run, steps", "live", "EMA", "decayed now"), differences),
+            worth_of_preview(shares),
+            f"What the Trainer logged on the first seed (`eval_loss/average` is the EMA of half-life "
+            f"{tuned['half_lives']['100%']}):",
+            table(("step", *(f"`eval_loss{name}`" for name in ("", "/average", "/decayed"))), log),
+        )
+    )
+
+
+def worth_of_preview(shares: dict[str, Any]) -> str:
+    """The conclusion: how far off the preview is, beside what else is logged, and what of a gain it shows."""
+    (begin, first), *_, (end, last) = shares.items()
+    off = {
+        name: [found["minus_decayed"][name]["mean"] for found in shares.values()]
+        for name in first["minus_decayed"]
+    }
+    most = {name: max(map(abs, values)) for name, values in off.items()}
+    signed = ", ".join(
+        f"{value:+.4f} at {share}" for share, value in zip(shares, off["preview"], strict=True)
+    )
+    worst = max(
+        abs(preview - decayed)
+        for found in shares.values()
+        for preview, decayed in zip(found["preview"], found["decayed"], strict=True)
+    )
+    shown, gained = (fmean(first[name]) - fmean(last[name]) for name in ("preview", "decayed"))
+    return (
+        "**What it is good for.** For an evaluation more the preview tells about what a decay now would come to, on "
+        f"average {signed} of the steps and {worst:.4f} on the worst seed away from it, where the live weights are up "
+        f"to {most['live']:.4f} away, and an EMA, its half-life tuned for each of these steps, {most['ema']:.4f}; "
+        f"it shows {shown / gained:.0%} of what the decayed runs gained from {begin} to {end}: good for following a "
+        "run at a constant rate and for deciding how long to train, not for telling apart settings that differ by "
+        "less than it is off, as each may be off in its own way."
+    )
+
+
+def off_by(entry: dict[str, float]) -> str:
+    return f"{entry['mean']:+.4f} ± {entry['stderr']:.4f}"
+
+
 def mean(values: list[float]) -> str:
     return f"{sum(values) / len(values):.4f}"
 
@@ -347,6 +416,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Does it help? Text", "demo_text.json", "polyak demo --task text", demo),
     ("What is choosing afterwards worth?", "effect.json", "python benchmarks/effect.py", effect),
     ("Does choosing ever do harm?", "no_harm.json", "python benchmarks/no_harm.py", no_harm),
+    ("What would it score if I decayed now?", "preview.json", "python benchmarks/preview.py", preview),
     ("Does the average lie wider?", "valley.json", "python benchmarks/valley.py", valley),
     ("Does SWAG add to the average?", "posterior.json", "python benchmarks/posterior.py", posterior),
     ("What recording and choosing cost", "trajectory.json", "python benchmarks/trajectory.py", trajectory),
@@ -373,7 +443,8 @@ def section(title: str, file: str, command: str, write: Callable[[dict[str, Any]
         return f"\n## {title}\n\nNot measured yet: `{command}`.\n"
     data = json.loads(path.read_text())
     machine = data.get("environment", {}).get("processor")
-    where = f", on {machine}, {data['environment']['torch_threads']} threads" if machine else ""
+    threads = data["environment"]["torch_threads"] if machine else 0
+    where = f", on {machine}, {threads} {'thread' if threads == 1 else 'threads'}" if machine else ""
     return f"\n## {title}\n\n`{command}` (`{file}`{where}). {write(data)}\n"
 
 

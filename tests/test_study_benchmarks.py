@@ -1,5 +1,9 @@
-"""The arithmetic of the benchmarks of valleys and posteriors, on made-up outcomes."""
+"""The arithmetic of the benchmarks of valleys, posteriors and previews, and a short run of the last."""
 
+import gc
+import json
+from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -55,7 +59,63 @@ def test_predictions_are_measured_and_compared_with_the_averages(benchmark):
     assert summary["scales"] == {"0.1": 2}
 
 
-@pytest.mark.parametrize("name", ["valley", "posterior", "no_harm"])
+@pytest.fixture
+def preview(benchmark, monkeypatch):
+    threads = torch.get_num_threads()
+    preview = benchmark("preview")
+    monkeypatch.setattr("polyak.demo._tasks._TEXT_SAMPLES", 300)
+    monkeypatch.setattr(preview, "TASK", replace(preview.TASK, load=cache(preview.TASK.load)))
+    gc.freeze()  # each Trainer collects garbage, which is to look at what is new only
+    yield preview
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+def test_previews_are_compared_with_the_decayed_runs_of_their_seed_and_step(preview):
+    plan = preview.Plan(seeds=(0, 1, 2), steps=80)
+
+    def outcomes(seed):
+        losses = {"": 2.0, "/average": 1.7, "/ema:half_life=5": 1.8, "/decayed": 1.5}
+        losses = {f"eval_loss{name}": loss + 0.11 * seed for name, loss in losses.items()}
+        log = [{"step": step, **losses} for step in (40, 60, 80)]
+        job = preview.Job(seed, 0.1, 80, 80)
+        yield preview.Outcome(replace(job, half_lives=(10, 5)), log)
+        for end in (80, 60, 40):
+            ended = [{"step": 10, "eval_loss": 9.0}, {"step": end, "eval_loss": 1.0 + 0.1 * seed + end / 100}]
+            yield preview.Outcome(replace(job, steps=end, decay="linear"), ended)
+
+    found = preview.summary(
+        plan, {"50%": 5, "75%": 5, "100%": 10}, [o for seed in plan.seeds for o in outcomes(seed)]
+    )["shares"]
+    assert {share: entry["steps"] for share, entry in found.items()} == {"50%": 40, "75%": 60, "100%": 80}
+    off = {share: entry["minus_decayed"]["preview"] for share, entry in found.items()}
+    assert [entry["mean"] for entry in off.values()] == pytest.approx([0.11, -0.09, -0.29])
+    assert off["50%"]["stderr"] == pytest.approx(0.01 / 3**0.5) and off["100%"]["seeds_lower"] == 3
+    emas = {share: entry["minus_decayed"]["ema"]["mean"] for share, entry in found.items()}
+    assert emas == pytest.approx({"50%": 0.41, "75%": 0.21, "100%": -0.09})
+
+
+def test_a_short_study_of_previews_logs_all_losses_beside_runs_that_are_the_same_until_they_decay(preview):
+    outcomes = []
+
+    def run_all(jobs):
+        outcomes.extend(map(preview.run, jobs))
+        return outcomes[-len(jobs) :]
+
+    plan = preview.Plan((0, 1), (1000,), rates=(6e-3,), shapes=("linear",), half_lives=(5, 10), steps=80)
+    found = preview.study(plan, run_all)
+    json.dumps(found, allow_nan=False)
+    assert {"eval_loss", "eval_loss/average", "eval_loss/decayed", "step"} <= set(found["log"][0])
+    assert [entry["step"] for entry in found["log"]] == list(range(10, 81, 10))
+    constant, *decayed = (outcome for outcome in outcomes if outcome.job.seed == 1)
+    assert [outcome.job.steps for outcome in decayed] == [40, 60, 80]
+    for outcome in decayed:
+        same = [outcome.loss("eval_loss", step) == constant.loss("eval_loss", step) for step in (20, 30)]
+        assert same == [True, outcome.job.steps > 40]  # that of 40 steps decays from step 24 on
+        assert outcome.loss("eval_loss") != constant.loss("eval_loss", outcome.job.steps)
+
+
+@pytest.mark.parametrize("name", ["valley", "posterior", "no_harm", "preview"])
 def test_a_single_seed_is_refused(benchmark, name, capsys):
     with pytest.raises(SystemExit):
         benchmark(name).main(["--seeds", "1"])
