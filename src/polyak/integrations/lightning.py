@@ -300,7 +300,7 @@ class Averaging(Callback):
     # How it works inside.
 
     def _found_in(self, saved: Mapping[str, Any], trainer: Trainer) -> str:
-        """The name under which a checkpoint holds this average, if it does; another scheme's where that is asked for."""
+        """The name under which a checkpoint holds this average, if it does, or the one that it may change from."""
         callbacks = [c for c in _lightning.callbacks_of(trainer) if isinstance(c, Averaging)]
         taken = {callback.state_key for callback in callbacks}
         others = sorted(name for name in saved if name.startswith(_OURS) and name not in taken)
