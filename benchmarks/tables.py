@@ -89,6 +89,34 @@ def promises(entries: list[dict[str, Any]]) -> str:
     return table(("promise", "measured", ""), rows)
 
 
+def accelerator(data: dict[str, Any]) -> str:
+    rows = [
+        (name, f"{entry['calls']}", f"{entry['passes']:.2f}", f"{entry['host_reads']}")
+        for name, entry in data["counted"].items()
+    ]
+    heading = ("one update", "calls that launch", "passes over the fp32 bytes", "host reads")
+    limit = "Counted on tensors without numbers; one `_foreach_lerp_`, which checks nothing, makes 1 call and 3 passes."
+    return "\n\n".join((limit, table(heading, rows), measured_on_gpu(data)))
+
+
+def measured_on_gpu(data: dict[str, Any]) -> str:
+    if "device" not in data:
+        return "Not measured on a GPU yet, so that nothing is known of times there."
+    rows = [
+        (
+            f"{case}, {name}",
+            f"{entry['microseconds']:.0f}",
+            f"{entry['over_copy']:.2f}",
+            f"{entry['host_microseconds']:.0f}",
+            f"{entry['launches']}",
+        )
+        for case, measured in data["cases"].items()
+        for name, entry in measured["contenders"].items()
+    ]
+    heading = ("one update", "µs", "over a copy of the fp32 bytes", "µs on the host", "launches")
+    return f"Measured on {data['device']}:\n\n{table(heading, rows)}"
+
+
 def batchnorm_cost(data: dict[str, Any]) -> str:
     rows = [
         [name, *(spread(case[name]["over_limit"]) for case in data["cases"].values())]
@@ -323,6 +351,12 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Does SWAG add to the average?", "posterior.json", "python benchmarks/posterior.py", posterior),
     ("What recording and choosing cost", "trajectory.json", "python benchmarks/trajectory.py", trajectory),
     ("What an update costs", "update_cost.json", "python benchmarks/update_cost.py", update_cost),
+    (
+        "What an update costs on an accelerator",
+        "accelerator.json",
+        "python benchmarks/accelerator.py --count",
+        accelerator,
+    ),
     ("What averaging checkpoint files costs", "offline.json", "python benchmarks/offline.py", offline),
     ("What update_bn costs", "batchnorm_cost.json", "python benchmarks/batchnorm_cost.py", batchnorm_cost),
 ]

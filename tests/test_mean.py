@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
+from devices import DEVICES, as_if_on
 from polyak._batches import with_sources
 from polyak._mean import Accumulator, mean_dtype
 from polyak.errors import NonFiniteError, OptionError
@@ -37,28 +38,22 @@ def samples_of(shapes, dtype, n, seed=0):
     ]
 
 
-def accumulated(samples, scheme, gap=1, masked=False, **options):
-    mean = Accumulator(samples[0], [str(i) for i in range(len(samples[0]))], scheme, **options)
-    if masked:  # the way of an accelerator, run on the host
-        mask(mean)
-    for n, sample in enumerate(samples, start=1):
-        mean.add(sample, n * gap)
+def accumulated(samples, scheme, gap=1, device="host", **options):
+    with as_if_on(device):
+        mean = Accumulator(samples[0], [str(i) for i in range(len(samples[0]))], scheme, **options)
+        for n, sample in enumerate(samples, start=1):
+            mean.add(sample, n * gap)
     return mean
 
 
-def mask(mean):
-    mean._masked = True
-    mean._n_averaged, mean._n_skipped, mean._position = torch.zeros(3, dtype=torch.float64).unbind()
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["host", "masked"])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("gap", [1, 7])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_means_equal_the_float64_oracle(scheme, dtype, gap, masked):
+def test_means_equal_the_float64_oracle(scheme, dtype, gap, device):
     law, oracle = SCHEMES[scheme]
     samples = samples_of(SHAPES, dtype, 40)
-    mean = accumulated(samples, law, gap, masked)
+    mean = accumulated(samples, law, gap, device)
     for i, value in enumerate(mean.means):
         assert value.dtype == mean_dtype(dtype)
         expected = oracles.mean_of([s[i] for s in samples], oracle(40, gap))
@@ -99,13 +94,13 @@ def test_complex_weights_are_averaged():
     assert mean.n_skipped == 1
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["host", "masked"])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_identical_samples_come_back_bit_for_bit(dtype, compensated, masked):
+def test_identical_samples_come_back_bit_for_bit(dtype, compensated, device):
     sample = samples_of(SHAPES, dtype, 1)[0]
     for scheme, _ in SCHEMES.values():
-        mean = accumulated([sample] * 30, scheme, compensated=compensated, masked=masked)
+        mean = accumulated([sample] * 30, scheme, compensated=compensated, device=device)
         for value, weight in zip(mean.means, sample, strict=True):
             assert torch.equal(value, weight.to(value.dtype))
 
@@ -151,16 +146,16 @@ def test_a_stalling_mean_is_said_once():
 BAD = [float("nan"), float("inf"), -float("inf")]
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["host", "masked"])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("where", [0, 3, -1])
 @pytest.mark.parametrize("at", [1, 2, 17])
-def test_a_non_finite_sample_is_left_out(at, where, bad, masked):
+def test_a_non_finite_sample_is_left_out(at, where, bad, device):
     samples = samples_of(SHAPES, torch.float32, 30)
     good = samples[: at - 1] + samples[at:]
     samples[at - 1] = [w.clone() for w in samples[at - 1]]
     samples[at - 1][where].view(-1)[-1] = bad
-    mean = accumulated(samples, Uniform(), masked=masked)
+    mean = accumulated(samples, Uniform(), device=device)
     assert (mean.n_averaged, mean.n_skipped) == (29, 1)
     for i, value in enumerate(mean.means):
         expected = oracles.mean_of([s[i] for s in good], oracles.uniform(29))

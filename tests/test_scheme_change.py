@@ -9,6 +9,7 @@ from torch import nn
 
 import oracles
 import polyak
+from devices import as_if_on
 from polyak._mean import Accumulator
 from polyak.errors import OptionError, StateError
 
@@ -76,9 +77,8 @@ def test_the_new_scheme_counts_from_the_next_sample_on(old, new, every, compensa
 def test_on_an_accelerator_too(old, new):
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randn(5, dtype=torch.float64, generator=generator) for _ in range(N)]
-    mean = Accumulator(samples[:1], ["w"], polyak.profiles.as_scheme(old))
-    mean._masked = True  # the way of an accelerator, run on the host
-    mean._n_averaged, mean._n_skipped, mean._position = torch.zeros(3, dtype=torch.float64).unbind()
+    with as_if_on("accelerator"):
+        mean = Accumulator(samples[:1], ["w"], polyak.profiles.as_scheme(old))
     for n, sample in enumerate(samples, start=1):
         if n == CHANGED_AFTER + 1:
             mean.scheme = polyak.profiles.as_scheme(new)

@@ -40,7 +40,7 @@ def test_a_backup_that_does_not_fit_leaves_everything(monkeypatch):
     def full(tensor, device):
         raise torch.OutOfMemoryError("no room for the backup")
 
-    monkeypatch.setattr("polyak._swap._clone", full)
+    monkeypatch.setattr("polyak._swap._copies", full)
     with pytest.raises(torch.OutOfMemoryError):
         swap.put_in([torch.tensor([5.0, 6.0])])
     assert not swap.active and weight.tolist() == [1.0, 2.0]

@@ -23,8 +23,10 @@ __all__ = [
     "allocate",
     "are_mostly_small",
     "in_place_of",
+    "is_small",
     "lie_alike",
     "plan_batches",
+    "plan_staged",
     "with_sources",
 ]
 
@@ -36,6 +38,8 @@ _LEAST_COPIED_NUMEL = 1 << 16
 # cut to what a launch is worth.
 _CACHE_NUMEL = 1 << 20
 _ACCELERATOR_NUMEL = 1 << 24
+# What is converted there at once: 16 MB of fp32, which the second-level cache of a GPU holds.
+_STAGED_NUMEL = 1 << 22
 
 _Kind = tuple[torch.dtype, torch.device]
 _Geometry = tuple[torch.Size, tuple[int, ...], int]
@@ -123,7 +127,8 @@ class Batch:
 
     def copies_in(self, scratch: Tensor) -> Tensors:
         """Views of ``scratch`` in the shapes of the means, one after the other."""
-        return [scratch.as_strided(*view) for view in self.geometry]
+        start = int(scratch.storage_offset())
+        return [scratch.as_strided(shape, stride, start + offset) for shape, stride, offset in self.geometry]
 
 
 def allocate(
@@ -151,7 +156,7 @@ def _allocate(tensors: Sequence[Tensor], kinds: list[_Kind]) -> list[Tensor]:
     }
     return [
         next(parts[kind]).view(tensor.shape)
-        if tensor.numel() < _SMALL_NUMEL
+        if is_small(tensor)
         else torch.zeros_like(tensor, dtype=kind[0], device=kind[1], requires_grad=False)
         for tensor, kind in zip(tensors, kinds, strict=True)
     ]
@@ -196,7 +201,8 @@ def plan_batches(
     """
     copies = 3 if residuals else 1  # Kahan's sum works on copies of all it changes
     share = max(sum(mean.numel() for mean in means) // 100, _LEAST_COPIED_NUMEL) // copies
-    small = [[_Piece(index) for index in group] for group in _small_groups(tensors, means, share)]
+    groups = _small_groups(tensors, means, range(len(means)), share)
+    small = [[_Piece(index) for index in group] for group in groups]
     buffers = _buffers(
         (_kind(means[group[0].index]), sum(means[piece.index].numel() for piece in group)) for group in small
     )
@@ -214,6 +220,50 @@ def plan_batches(
     plan += _filled(in_place, means, _CACHE_NUMEL)
     gathered = [_batch(pieces, tensors, means, residuals, buffers) for pieces in small]
     return gathered + [_batch(pieces, tensors, means, residuals) for pieces in plan]
+
+
+def plan_staged(
+    tensors: Sequence[Tensor], means: Sequence[Tensor], indices: Sequence[int], gathers: bool
+) -> tuple[list[tuple[Batch, Tensors]], bool]:
+    """Batches whose sources are copied to one scratch first, each with the views of it that they are copied to.
+
+    For means of one dtype on an accelerator. A batch has sources of one dtype, and at most 4 million elements; a
+    call takes all of it. The scratch is as large as the largest batch, or as all of them where that is no more than
+    one may have: the second value says so. Then what was copied lasts until the next update.
+
+    Args:
+        tensors: the sources.
+        means: their means, dense.
+        indices: of those that are to be staged.
+        gathers: small ones whose means lie side by side become one tensor.
+
+    >>> weights = [torch.zeros(n, dtype=torch.bfloat16) for n in (3, 5, 3_000_000, 2_000_000)]
+    >>> means = allocate(weights, [torch.float32] * 4, [torch.device("cpu")] * 4)
+    >>> staged, at_once = plan_staged(weights, means, range(4), gathers=True)
+    >>> [batch.numel for batch, _ in staged], at_once
+    ([8, 3000000, 2000000], False)
+    """
+    small = list(_small_groups(tensors, means, indices, _STAGED_NUMEL)) if gathers else []
+    gathered = {index for group in small for index in group}
+    plan = [[_Piece(index) for index in group] for group in small]
+    by_kind: dict[_Kind, list[_Piece]] = {}
+    for index in indices:
+        if index not in gathered:
+            by_kind.setdefault(_kind(tensors[index]), []).extend(_pieces(index, means[index], _STAGED_NUMEL))
+    plan += [batch for pieces in by_kind.values() for batch in _filled(pieces, means, _STAGED_NUMEL)]
+    sizes = [sum(piece.of(means).numel() for piece in pieces) for pieces in plan]
+    at_once = sum(sizes) <= _STAGED_NUMEL
+    starts = [end - size if at_once else 0 for end, size in zip(accumulate(sizes), sizes, strict=True)]
+    if not plan:
+        return [], True
+    kind = _kind(means[plan[0][0].index])
+    scratch = _buffers([(kind, sum(sizes) if at_once else max(sizes))])[kind]
+    staged = []
+    for n, (pieces, start, size) in enumerate(zip(plan, starts, sizes, strict=True)):
+        stretch = scratch[start : start + size]
+        batch = _batch(pieces, tensors, means, (), {kind: stretch} if n < len(small) else None)
+        staged.append((batch, () if batch.copy is not None else batch.copies_in(stretch)))
+    return staged, at_once
 
 
 def with_sources(
@@ -238,6 +288,15 @@ def with_sources(
         yield batch, batch.sources(part, own)
 
 
+def is_small(tensor: Tensor) -> bool:
+    """Whether calling upon a tensor costs more than touching it.
+
+    >>> is_small(torch.zeros(10)), is_small(torch.zeros(1000, 1000))
+    (True, False)
+    """
+    return tensor.numel() < _SMALL_NUMEL
+
+
 def lie_alike(means: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     """Whether every large mean is laid out in memory as :func:`allocate` would lay it out now.
 
@@ -260,10 +319,12 @@ def are_mostly_small(means: Sequence[Tensor]) -> bool:
     return sum(mean.numel() for mean in means) < _SMALL_NUMEL * len(means)
 
 
-def _small_groups(tensors: Sequence[Tensor], means: Sequence[Tensor], most: int) -> Iterator[list[int]]:
+def _small_groups(
+    tensors: Sequence[Tensor], means: Sequence[Tensor], indices: Sequence[int], most: int
+) -> Iterator[list[int]]:
     """Indices of small tensors that are neighbours in a buffer, of one kind, and up to ``most`` elements."""
     group: list[int] = []
-    small = (i for i, mean in enumerate(means) if mean.numel() < _SMALL_NUMEL)
+    small = (i for i in indices if means[i].numel() < _SMALL_NUMEL)
     for i in sorted(small, key=lambda i: _place(means[i])):
         if group and not (
             _place(means[i]) == _end(means[group[-1]])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from polyak import _torch
 from polyak._batches import Batch, Tensors, allocate, are_mostly_small, lie_alike, plan_batches, with_sources
+from polyak._device_mean import DeviceMean, all_finite
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import Scheme
 
@@ -57,11 +59,12 @@ class Accumulator:
         compensated: keep a residual per element.
         check_finite: True skips and counts a sample with a NaN or an infinity, "raise" raises, False does
             not look.
-        agree: takes a 0-dim bool tensor, this rank's verdict on the sample, and returns that of all ranks.
+        agree: takes a 0-dim tensor, 1 where this rank refuses the sample and 0 elsewhere, and makes it 1 in place if
+            any rank does; a collective call.
         means: memory for them, with the values it is to begin with; None: zeros of their own.
 
-    Where a mean lives on an accelerator nothing is read back to the host: the verdict masks the update on the
-    device, and the counters are tensors until somebody asks.
+    Where the means live on an accelerator nothing is read back to the host: verdict, coefficient and counters stay
+    there until somebody asks, see :mod:`polyak._device_mean`.
 
     >>> from polyak.profiles import Uniform
     >>> weight = torch.tensor([1.0])
@@ -82,7 +85,7 @@ class Accumulator:
         device: torch.device | str | None = None,
         compensated: bool = False,
         check_finite: CheckFinite = True,
-        agree: Callable[[Tensor], Tensor] | None = None,
+        agree: Callable[[Tensor], object] | None = None,
         means: Sequence[Tensor] | None = None,
     ):
         if check_finite not in (True, False, "raise"):
@@ -99,10 +102,9 @@ class Accumulator:
         self._dtype, self._device = dtype, device
         self._means: list[Tensor] = list(means or ())
         self.residuals: list[Tensor] = []
-        self._n_averaged: Any = 0
-        self._n_skipped: Any = 0
-        self._position: Any = 0.0
+        self._counts: _HostCounts | DeviceMean = _HostCounts()
         self._warned = False
+        self._attempts, self._last_position = 0, 0.0
         self.bind(tensors)
 
     def bind(self, tensors: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
@@ -123,6 +125,17 @@ class Accumulator:
             if self.compensated:
                 self.residuals = _moved(self.residuals, allocate(tensors, dtypes, devices))
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        counters = (self.n_averaged, self.n_skipped, self.position, self.clock)
+        if any(map(_torch.on_host, self._means)):
+            self._counts = _HostCounts()
+            self._plan_on_host(tensors)
+        else:
+            check = self.check_finite is not False
+            self._counts = DeviceMean(tensors, self._means, self.residuals, check=check, agree=self._agree)
+        self._counts.set(*counters)
+
+    def _plan_on_host(self, tensors: Sequence[Tensor]) -> None:
+        self._come_over = not any(map(_torch.on_host, tensors))
         self._batches = plan_batches(tensors, self._means, self.residuals)
         self._look_anew()
         # Where nothing is looked at or converted, whole tensors go into one call.
@@ -131,7 +144,6 @@ class Accumulator:
         self._direct = sorted({piece.index for batch in direct for piece in batch.pieces})
         self._direct_means = [self._means[index] for index in self._direct]
         self._others = [batch for batch in self._batches if not self._goes_directly(batch)]
-        self._set_counters(self.n_averaged, self.n_skipped, self.position)
 
     @torch.no_grad()
     def _choose(self, tensors: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -168,23 +180,44 @@ class Accumulator:
     @property
     def n_averaged(self) -> int:
         """Samples in the means; on an accelerator reading it waits for the device."""
-        return int(self._n_averaged)
+        return int(self._counts.averaged)
 
     @property
     def n_skipped(self) -> int:
         """Samples left out because they were not finite."""
-        return int(self._n_skipped)
+        return int(self._counts.skipped)
 
     @property
     def position(self) -> float:
         """Where the last accepted sample was taken, in the steps given to :meth:`add`."""
-        return float(self._position)
+        return float(self._counts.position)
 
-    def restart(self, n_averaged: int = 0, n_skipped: int = 0, position: float = 0.0) -> None:
-        """Forget every sample, or set the counters to those of a saved state whose means the caller fills."""
-        self._set_counters(n_averaged, n_skipped, position)
+    @property
+    def clock(self) -> float:
+        """Where the last sample was taken, accepted or not; samples that a CUDA graph replayed count."""
+        return float(self._counts.clock)
+
+    def replayed(self) -> float:
+        """How much farther a CUDA graph came that replayed :meth:`add`, since this was last asked.
+
+        Only the device knows, so it is waited for; the next position is taken to be as much farther.
+        """
+        ahead = self.clock - self._last_position
+        self._last_position += ahead
+        return ahead
+
+    def restart(
+        self, n_averaged: int = 0, n_skipped: int = 0, position: float = 0.0, clock: float | None = None
+    ) -> None:
+        """Forget every sample, or set the counters to those of a saved state whose means the caller fills.
+
+        ``clock`` is the position of the last sample, if that was not an accepted one.
+        """
+        self._last_position = position if clock is None else clock
+        self._counts.set(n_averaged, n_skipped, position, self._last_position)
+        self._attempts = n_averaged
         self._look_anew()
-        if self._masked and not n_averaged:
+        if isinstance(self._counts, DeviceMean) and not n_averaged:
             # There the first sample is added to what is left of the samples before, not copied over it.
             _torch.foreach_zero_(self._means + self.residuals)
         self._warned = False
@@ -206,6 +239,8 @@ class Accumulator:
 
     def _look_anew(self) -> None:
         """Look at all of the next sample before any of it is folded in."""
+        if isinstance(self._counts, DeviceMean):
+            return  # which always does
         self._sizes = [0.0] * len(self._batches)  # of the last sources folded in: no element is larger
 
     @torch.no_grad()
@@ -221,40 +256,32 @@ class Accumulator:
             NonFiniteError: with ``check_finite="raise"``, naming the tensor; the means are as they were.
         """
         if position is None:
-            position = float(self._attempts + 1)
+            position = self._last_position + 1
+        gap = position - self._last_position
+        self._last_position = position
         self._attempts += 1
-        if self._masked:
-            self._add_masked(tensors, position)
+        if isinstance(self._counts, DeviceMean):
+            self._warn_if_stalling(self._nominal_coefficient())
+            self._counts.add(tensors, self.scheme, gap)
+            if self.check_finite == "raise" and bool(self._counts.refused):
+                self._raise_non_finite(tensors)
             return
-        coefficient = float(self._coefficient(position))
+        coefficient = self._coefficient(self._counts, position)
         self._warn_if_stalling(coefficient)
         accepted = self._fold_in(tensors, coefficient)
-        self._count(accepted, position)
+        self._counts.count(accepted, position)
         if not accepted and self.check_finite == "raise":
             self._raise_non_finite(tensors)
 
-    def _set_counters(self, n_averaged: int, n_skipped: int, position: float) -> None:
-        counts: Any = (n_averaged, n_skipped, position)
-        device = self._means[0].device
-        self._masked = not any(map(_torch.on_host, self._means))
-        if self._masked:
-            counts = torch.tensor(counts, dtype=_torch.widest_float(device), device=device).unbind()
-        self._n_averaged, self._n_skipped, self._position = counts
-        self._attempts = n_averaged
+    def _nominal_coefficient(self) -> float:
+        """That of as many samples, evenly spaced, had all been finite; the one in use is on the device."""
+        gap = 1 if self.scheme.unit == "samples" else self._last_position / self._attempts
+        return self.scheme.coefficient(self._attempts, gap)
 
-    # Which coefficient comes next. Numbers on the host, 0-dim tensors on an accelerator.
-
-    def _coefficient(self, position: float) -> Any:
-        if self.scheme.unit == "samples":
-            before, now = self._n_averaged, self._n_averaged + 1
-        else:
-            before, now = self._position, self._position * 0 + position  # a tensor where the counter is one
-        return self.scheme.coefficient_between(before, now, xp=torch if self._masked else np)
-
-    def _count(self, accepted: Any, position: float) -> None:
-        self._n_averaged = self._n_averaged + accepted
-        self._n_skipped = self._n_skipped + (1 - accepted)
-        self._position = self._position + accepted * (position - self._position)
+    def _coefficient(self, counts: _HostCounts, position: float) -> float:
+        samples = self.scheme.unit == "samples"
+        before, now = (counts.averaged, counts.averaged + 1) if samples else (counts.position, position)
+        return float(self.scheme.coefficient_between(before, now, xp=np))
 
     def _warn_if_stalling(self, coefficient: float) -> None:
         if self._warned or self.compensated or coefficient >= _STALL_EPS * self._eps:
@@ -273,8 +300,9 @@ class Accumulator:
         if not self.check_finite:
             self._fold_all(tensors, coefficient)
             return True
-        # A sample that takes more than half leaves too little of the mean to undo; see _fold_while_finite.
-        if coefficient > 0.5 or self._agree is not None:
+        # A sample that takes more than half leaves too little of the mean to undo; see _fold_while_finite. What
+        # comes from an accelerator is looked at there, so that it comes over once.
+        if coefficient > 0.5 or self._agree is not None or self._come_over:
             finite = self._all_finite(tensors)
             if finite:
                 self._fold_all(tensors, coefficient)
@@ -312,13 +340,22 @@ class Accumulator:
         return finite
 
     def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
+        refused = self._refused_there(tensors) if self._come_over else self._refused_here(tensors)
+        if self._agree is not None:
+            self._agree(refused)
+        return not refused
+
+    def _refused_there(self, tensors: Sequence[Tensor]) -> Tensor:
+        device = tensors[0].device
+        finite = all_finite([(t, m.dtype) for t, m in zip(tensors, self._means, strict=True)], device)
+        return torch.zeros((), device=device) if finite is None else finite.logical_not().float()
+
+    def _refused_here(self, tensors: Sequence[Tensor]) -> Tensor:
         sizes = self._sizes_of(tensors)
         finite = all(map(math.isfinite, sizes))
-        if self._agree is not None:
-            return bool(self._agree(torch.tensor(finite)))
-        if finite:
+        if finite and self._agree is None:
             self._sizes = sizes
-        return finite
+        return torch.tensor(float(not finite))
 
     def _sizes_of(self, tensors: Sequence[Tensor]) -> list[float]:
         return [_size(sources) for _, sources in with_sources(self._batches, tensors)]
@@ -337,7 +374,7 @@ class Accumulator:
         for batch, sources in with_sources(batches, tensors, owned=self.compensated):
             self._fold(batch, sources, coefficient)
 
-    def _fold(self, batch: Batch, sources: Tensors, coefficient: Any) -> None:
+    def _fold(self, batch: Batch, sources: Tensors, coefficient: float) -> None:
         if batch.residual is None:
             _torch.foreach_lerp_(batch.means, sources, coefficient)
             return
@@ -355,33 +392,26 @@ class Accumulator:
             "find its cause, or pass check_finite=True to skip such samples"
         )
 
-    # On an accelerator: the same update, with the verdict as a mask.
 
-    def _add_masked(self, tensors: Sequence[Tensor], position: float) -> None:
-        samples = self.scheme.unit == "samples"
-        nominal = self.scheme.coefficient(self._attempts, 1 if samples else position / self._attempts)
-        self._warn_if_stalling(nominal)
-        finite = self._finite_on_device(tensors) if self.check_finite else torch.tensor(True)
-        finite = finite.to(self._means[0].device, non_blocking=True)
-        coefficient = self._coefficient(position) * finite
-        for batch, sources in with_sources(self._batches, tensors, owned=True):
-            device = batch.means[0].device
-            for source in sources:
-                source.masked_fill_(~finite.to(device), 0)  # a factor of 0 would not do: 0 * NaN is NaN
-            if batch.residual is not None:
-                self._fold(batch, sources, coefficient.to(device))
-                continue
-            for mean, source in zip(batch.means, sources, strict=True):
-                mean.add_(source.sub_(mean).mul_(coefficient.to(device)))
-        self._count(finite.to(coefficient.dtype), position)
-        if self.check_finite == "raise" and not finite:
-            self._raise_non_finite(tensors)
+@dataclass
+class _HostCounts:
+    """What :class:`DeviceMean` keeps on a device, as plain numbers."""
 
-    def _finite_on_device(self, tensors: Sequence[Tensor]) -> Tensor:
-        device = self._means[0].device
-        largest = _torch.foreach_norm([t for t in tensors if t.numel()], float("inf"))
-        finite = torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite().all()
-        return self._agree(finite) if self._agree else finite
+    averaged: int = 0
+    skipped: int = 0
+    position: float = 0.0
+    clock: float = 0.0
+
+    def set(self, averaged: int, skipped: int, position: float, clock: float) -> None:
+        self.averaged, self.skipped, self.position, self.clock = averaged, skipped, position, clock
+
+    def count(self, accepted: bool, position: float) -> None:
+        """A sample that was taken at a position, and whether it was folded in."""
+        self.averaged += accepted
+        self.skipped += not accepted
+        self.clock = position
+        if accepted:
+            self.position = position
 
 
 def _moved(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:

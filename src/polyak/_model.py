@@ -468,14 +468,17 @@ class Binding:
         self._take_up()
         return True
 
-    def agree(self, finite: Tensor) -> Tensor:
-        """Whether all ranks found a sample finite, of which each has seen its own shards; a collective call."""
-        verdict = finite.to(torch.uint8)
+    def agree(self, refused: Tensor) -> None:
+        """Make a 0-dim tensor, 1 where this rank refuses a sample, 1 in place if any rank does; a collective call.
+
+        Each rank has seen its own shards. Nothing is copied where the tensor is on the ranks' kind of device.
+        """
         for mesh in self._meshes:
-            verdict = verdict.to(mesh.device_type)
+            verdict = refused.to(mesh.device_type)
             for dim in range(mesh.ndim):
-                dist.all_reduce(verdict, dist.ReduceOp.MIN, group=mesh.get_group(dim))
-        return verdict.to(finite.device, torch.bool)
+                dist.all_reduce(verdict, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+            if verdict is not refused:
+                refused.copy_(verdict)
 
     @property
     def sharded(self) -> bool:

@@ -115,9 +115,6 @@ class AverageModules:
         self._links: list[tuple[ref[nn.Module], list[_Link]]] = []
         self._has_started = False
 
-    def __bool__(self) -> bool:
-        return bool(self._links)
-
     def add(self, module: nn.Module, binding: Binding, accumulator: Accumulator, *, is_copy: bool) -> None:
         """Have ``module``, which :func:`module_without_weights` made of the model, follow the average from now on."""
         names = binding.tensors.all_names()

@@ -83,7 +83,7 @@ class Swap:
         try:
             # Before the backup, which would be of another swap's values if that one came in between.
             note_swapped(self._live)
-            self._backup = [_clone(tensor, self._device) for tensor in self._live]
+            self._backup = _copies(self._live, self._device)
             copy_into(self._targets, values)
             self._versions = _torch.versions(self._watched)
         except SwapError:
@@ -134,8 +134,8 @@ def copy_into(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for target, value in zip(targets, values, strict=True):
         if target.shape != value.shape:  # copy_ would broadcast
             raise StructureError(f"shape {tuple(value.shape)} does not go into {tuple(target.shape)}")
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
+    if targets:
+        _torch.foreach_copy_(list(targets), list(values))
 
 
 @contextmanager
@@ -182,6 +182,8 @@ def undoing(undo: Callable[[], object]) -> Iterator[None]:
             raise
 
 
-def _clone(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    # A copy even where the tensor is on that device already.
-    return tensor.detach().to(device=device or tensor.device, copy=True)
+def _copies(tensors: Sequence[Tensor], device: torch.device | str | None) -> list[Tensor]:
+    """Copies even where the tensors are on that device already."""
+    copies = [torch.empty_like(tensor, device=device, requires_grad=False) for tensor in tensors]
+    copy_into(copies, tensors)
+    return copies

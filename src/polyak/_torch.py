@@ -45,6 +45,8 @@ __all__ = [
     "is_batchnorm",
     "is_persistent",
     "is_wrapped",
+    "lerp_unless_",
+    "lerps_unless",
     "on_host",
     "on_one_core",
     "optimizer_hooks",
@@ -94,6 +96,57 @@ foreach_mul_ = _foreach("mul_", Tensor.mul_)
 foreach_norm = _foreach("norm", torch.linalg.vector_norm)
 foreach_sub_ = _foreach("sub_", Tensor.sub_)
 foreach_zero_ = _foreach("zero_", Tensor.zero_)
+
+
+def lerp_unless_(
+    means: list[Tensor], weights: list[Tensor], minus_share: Tensor, refused: Tensor | None
+) -> None:
+    """``means += share (weights - means)`` in one call; where ``refused`` is 1 no mean is touched.
+
+    A step of SGD at the rate -share, with a weight decay of -1, is just that; fp32 mixed precision has it look at
+    ``refused`` on the device. Every mean must be fp32, dense, and lie in memory as its weights do, on one device
+    with the two numbers, which are fp32 as well; see :func:`lerps_unless`.
+
+    >>> mean, share = torch.zeros(2), torch.tensor(0.5)
+    >>> for refused in (0.0, 1.0):
+    ...     lerp_unless_([mean], [torch.full((2,), float("nan") if refused else 4.0)], -share, torch.tensor(refused))
+    >>> mean
+    tensor([2., 2.])
+    """
+    fold: Callable[..., Any] = getattr(torch, "_fused_sgd_")  # noqa: B009
+    fold(
+        means,
+        weights,
+        [],
+        weight_decay=-1.0,
+        momentum=0.0,
+        lr=minus_share,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,  # True would say the same with +share, but torch 2.13 overlooks it for some dtypes on the CPU
+        is_first_step=False,
+        grad_scale=None,
+        found_inf=refused,
+    )
+
+
+@cache
+def lerps_unless(device: torch.device) -> bool:
+    """Whether :func:`lerp_unless_` is there for tensors of a device and does what it says; found by trying.
+
+    >>> lerps_unless(torch.device("cpu"))
+    True
+    """
+    mean, share = torch.zeros(2, device=device), torch.full((), 0.5, device=device)
+    try:
+        lerp_unless_([mean], [torch.full_like(mean, 4)], -share, torch.zeros_like(share))
+        lerp_unless_([mean], [torch.full_like(mean, float("nan"))], -share, torch.ones_like(share))
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    return mean.is_meta or mean.tolist() == [2, 2]
+
 
 _refuse_without(Tensor, "_version")
 _version: Callable[[Tensor], int] = attrgetter("_version")

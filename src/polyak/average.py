@@ -111,7 +111,7 @@ class Average:
         self._compensated = compensated
         self._binding = Binding(model, buffers=buffers, include=include, exclude=exclude)
         self._accumulator = self._allocate() if self._binding.ready else None
-        self._modules = AverageModules()
+        self._modules: AverageModules | None = None
         self._swap: Swap | None = None
         self._step = 0
         self._sampled_at = 0
@@ -321,6 +321,8 @@ class Average:
                 "model, shard it alike, and call average.copy_to(second) after each update"
             )
         module = module_without_weights(self._binding.model, factory)
+        if self._modules is None:
+            self._modules = AverageModules()
         self._modules.add(module, self._binding, accumulator, is_copy=factory is None)
         return module
 
@@ -365,6 +367,7 @@ class Average:
         that thaw, and goes through ``torch.distributed.checkpoint``, sharded where the model is.
         """
         accumulator = self._follow_model()
+        self._count_replayed(accumulator)
         return {
             **self._options(),
             "step": self._step,
@@ -392,10 +395,12 @@ class Average:
         self._watch()
         for kind, tensors in self._saved_tensors(accumulator).items():
             copy_into(local(tensors.values()), local(state[kind][name] for name in tensors))
-        accumulator.restart(state["n_averaged"], state["n_skipped"], state["position"])
         self._step, self._sampled_at, self._origin = state["step"], state["sampled_at"], state["origin"]
-        self._modules.restart()
-        self._modules.follow(self._binding, accumulator)
+        clock = None if self._origin is None else float(self._sampled_at - self._origin)
+        accumulator.restart(state["n_averaged"], state["n_skipped"], state["position"], clock)
+        if self._modules is not None:
+            self._modules.restart()
+            self._modules.follow(self._binding, accumulator)
 
     def _refuse_other_state(self, state: dict[str, Any], names: list[str]) -> None:
         current = self.state_dict()
@@ -415,14 +420,22 @@ class Average:
     # How it works inside.
 
     def _sample(self) -> None:
-        self._modules.refuse_trained()
+        if self._modules is not None:
+            self._modules.refuse_trained()
         self._sampled_at = self._step
         accumulator = self._follow_model()
         self._take_up_thawed()
         if (origin := self._origin) is None:
             origin = self._origin = self.start if self._step > self.start else self._step - (self.every or 1)
         accumulator.add(self._binding.live, self._step - origin)
-        self._modules.follow(self._binding, accumulator, with_buffers=True)
+        if self._modules is not None:
+            self._modules.follow(self._binding, accumulator, with_buffers=True)
+
+    def _count_replayed(self, accumulator: Accumulator) -> None:
+        """Steps for which a CUDA graph replayed :meth:`update` were counted on the device alone."""
+        steps = round(accumulator.replayed())
+        self._step += steps
+        self._sampled_at += steps
 
     def _follow_model(self) -> Accumulator:
         replaced = self._binding.follow()
@@ -434,7 +447,8 @@ class Average:
 
     def _bind(self, accumulator: Accumulator) -> None:
         accumulator.bind(self._binding.live, self._binding.names)
-        self._modules.follow(self._binding, accumulator)
+        if self._modules is not None:
+            self._modules.follow(self._binding, accumulator)
 
     def _take_up_thawed(self) -> None:
         if self._binding.thawed():

@@ -240,20 +240,21 @@ def store(moments: PooledMoments, layers: list[BatchNormLayer]) -> None:
     """
     olds: list[Tensor] = []
     news: list[Tensor] = []
-    broken: list[str] = []
+    finite: dict[str, Tensor] = {}
     for index, layer in enumerate(layers):
         if moments.counts[index] == 0:
             continue
         mean = moments.means[index].to(layer.mean.dtype)
         variance = moments.variances[index].to(layer.variance.dtype)
-        if not (mean.isfinite().all() and variance.isfinite().all()):
-            broken.append(layer.name)
+        finite[layer.name] = (mean.isfinite() & variance.isfinite()).all().to(moments.means[0].device)
         olds += [layer.mean, layer.variance]
         news += [mean, variance]
         if layer.n_batches is not None:
             olds.append(layer.n_batches)
-            news.append(torch.tensor(moments.batches[index]))
-    if broken:
+            news.append(torch.full_like(layer.n_batches, moments.batches[index]))
+    # One read for all, as each would wait for the device.
+    verdicts = torch.stack(list(finite.values())).tolist() if finite else []
+    if broken := [name for name, is_finite in zip(finite, verdicts, strict=True) if not is_finite]:
         raise NonFiniteError(
             f"the statistics of BatchNorm layers {name_list(broken)} came out as NaN or infinite, because a "
             "batch or a weight is not finite, or is too large for the layer's dtype; look for it with "

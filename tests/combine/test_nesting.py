@@ -83,10 +83,29 @@ def test_what_holds_code_is_left_out(tmp_path):
     assert report.notes[-1].endswith("left out: 'args'")
 
 
+def test_weights_in_dicts_of_dicts_stay_there(tmp_path):
+    # As Megatron's classic models do, below module. where they are wrapped.
+    for step, value in ((1, 1.0), (2, 4.0)):
+        embedding = {"word_embeddings": {"weight": torch.full((2,), value)}, "scale": 0.5}
+        layers = {"layers.0.weight": torch.full((2,), 2 * value)}
+        model = {"language_model": {"embedding": embedding, "encoder": layers}, "head": {}}
+        torch.save({"model": model, "iteration": step, "args": {"layers": 1}}, tmp_path / f"{step}.pt")
+    like = tmp_path / "2.pt"
+    report = polyak.average_checkpoints([tmp_path / "1.pt", like], tmp_path / "out.pt", like=like)
+    tree = torch.load(tmp_path / "out.pt")
+    language = tree["model"]["language_model"]
+    assert list(tree) == ["args", "model"] and list(tree["model"]) == ["language_model"]
+    assert language["embedding"]["word_embeddings"]["weight"].tolist() == [2.5, 2.5]
+    assert list(language["embedding"]) == ["word_embeddings"]
+    assert language["encoder"]["layers.0.weight"].tolist() == [5.0, 5.0]
+    assert "'model.head', 'model.language_model.embedding.scale'" in report.notes[-1]
+
+
 def test_what_cannot_be_nested_is_refused_before_anything_is_written(paths, tmp_path):
     checkpoints.write(tmp_path / "flat.pt", {"w": torch.ones(2)})
     checkpoints.write(tmp_path / "flat.safetensors", {"w": torch.ones(2)})
     torch.save({"model": {"v": torch.ones(2)}}, tmp_path / "other.pt")
+    torch.save({"model": {"w": torch.ones(2), "b": {"v": torch.ones(2)}}}, tmp_path / "more.pt")
     flat = [tmp_path / "flat.pt"]
     for inputs, output, like, error, message in (
         (
@@ -99,7 +118,8 @@ def test_what_cannot_be_nested_is_refused_before_anything_is_written(paths, tmp_
         (paths, "out", paths[0], OptionError, "cannot be nested like"),
         (flat, "out.pt", flat[0], OptionError, "no weights under a key, .*: leave out like"),
         (flat, "out.pt", tmp_path / "flat.safetensors", OptionError, "is no torch file, .* leave out like"),
-        (flat, "out.pt", tmp_path / "other.pt", StructureError, "it lacks 'w' and has 'v'"),
+        (flat, "out.pt", tmp_path / "other.pt", StructureError, r"it lacks 'w' and has 'v'\. Name"),
+        (flat, "out.pt", tmp_path / "more.pt", StructureError, r"averaged: it has 'b\.v'\. Name"),
     ):
         with pytest.raises(error, match=message):
             polyak.average_checkpoints(inputs, tmp_path / output, like=like)

@@ -183,8 +183,17 @@ REFUSED = {
     "live beside averages, in folders": (["live/step{}.pt", "ema/step{}.pt"], "are averages and"),
     "two models of each step": (["checkpoint_{}/gen.pt", "checkpoint_{}/disc.pt"], "are both of step 1"),
     "a pretrained model": (["epoch_{}.pth", "resnet50.pth"], "resnet50"),
+    "a pretrained model beside bare numbers": (
+        ["ckpt_{}.pth", "vit_b_16-0f3a9c1d.pth"],
+        "no part in the series",
+    ),
+    "a pretrained model beside a series": (
+        ["tuned_{}.pth", "resnet50.pth"],
+        "resnet50.pth has, by its name, no part",
+    ),
     "a target network": (["actor_{}.pt", "actor_target_{}.pt"], "are both of step 1"),
     "parts of ranks": (["iter_{}/model_rank_0.pt", "iter_{}/model_rank_1.pt"], "parts of one model"),
+    "two runs in folders": (["a/step_{}0.pt", "b/step_{}5.pt"], "as of two runs"),
     "averages of some": (["model_{}.pt", "modelEMA_2.pt"], "are averages and 'model_1.pt'"),
 }
 
@@ -202,6 +211,19 @@ TAKEN = {
     "twins in camel case": (["net_{}.pt", "netEMA_{}.pt"], {"netEMA_1.pt", "netEMA_2.pt"}),
     "a last one above the run": (["last.pt", "checkpoints/epoch_{}.pt"], {"epoch_1.pt", "epoch_2.pt"}),
     "the best by rank": (["rank1_epoch10.pt", "rank2_epoch8.pt"], {"rank1_epoch10.pt", "rank2_epoch8.pt"}),
+    "a save that was cut off": (
+        ["step_{}.pt", "tmp-step_9.pt", "~step_2.pt", "step_8.tmp.pt"],
+        {"step_1.pt", "step_2.pt"},
+    ),
+    "a run that was gone on with": (
+        ["version_0/step_{}.pt", "version_1/step_3{}.pt"],
+        {"step_1.pt", "step_2.pt", "step_31.pt", "step_32.pt"},
+    ),
+    "a suffix in capitals": (
+        ["step_{}.PT", "step_{}0.pt"],
+        {"step_1.PT", "step_2.PT", "step_10.pt", "step_20.pt"},
+    ),
+    "names of two phases": (["phaseA_{}.pt", "phaseB_3.pt"], {"phaseA_1.pt", "phaseA_2.pt", "phaseB_3.pt"}),
     "a resume file": (["epoch_{}.pt", "checkpoint.pt"], {"epoch_1.pt", "epoch_2.pt"}),
 }
 
@@ -328,3 +350,58 @@ def test_codes_are_refused(tmp_path, tensors):
     torch.save(tensors, tmp_path / "a.pt")
     refusal = read_inputs([tmp_path / "a.pt"]).refusal
     assert refusal is not None and "is quantised" in str(refusal) and "dequantise it first" in str(refusal)
+
+
+@pytest.mark.parametrize("mark", [" (1)", " - Copy", " copy 2", " (Ann's conflicted copy 2026-03-01)"])
+def test_copies_by_name_are_left_out_or_refused(tmp_path, mark):
+    run_of(tmp_path, "step_{}.pt")
+    copy = tmp_path / f"step_2{mark}.pt"
+    shutil.copy(tmp_path / "step_2.pt", copy)
+    (left_out,) = (item for item in read_inputs(tmp_path).required().items if not item.taken)
+    assert (left_out.path, left_out.why) == (copy, "the same weights as step_2.pt")
+    put(copy, 50)
+    assert f"step_2{mark}.pt is, by its name, a copy of step_2.pt, and holds" in str(
+        read_inputs(tmp_path).refusal
+    )
+
+
+def test_numbered_folders_without_weights_are_named(tmp_path):
+    for step in (100, 200):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        save_file({"w": torch.ones(2)}, tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    for name in ("checkpoint-300", "logs"):
+        (tmp_path / name).mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "checkpoint-300" / "model-00001-of-00002.safetensors")
+    reading = read_inputs(tmp_path).required()
+    assert reading.steps == [100, 200]
+    assert reading.left_out.startswith("left out: 'checkpoint-300' (a folder without a whole checkpoint")
+
+
+@pytest.mark.parametrize("other", ["model_1.safetensors", "adapter_model.safetensors", "pytorch_model_1.bin"])
+def test_two_models_in_one_folder_are_refused(tmp_path, other):
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint_{step}"
+        folder.mkdir()
+        for name in ("model.safetensors", other):
+            save_file({"w": torch.full((2,), float(step))}, folder / name)
+    message = f"checkpoint_1 holds two models, model.safetensors and {other}: average each by itself"
+    assert message in str(read_inputs(tmp_path).refusal)
+    found = sorted(tmp_path.glob("*/model.safetensors"))
+    polyak.average_checkpoints(found, tmp_path / "out.npz")
+    assert checkpoints.open(tmp_path / "out.npz").read("w")[0] == 1.5
+
+
+def test_the_cure_for_a_broken_file_in_a_folder(tmp_path):
+    run_of(tmp_path, "step_{}.pt")
+    (tmp_path / "step_3.pt").write_bytes(b"PK\3\4")
+    refusal = read_inputs(tmp_path).refusal
+    assert str(refusal).endswith("use another copy, or, to leave it out, name the others")
+    assert read_inputs(sorted(tmp_path.glob("step_[12].pt"))).refusal is None
+
+
+@pytest.mark.parametrize("key", ["modelEma", "moving_average"])
+def test_averages_under_keys_of_other_spellings(tmp_path, key):
+    for step in (1, 2):
+        put(tmp_path / f"{step}.pt", 50, **{key: {"w": torch.full((2,), float(step))}})
+    polyak.average_checkpoints(tmp_path, tmp_path / "out.npz")
+    assert checkpoints.open(tmp_path / "out.npz").read("w")[0] == 1.5

@@ -270,17 +270,17 @@ class Envelope:
     Args:
         place: the keys that lead to the weights.
         entries: the tree around them, of plain values, without the weights.
-        names: name in the layout to the name in the file, for those that differ.
+        names: name in the layout to the keys in the file, below ``place``: one, or several where dicts nest.
     """
 
     place: tuple[Any, ...]
     entries: Mapping[Any, Any]
-    names: Mapping[str, str]
+    names: Mapping[str, tuple[Any, ...]]
 
     def around(self, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
         """The whole tree, with ``tensors`` at their place.
 
-        >>> around = Envelope(("a", "b"), {"a": {"seed": 1}}, {"w": "module.w"}).around({"w": torch.ones(1)})
+        >>> around = Envelope(("a", "b"), {"a": {"seed": 1}}, {"w": ("module.w",)}).around({"w": torch.ones(1)})
         >>> around["a"]["seed"], around["a"]["b"]["module.w"]
         (1, tensor([1.]))
         """
@@ -288,7 +288,13 @@ class Envelope:
         for key in self.place[:-1]:
             node[key] = dict(node.get(key, {}))
             node = node[key]
-        node[self.place[-1]] = OrderedDict((self.names.get(name, name), tensors[name]) for name in tensors)
+        weights = node[self.place[-1]] = OrderedDict()
+        for name, tensor in tensors.items():
+            *keys, last = self.names[name]
+            below = weights
+            for key in keys:
+                below = below.setdefault(key, OrderedDict())
+            below[last] = tensor
         return tree
 
 

@@ -141,7 +141,8 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 def _is_candidate(path: Path) -> bool:
     if path.is_dir():
         return is_checkpoint_folder(path)
-    return bool(path.suffix) and any(path.suffix in format.suffixes for format in FORMATS.values())
+    suffix = path.suffix.lower()
+    return bool(suffix) and any(suffix in format.suffixes for format in FORMATS.values())
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -192,7 +192,8 @@ DIALECTS = (
 # average wants it used.
 _MODEL_WORD = "(?:model|net|network|weights?|params?|state|dict|g|generator|unet|module|dit|transformer)"
 _AVERAGED_KEY = re.compile(
-    rf"(?:{_MODEL_WORD}_)*(?:ema|swa|averaged?|shadow)(?:_{_MODEL_WORD})*(?:_?0?\.\d+)?", re.IGNORECASE
+    rf"(?:{_MODEL_WORD}_?)*(?:ema|swa|averaged?|moving_?average|shadow)(?:_?{_MODEL_WORD})*(?:_?0?\.\d+)?",
+    re.IGNORECASE,
 )
 _UNMARKED = [dialect for dialect in DIALECTS if not dialect.marks]
 

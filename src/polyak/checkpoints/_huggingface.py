@@ -56,6 +56,7 @@ class _Folder(Format):
         """Raises ``CheckpointError`` also for a damaged index, and for missing shards or names, all at once."""
         file = self._weights_file(path)
         assert file is not None, "the format was recognised by this file"
+        _refuse_another_model(path, file)
         read = self.file_format.read
         contents = _sharded(file, self.file_format) if file.name.endswith(_INDEX) else read(file)
         step = _trainer_step(path)
@@ -107,6 +108,23 @@ def library_stem(folder: Path) -> str | None:
             stem = file.name.partition(".")[0]
             return stem if stem in _STEMS else _STEMS[0]
     return None
+
+
+# What accelerate calls the second of several models, and the adapters of PEFT and diffusers.
+_SECOND = ("model_1", "pytorch_model_1")
+_ADAPTERS = ("adapter_model", "pytorch_lora_weights")
+
+
+def _refuse_another_model(folder: Path, file: Path) -> None:
+    """Refuse a folder in which several models lie side by side, or an adapter beside a whole model."""
+    stem = file.name.partition(".")[0]
+    others = _SECOND if stem in _ADAPTERS else (*_SECOND, *_ADAPTERS)
+    for other in (folder / (name + suffix) for name in others for suffix in (".safetensors", ".bin")):
+        if other.is_file():
+            raise CheckpointError(
+                f"{folder} holds two models, {file.name} and {other.name}: average each by itself, by a pattern of its "
+                f"files such as '*/{other.name}'"
+            )
 
 
 def _trainer_step(path: Path) -> str | None:

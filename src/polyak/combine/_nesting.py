@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,21 +78,41 @@ def _place(tree: Mapping[Any, Any], key: str) -> tuple[Any, ...]:
 
 def _names(
     contents: Contents, place: tuple[Any, ...], layout: Layout, like: Path
-) -> tuple[dict[str, str], list[str]]:
-    """Names of the average to those in ``like``, with its wrappers' prefixes, and the entries that are no weights."""
+) -> tuple[dict[str, tuple[Any, ...]], list[str]]:
+    """Names of the average to keys in ``like``, with its wrappers' prefixes, and the entries that are no weights."""
     node: Any = contents.tree
     for key in place:
         node = node[key]
-    weights = [str(name) for name, value in node.items() if isinstance(value, contents.leaf_types)]
-    names = bare_names({name: name for name in weights})
+    leaves = dict(_leaves(node))
+    weights = {
+        _dotted(keys): keys for keys, value in leaves.items() if isinstance(value, contents.leaf_types)
+    }
+    names = bare_names(weights)
     ours = {*layout.tensors, *layout.ties}
     if set(names) != ours:
+        differences = [
+            f"{verb} {name_list(sorted(those))}"
+            for verb, those in (("lacks", ours - set(names)), ("has", set(names) - ours))
+            if those
+        ]
         raise StructureError(
-            f"{like} does not hold the tensors that are averaged: it lacks {name_list(sorted(ours - set(names)))} "
-            f"and has {name_list(sorted(set(names) - ours))}. Name a checkpoint of the same model"
+            f"{like} does not hold the tensors that are averaged: it {' and '.join(differences)}. Name a checkpoint of "
+            "the same model"
         )
-    others = {str(name) for name in node} - set(names.values())
-    return names, [".".join(map(str, (*place, name))) for name in sorted(others)]
+    return names, sorted(_dotted((*place, *keys)) for keys in leaves.keys() - set(names.values()))
+
+
+def _leaves(node: Mapping[Any, Any], keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """What lies in dicts of dicts, such as Megatron's weights, with the keys that lead there."""
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*keys, name))
+        else:
+            yield (*keys, name), value
+
+
+def _dotted(keys: tuple[Any, ...]) -> str:
+    return ".".join(map(str, keys))
 
 
 # Entries that are not true of an average, at the top of a checkpoint or right below.
@@ -131,7 +151,7 @@ class _Kept:
             is_wrong = is_state or type(name) not in _PLAIN
             plain = _NOT_PLAIN if is_wrong else self._plain(value, here, settings)
             if plain is _NOT_PLAIN:
-                self.left_out[n_left_out:] = [".".join(map(str, here))]
+                self.left_out[n_left_out:] = [_dotted(here)]
             elif here != self._place[: len(here)] or plain:
                 kept[name] = plain
         return kept

@@ -82,7 +82,7 @@ def _as_library_folder(
     notes = [f"copied from {home.name}: {name_list(list(beside), most=20)}"]
     if left_out:
         notes.append(f"not copied from {home.name}: {name_list(left_out, most=20)}")
-    notes += _differences(folders)
+    notes += _differences(folders, set(layout.beside))
     dtype = _changed_dtype(layout, first)
     if dtype is not None and _TRANSFORMERS_CONFIG in beside:
         config = _with_dtype(_read_json(home / _TRANSFORMERS_CONFIG), dtype)
@@ -167,13 +167,17 @@ def _with_dtype(config: Any, dtype: torch.dtype) -> Any:
     }
 
 
-def _differences(folders: Sequence[Path]) -> Iterator[str]:
+# What is written anew where it is not the same in all adapters.
+_OF_RANKS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+
+
+def _differences(folders: Sequence[Path], rewritten: set[str]) -> Iterator[str]:
     for name in _configs(folders[0]):
         first = _read_json(folders[0] / name)
         others = [_read_json(folder / name) for folder in folders[1:] if (folder / name).is_file()]
         differing = sorted(
             key
-            for key in set(first).union(*others) - _TRIVIAL
+            for key in set(first).union(*others) - _TRIVIAL - (_OF_RANKS if name in rewritten else set())
             if any(other.get(key) != first.get(key) for other in others)
         )
         if differing:

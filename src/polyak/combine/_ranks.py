@@ -26,11 +26,25 @@ from polyak.combine import _nesting, _outputs
 from polyak.combine._roles import Item
 from polyak.errors import CheckpointError, OptionError, name_list
 
-__all__ = ["RankFolder", "opened_parts", "refuse_missing_parts", "refuse_parts", "with_ranks_together"]
+__all__ = [
+    "RankFolder",
+    "opened_parts",
+    "refuse_missing_parts",
+    "refuse_parts",
+    "refuse_ranks",
+    "with_ranks_together",
+]
 
 # Which files belong together.
 
 _LAYER = "layer"
+# A part of one model: the number is that of a rank, of a shard, or of a part.
+_PART = re.compile(
+    r"consolidated\.(\d+)|(?:^|_)mp_rank_(\d+(?:_\d+)*)|tp_rank_(\d+_pp_rank_\d+)|zero_pp_rank_(\d+)|"
+    r"-shard(\d+)|model_part-(\d+)|-(\d{5}-of-\d{5})(?=\.)"
+)
+# Perhaps a part: the best checkpoints are ranked too, from 1 on, and adapters have ranks.
+_RANK = re.compile(r"(?:^|[_-])rank[_-]?(\d+)")
 
 
 def with_ranks_together(items: list[Item]) -> list[Item]:
@@ -71,6 +85,42 @@ def _name(item: Item, whole: Path) -> str:
     """The name of a checkpoint as that of its part is shown: from the input on in which it was found."""
     shown = rank_part(Path(f"/{item.name}"))
     return (shown[1].as_posix().strip("/") if shown else "") or whole.name
+
+
+def refuse_ranks(items: list[Item]) -> None:
+    """Refuse parts of one model, of different ranks or shards, that are not known to belong together."""
+    whole = [item for item in items if item.taken and not item.parts]
+    parted = [item.name for item in items if item.parts]
+    if parted and any(not is_no_weights_file(item.path.name) for item in whole):
+        raise OptionError(
+            f"{name_list(parted)} are in parts, one a rank, and {name_list([item.name for item in whole])} are not: "
+            "take the one or the other, by a pattern"
+        )
+    ranks = _by_number(whole, _PART)
+    if len(ranks) < 2:
+        ranks = _by_number(whole, _RANK)
+        if len(ranks) < 2 or all(int(rank) > 0 for rank in ranks):
+            return
+    names = [item.name for item in ranks.values()]
+    cure = (
+        "gather DeepSpeed's weights first, with the zero_to_fp32.py beside them"
+        if any("zero_pp_rank" in name for name in names)
+        else "average the files of each rank by themselves, by a pattern for each, or gather the model first"
+    )
+    raise OptionError(
+        f"{name_list(names)} are parts of one model, of different ranks or shards of it: {cure}"
+    )
+
+
+def _by_number(items: list[Item], pattern: re.Pattern[str]) -> dict[str, Item]:
+    """The first item of each number that ``pattern`` finds in a name, or in the names of the two folders above."""
+    found: dict[str, Item] = {}
+    for item in items:
+        for part in (*item.path.parts[-3:-1], item.path.name):
+            if match := pattern.search(part):
+                found.setdefault(next(filter(None, match.groups())), item)
+                break
+    return found
 
 
 def opened_parts(item: Item, key: str | None, allow: Sequence[str]) -> Checkpoint:

@@ -18,26 +18,34 @@ from polyak import checkpoints
 from polyak._checks import whole_within
 from polyak.checkpoints import Checkpoint, _checkpoint
 from polyak.checkpoints._base import NoWeightsError
-from polyak.checkpoints._dialects import PIPELINE_FILES, is_no_weights_file
-from polyak.combine._ranks import opened_parts, refuse_missing_parts, refuse_parts, with_ranks_together
+from polyak.checkpoints._dialects import is_no_weights_file
+from polyak.combine._ranks import (
+    opened_parts,
+    refuse_missing_parts,
+    refuse_parts,
+    refuse_ranks,
+    with_ranks_together,
+)
 from polyak.combine._roles import (
     Item,
-    is_half_precision,
     is_special,
     leave_out_averages_of_others,
+    leave_out_copies,
     leave_out_half_precision,
     leave_out_links,
     leave_out_live_twins,
     leave_out_specials,
+    leave_out_unfinished,
     refuse_mixed_kinds,
+    refuse_pipeline,
     refuse_quantised,
-    refuse_ranks,
     refuse_several_widths,
     refuse_siblings,
     refuse_without_names,
     same_weights,
+    with_half_precision,
 )
-from polyak.combine._steps import counted_from_one, number_in_name, steps_in_names
+from polyak.combine._steps import counted_from_one, number_in_name, of_two_runs, steps_in_names
 from polyak.errors import OptionError, PolyakError, name_list
 
 __all__ = ["Reading", "checkpoints_below", "read_inputs"]
@@ -131,11 +139,13 @@ def read_inputs(
     given = [Path(paths)] if isinstance(paths, str | PathLike) else [Path(path) for path in paths]
     reading = Reading()
     try:
-        reading.items = with_ranks_together(_with_half_precision(_discovered(given, set(found))))
+        reading.items = with_ranks_together(with_half_precision(_discovered(given, set(found))))
         refuse_ranks(reading.items)
         leave_out_links(reading.items, all_count)
+        leave_out_unfinished(reading.items)
         _open(reading.items, key, allow, keep_going)
         if not all_count:
+            leave_out_copies(reading.taken)
             leave_out_half_precision(reading.taken)
             leave_out_averages_of_others(reading.taken)
             leave_out_live_twins(reading.taken)
@@ -175,7 +185,7 @@ def _discovered(paths: list[Path], found: set[Path]) -> list[Item]:
                 "by polyak average, or let polyak select choose one",
             )
         if is_folder:
-            _refuse_pipeline(path)
+            refuse_pipeline(path)
         if is_folder and _checkpoint.is_checkpoint_folder(path):
             items += _with_those_below(path, alone=len(paths) == 1, given=path not in found)
         elif is_folder:
@@ -184,7 +194,10 @@ def _discovered(paths: list[Path], found: set[Path]) -> list[Item]:
                 continue
             if not inside:
                 _checkpoint.recognise(path)  # says what the folder holds instead
-            items += [Item(each, _below(each, path, len(paths)), False) for each in inside]
+            items += [
+                Item(each, _below(each, path, len(paths)), False, why=why)
+                for each, why in (*((one, "") for one in inside), *_without_weights(inside))
+            ]
         else:
             items.append(Item(path, path.name, path not in found))
     return _with_distinct_names(items)
@@ -202,23 +215,6 @@ def _with_those_below(path: Path, alone: bool, given: bool) -> list[Item]:
         why="the model above the checkpoints of its run: name it with others to take it",
     )
     return [final, *(Item(item, item.name, False) for item in below)]
-
-
-def _with_half_precision(items: list[Item]) -> list[Item]:
-    """The items, and the weights in half precision that lie in a library's folders beside those that it loads."""
-    halved = [
-        Item(
-            file,
-            (Path(item.name) / file.name).as_posix(),
-            False,
-            why="half precision, beside the weights in full",
-        )
-        for item in items
-        if item.path.is_dir()
-        for file in _checkpoint.checkpoint_paths(item.path)
-        if is_half_precision(file.name)
-    ]
-    return items + halved
 
 
 def checkpoints_below(path: Path) -> list[Path]:
@@ -239,7 +235,7 @@ def _inside(folder: Path, depth: int = 1) -> list[Path]:
         return direct
     folders = [item for item in folder.iterdir() if item.is_dir() and not item.name.startswith(".")]
     for sub in folders:
-        _refuse_pipeline(sub)
+        refuse_pipeline(sub)
     return direct + [
         each
         for sub in sorted(folders, key=lambda item: _checkpoint.natural_order(item.name))
@@ -248,18 +244,15 @@ def _inside(folder: Path, depth: int = 1) -> list[Path]:
     ]
 
 
-def _refuse_pipeline(folder: Path) -> None:
-    """Refuse several models that work together, each in a folder of its own: they are no checkpoints of one another."""
-    if not any((folder / name).is_file() for name in PIPELINE_FILES):
-        return
-    parts = [item.name for item in _checkpoint.checkpoint_paths(folder) if item.is_dir()]
-    if _checkpoint.is_checkpoint_folder(folder):
-        parts = ["its own weights", *parts]
-    if len(parts) > 1:
-        raise OptionError(
-            f"{folder} is a pipeline of several models ({name_list(parts)}): average each of them by itself, as "
-            f"{Path(folder.name) / parts[-1]} of every input, into a folder of its own"
-        )
+def _without_weights(inside: list[Path]) -> list[tuple[Path, str]]:
+    """Numbered folders beside those of checkpoints that are none, as a save that was cut off leaves them, and why."""
+    kinds = {(path.parent, re.sub(r"\d+", "", path.name)) for path in inside if path.is_dir()}
+    return [
+        (folder, "a folder without a whole checkpoint, as of a save that was cut off")
+        for parent in dict.fromkeys(parent for parent, _ in kinds)
+        for folder in sorted(parent.iterdir())
+        if folder not in inside and folder.is_dir() and (parent, re.sub(r"\d+", "", folder.name)) in kinds
+    ]
 
 
 def _below(path: Path, folder: Path, n_inputs: int) -> str:
@@ -289,8 +282,11 @@ def _open(items: list[Item], key: str | None, allow: Sequence[str], keep_going: 
             item.step = item.checkpoint.step
         except PolyakError as error:
             item.error = error
-            if item.given or not (keep_going or isinstance(error, NoWeightsError)):
+            if item.given:
                 raise
+            if not (keep_going or isinstance(error, NoWeightsError)):
+                cure = ", or, to leave it out, name the others" if len(items) > 1 else ""
+                raise type(error)("", f"{error}{cure}", error.for_command + cure) from error
             item.why = "holds no weights" if isinstance(error, NoWeightsError) else "cannot be read"
     errors = [item.error for item in items if item.error is not None]
     if errors and not any(item.taken for item in items):
@@ -320,8 +316,9 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         return
     if known is None:
         order, known = _order_in_names(reading, items)
-    if known is not None and len(set(known)) < len(known):
-        reading.unordered = _sharing(items, known)
+    pair = None if known is None else of_two_runs([item.path for item in items], known)
+    if known is not None and pair is not None and (given is None or known[pair[0]] == known[pair[1]]):
+        reading.unordered = _of_two_runs(items, known, pair)
         folders = {item.path.parent for item in items}
         if len(set(known)) > 1 or len(folders) < len(items):  # else a soup, a file of each run
             _refuse_what_was_found(reading, items, all_count)
@@ -446,12 +443,16 @@ def _tell_apart(items: list[Item]) -> bool:
     return named is not None and named.values is not None and named.unit != "epoch"
 
 
-def _sharing(items: list[Item], steps: list[int]) -> OptionError:
-    first = next(index for index, step in enumerate(steps) if steps.count(step) > 1)
-    other = steps.index(steps[first], first + 1)
+def _of_two_runs(items: list[Item], steps: Sequence[int], pair: tuple[int, int]) -> OptionError:
+    first, other = (items[index].name for index in pair)
+    at, end = (steps[index] for index in pair)
+    how = (
+        f"are both of step {at}"
+        if at == end
+        else f"are of steps {at} and {end}, which overlap with each other's"
+    )
     return _asking_for_steps(
-        f"{items[first].name} and {items[other].name} are both of step {steps[first]}, as of two runs, and a "
-        "profile is about one: leave it out, or"
+        f"{first} and {other} {how}, as of two runs, and a profile is about one: leave it out, or"
     )
 
 

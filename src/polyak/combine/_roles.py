@@ -15,27 +15,29 @@ from typing import Any
 import torch
 
 from polyak.checkpoints import Checkpoint, _checkpoint
-from polyak.checkpoints._dialects import is_no_weights_file
+from polyak.checkpoints._dialects import PIPELINE_FILES
 from polyak.combine._inputs import averaged_inputs
 from polyak.combine._steps import number_in_name
 from polyak.errors import CheckpointError, OptionError, PolyakError, name_list
 
 __all__ = [
     "Item",
-    "is_half_precision",
     "is_special",
     "leave_out_averages_of_others",
+    "leave_out_copies",
     "leave_out_half_precision",
     "leave_out_links",
     "leave_out_live_twins",
     "leave_out_specials",
+    "leave_out_unfinished",
     "refuse_mixed_kinds",
+    "refuse_pipeline",
     "refuse_quantised",
-    "refuse_ranks",
     "refuse_several_widths",
     "refuse_siblings",
     "refuse_without_names",
     "same_weights",
+    "with_half_precision",
 ]
 
 # Names beside a numbered series that are no part of it.
@@ -74,13 +76,6 @@ _PLAIN = {
     "tar",
 }
 _PLAIN |= {"safetensors", "npz", "params", "net", "network", "run", "checkpoints", "ckpts", "models"}
-# A part of one model: the number is that of a rank, of a shard, or of a part.
-_PART = re.compile(
-    r"consolidated\.(\d+)|(?:^|_)mp_rank_(\d+(?:_\d+)*)|tp_rank_(\d+_pp_rank_\d+)|zero_pp_rank_(\d+)|"
-    r"-shard(\d+)|model_part-(\d+)|-(\d{5}-of-\d{5})(?=\.)"
-)
-# Perhaps a part: the best checkpoints are ranked too, from 1 on, and adapters have ranks.
-_RANK = re.compile(r"(?:^|[_-])rank[_-]?(\d+)")
 _RATE = re.compile(r"(?<!\d)0\.\d+")
 _RATE_OF_EMA = re.compile(r"ema[^a-z\d]*(0\.\d+)", re.IGNORECASE)
 _WORD = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+"
@@ -135,42 +130,6 @@ class Item:
         }
 
 
-def _numbered(items: list[Item], pattern: re.Pattern[str]) -> dict[str, Item]:
-    """The first item of each number that ``pattern`` finds in a name, or in the names of the two folders above."""
-    found: dict[str, Item] = {}
-    for item in items:
-        for part in (*item.path.parts[-3:-1], item.path.name):
-            if match := pattern.search(part):
-                found.setdefault(next(filter(None, match.groups())), item)
-                break
-    return found
-
-
-def refuse_ranks(items: list[Item]) -> None:
-    """Refuse parts of one model, of different ranks or shards, that are not known to belong together."""
-    whole = [item for item in items if item.taken and not item.parts]
-    parted = [item.name for item in items if item.parts]
-    if parted and any(not is_no_weights_file(item.path.name) for item in whole):
-        raise OptionError(
-            f"{name_list(parted)} are in parts, one a rank, and {name_list([item.name for item in whole])} are not: "
-            "take the one or the other, by a pattern"
-        )
-    ranks = _numbered(whole, _PART)
-    if len(ranks) < 2:
-        ranks = _numbered(whole, _RANK)
-        if len(ranks) < 2 or all(int(rank) > 0 for rank in ranks):
-            return
-    names = [item.name for item in ranks.values()]
-    cure = (
-        "gather DeepSpeed's weights first, with the zero_to_fp32.py beside them"
-        if any("zero_pp_rank" in name for name in names)
-        else "average the files of each rank by themselves, by a pattern for each, or gather the model first"
-    )
-    raise OptionError(
-        f"{name_list(names)} are parts of one model, of different ranks or shards of it: {cure}"
-    )
-
-
 def leave_out_links(items: list[Item], all_count: bool) -> None:
     """The same file under several names counts once, under the name that is numbered."""
     places: dict[Any, list[Item]] = defaultdict(list)
@@ -188,6 +147,40 @@ def leave_out_links(items: list[Item], all_count: bool) -> None:
         for item in same:
             if item is not kept:
                 item.why = f"the same file as {kept.name}"
+
+
+# What saving leaves behind when it is cut off: tmp-checkpoint-500, step_4.tmp.pt, and office programs' ~step_4.pt.
+_UNFINISHED = re.compile(r"^~|(?<![a-z])(?:tmp|incomplete|unfinished)(?![a-z])", re.IGNORECASE)
+# step_3 (1).pt, step_3 - Copy (2).pt, step_3 copy 2.pt, step_3 (Ann's conflicted copy 2026-03-01).pt.
+_COPY = re.compile(
+    r"(?: ?\(\d+\)|[ _]?-? ?copy(?: ?\(?\d+\)?)?| ?\([^()]*(?:conflict|copy)[^()]*\))(?=(?:\.[a-z]+)*$)",
+    re.IGNORECASE,
+)
+
+
+def leave_out_unfinished(items: list[Item]) -> None:
+    """Files and folders that are, by their names, of a save that was cut off."""
+    whole = [item for item in items if item.taken and not _UNFINISHED.search(item.path.name)]
+    for item in items:
+        if whole and item.taken and not item.given and item not in whole:
+            item.why = "by its name of a save that was cut off"
+
+
+def leave_out_copies(items: list[Item]) -> None:
+    """Copies that a file manager or a browser named, or the cloud after a conflict; refused if they differ."""
+    by_path = {item.path: item for item in items}
+    for item in items:
+        mark = _COPY.search(item.path.name)
+        name = mark and item.path.name[: mark.start()] + item.path.name[mark.end() :]
+        twin = by_path.get(item.path.with_name(name)) if name and name != item.path.suffix else None
+        if item.given or twin is None:
+            continue
+        if not same_weights(twin, item):
+            raise OptionError(
+                f"{item.name} is, by its name, a copy of {twin.name}, and holds other weights: move away the one that "
+                "is not meant, or name the files that are"
+            )
+        item.why = f"the same weights as {twin.name}"
 
 
 def _words(name: str) -> set[str]:
@@ -209,18 +202,35 @@ def is_special(name: str) -> bool:
 _HALF = re.compile(r"(?<![a-z0-9])(?:b?fp?16|float16|bfloat16|half)(?![a-z0-9])", re.IGNORECASE)
 
 
-def is_half_precision(name: str) -> bool:
+def _is_half_precision(name: str) -> bool:
     """Whether a file's name says that it holds weights in half precision.
 
-    >>> is_half_precision("model.fp16.safetensors"), is_half_precision("halfway.pt")
+    >>> _is_half_precision("model.fp16.safetensors"), _is_half_precision("halfway.pt")
     (True, False)
     """
     return _HALF.search(name) is not None
 
 
+def with_half_precision(items: list[Item]) -> list[Item]:
+    """The items, and the weights in half precision that lie in a library's folders beside those that it loads."""
+    halved = [
+        Item(
+            file,
+            (Path(item.name) / file.name).as_posix(),
+            False,
+            why="half precision, beside the weights in full",
+        )
+        for item in items
+        if item.path.is_dir()
+        for file in _checkpoint.checkpoint_paths(item.path)
+        if _is_half_precision(file.name)
+    ]
+    return items + halved
+
+
 def leave_out_half_precision(items: list[Item]) -> None:
     """The same weights in fewer bits: ``model.fp16.safetensors`` beside ``model.safetensors``."""
-    full = {item.path: item for item in items if not is_half_precision(item.path.name)}
+    full = {item.path: item for item in items if not _is_half_precision(item.path.name)}
     for item in items:
         halved = _HALF.search(item.path.name)
         if item.given or halved is None:
@@ -395,6 +405,20 @@ def _refuse_roles_alone(specials: list[Item]) -> None:
         raise OptionError(
             f"{first.name} and {second.name} are, by their names, two states of one run, and there are no numbered "
             "checkpoints beside them: name one of them, or, to average them, each of them"
+        )
+
+
+def refuse_pipeline(folder: Path) -> None:
+    """Refuse several models that work together, each in a folder of its own: they are no checkpoints of one another."""
+    if not any((folder / name).is_file() for name in PIPELINE_FILES):
+        return
+    parts = [item.name for item in _checkpoint.checkpoint_paths(folder) if item.is_dir()]
+    if _checkpoint.is_checkpoint_folder(folder):
+        parts = ["its own weights", *parts]
+    if len(parts) > 1:
+        raise OptionError(
+            f"{folder} is a pipeline of several models ({name_list(parts)}): average each of them by itself, as "
+            f"{Path(folder.name) / parts[-1]} of every input, into a folder of its own"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from polyak.errors import OptionError
 
-__all__ = ["NamedSteps", "counted_from_one", "number_in_name", "steps_in_names"]
+__all__ = ["NamedSteps", "counted_from_one", "number_in_name", "of_two_runs", "steps_in_names"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,48 @@ def counted_from_one(values: Sequence[int], unit: str) -> tuple[int, ...]:
     return tuple(values)
 
 
+def of_two_runs(paths: Sequence[Path], steps: Sequence[int]) -> tuple[int, int] | None:
+    """Positions of two checkpoints that are of two runs: of one step, or of folders whose steps lie between each other.
+
+    Folders of which one begins where the other ends are those of one run that was gone on with.
+
+    >>> of_two_runs([Path("a/1.pt"), Path("a/3.pt"), Path("b/2.pt"), Path("b/4.pt")], [1, 3, 2, 4])
+    (2, 1)
+    >>> of_two_runs([Path("a/1.pt"), Path("a/2.pt"), Path("b/3.pt"), Path("b/4.pt")], [1, 2, 3, 4])
+    """
+    order = sorted(range(len(paths)), key=steps.__getitem__)
+    for one, other in pairwise(order):
+        if steps[one] == steps[other]:
+            return one, other
+    runs = _runs(paths, steps)
+    oldest: dict[tuple[str, ...], int] = {}
+    newest: dict[tuple[str, ...], int] = {}
+    for at in order:
+        oldest.setdefault(runs[at], at)
+        newest[runs[at]] = at
+    several = [run for run, at in oldest.items() if newest[run] != at]
+    for run in several:
+        begin, end = oldest[run], newest[run]
+        for at in order:
+            if runs[at] != run and runs[at] in several and steps[begin] < steps[at] < steps[end]:
+                return at, end
+    return None
+
+
+def _runs(paths: Sequence[Path], steps: Sequence[int]) -> list[tuple[str, ...]]:
+    """The folders of each checkpoint, without those that are named after its step."""
+    folders = [path.parent.parts for path in paths]
+    of_runs = [
+        depth
+        for depth in range(max(map(len, folders)))
+        if not all(
+            depth < len(parts) and number_in_name(parts[depth]) in (step, step - 1)
+            for parts, step in zip(folders, steps, strict=True)
+        )
+    ]
+    return [tuple(parts[depth] for depth in of_runs if depth < len(parts)) for parts in folders]
+
+
 # From columns, each a number that all names have, to steps.
 
 
@@ -191,7 +233,33 @@ def _of_numbers(
     chosen = _first_distinct(columns)
     if not chosen.is_distinct and len(columns) > 1:
         return None
+    if chosen.word == "number":
+        _refuse_strangers(paths)
     return chosen.named_steps(paths)
+
+
+# Words that checkpoints of any model have.
+_OF_ANY_MODEL = {"checkpoint", "ckpt", "model", "net", "network", "params", "state", "weights"}
+
+
+def _refuse_strangers(paths: Sequence[Path]) -> None:
+    """Refuse the number of another model beside a series of several: that of ``resnet50.pt`` beside ``run_1.pt``."""
+    names = [_CAMEL.findall(_BLANKED.sub(_BLANK, _stem(path.name))) for path in paths]
+    # Single letters are units.
+    words = [
+        frozenset(word.lower() for word in name if len(word) > 1 and not _word(word)) - _OF_ANY_MODEL
+        for name in names
+    ]
+    series = [path for path, own in zip(paths, words, strict=True) if words.count(own) > 1]
+    shared = set().union(*(own for own in words if words.count(own) > 1))
+    for path, own in zip(paths, words, strict=True):
+        if series and own and path not in series and not own & shared:
+            raise OptionError(
+                f"{path.name} has, by its name, no part in the series of {series[0].name}: leave it out, by a pattern "
+                "of the others, or ",
+                "give the step of each with steps",
+                "give the step of each with --steps",
+            )
 
 
 def _first_distinct(columns: Sequence[_Column]) -> _Column:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import SWALR
 from polyak import _torch, batchnorm
 from polyak._batches import in_place_of
 from polyak._checks import Difference
+from polyak._device_mean import are_finite
 from polyak._mean import Accumulator, mean_dtype
 from polyak._model import ModelTensors, NamedTensor, is_sharded, refuse_swapped, shape_of
 from polyak._swap import copy_into
@@ -277,6 +278,7 @@ class ModuleMean:
             device=devices.pop() if len(devices) == 1 else None,
             means=in_place_of(values, dtypes),
         )
+        self._count = 0  # of the samples in the means, so that an update waits for it once
         means = self._accumulator.means
         apart = [(o, m) for o, m in zip(pairing.own, means, strict=True) if o.data_ptr() != m.data_ptr()]
         self._copies, self._kept_apart = [own for own, _ in apart], [mean for _, mean in apart]
@@ -291,22 +293,14 @@ class ModuleMean:
         # Looked at before the restart, which may forget the values that the module began with.
         if count == 0 and not are_finite(live):
             return False
-        if count == 0 or count != accumulator.n_averaged:
+        if count == 0 or count != self._count:
             accumulator.restart(count)
         accumulator.add(live)
-        accepted = accumulator.n_averaged > count
+        self._count = accumulator.n_averaged
+        accepted = self._count > count
         if accepted and self._copies:
             _torch.foreach_copy_(self._copies, self._kept_apart)
         return accepted
-
-
-def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no tensor holds a NaN or an infinity.
-
-    >>> are_finite([torch.ones(2)]), are_finite([torch.ones(2), torch.tensor(float("inf"))])
-    (True, False)
-    """
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def can_be_lerped(tensor: Tensor) -> bool:
@@ -439,12 +433,16 @@ class AveragedModel(nn.Module):
         if self._take_sample(pairing):
             pairing.copy_others()
             pairing.mark()
-            self.n_averaged += 1
+            self._count_sample()
 
     def __getstate__(self) -> dict[str, Any]:
         # Accumulators work on views, which pickle would tear from their means: they are made anew.
         wide = self._wide_means()
-        state = {key: value for key, value in self.__dict__.items() if key not in ("_pairings", "_mean")}
+        state = {
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in ("_pairings", "_mean", "_counted")
+        }
         return state | {"_wide": {name: _apart(mean) for name, mean in wide.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -457,6 +455,7 @@ class AveragedModel(nn.Module):
         # Weakly, so that the model's memory is free once its owner lets go of it.
         self._pairings: WeakKeyDictionary[nn.Module, Pairing] = WeakKeyDictionary()
         self._mean: ModuleMean | None = None
+        self._counted: tuple[Tensor | None, int, int] = (None, 0, 0)
 
     def _paired_with(self, model: nn.Module) -> Pairing:
         pairing = self._pairings.get(model)
@@ -488,7 +487,7 @@ class AveragedModel(nn.Module):
             self._call_functions(pairing)
             return True
         if law.scheme is not None:
-            return self._mean_of(pairing).add(pairing.live, int(self.n_averaged), law.scheme)
+            return self._mean_of(pairing).add(pairing.live, self._samples(), law.scheme)
         finite = are_finite(pairing.live)
         if finite:
             self._call_functions(pairing)
@@ -498,7 +497,7 @@ class AveragedModel(nn.Module):
         self._mean = None  # what it keeps apart from the module is out of date from here on
         own = pairing.own
         live = [tensor.detach().to(o.device) for tensor, o in zip(pairing.live, own, strict=True)]
-        if self.n_averaged == 0:
+        if self._samples() == 0:
             copy_into(own, live)
         elif self.multi_avg_fn is not None:
             for device, averaged, current in _by_kind(own, live):
@@ -506,6 +505,20 @@ class AveragedModel(nn.Module):
         elif self.avg_fn is not None:
             for averaged, current in zip(own, live, strict=True):
                 averaged.copy_(self.avg_fn(averaged, current, self.n_averaged.to(averaged.device)))
+
+    def _samples(self) -> int:
+        """``n_averaged``, which is on the model's device after ``.to()``: read where somebody else wrote to it."""
+        counter, version, count = self._counted
+        known = (
+            counter is self.n_averaged and version >= 0 and [version] == _torch.versions([self.n_averaged])
+        )
+        return count if known and not _torch.on_host(self.n_averaged) else int(self.n_averaged)
+
+    def _count_sample(self) -> None:
+        count = self._samples()
+        self.n_averaged += 1
+        [version] = _torch.versions([self.n_averaged])
+        self._counted = (self.n_averaged, version, count + 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         wide = self._wide_means()
