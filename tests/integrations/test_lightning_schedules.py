@@ -228,6 +228,9 @@ def test_the_steps_of_the_optimizer_that_is_named_count(tmp_path):
     assert averaging.average.n_averaged == 4 and critic.average.n_averaged == 16
     torch.testing.assert_close(model.generator.weight.detach(), mean(model.stepped[1::2]))
     assert [str(block) for block in recording.trajectory.blocks] == ["(0, 4]", "(4, 8]"]
+    share = Averaging("uniform", start=0.5, optimizer=0)
+    with pytest.raises(OptionError, match="counted in epochs, and max_epochs sets no end"):
+        trainer(tmp_path, share, epochs=None, max_steps=9).fit(model, batches())
     with pytest.raises(OptionError, match="under manual optimization"):
         trainer(tmp_path, Averaging("uniform", swa_lr=0.1, optimizer=0, include="generator.*")).fit(
             model, batches()

@@ -222,8 +222,14 @@ def run_length(trainer: Trainer) -> RunLength:
 
     It does not know how many batches a step will accumulate in later epochs, where a callback says so.
     """
-    steps = trainer.estimated_stepping_batches if trainer.lightning_module.automatic_optimization else inf
+    by_hand = not trainer.lightning_module.automatic_optimization
+    steps = inf if by_hand else trainer.estimated_stepping_batches
     epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+    if by_hand and epochs is None:
+        raise OptionError(
+            "start is a share of the run, which under manual optimization is counted in epochs, and max_epochs sets no "
+            "end: limit them, or give start in optimizer steps or start_epoch"
+        )
     if not 0 < steps < inf:
         return RunLength(None, epochs)
     batches = trainer.num_training_batches
