@@ -60,6 +60,37 @@ def test_a_scheme_changed_on_the_way_is_taken_up_on_resuming(tmp_path):
     assert torch.equal(weights(model), weights(whole))
 
 
+def test_an_average_under_another_scheme_is_not_taken_up_unasked(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    fit(tmp_path, Averaging("uniform"), saving, epochs=2)
+    resume = {"epochs": 3, "ckpt_path": tmp_path / "at.ckpt"}
+    for options in ({}, {"apply": False}):
+        with pytest.raises(
+            StateError, match=r"holds 'polyak.Averaging\[uniform\]', and no .*change_scheme=True"
+        ):
+            fit(tmp_path, Averaging("ema:decay=0.5,debias=false", **options), **resume)
+    changed = Averaging("ema:decay=0.5,debias=false", change_scheme=True)
+    model, _ = fit(tmp_path, changed, **resume)
+    whole, _ = fit(tmp_path, Averaging("uniform"), epochs=3)
+    expected = mean(whole.stepped[:8])
+    for sample in whole.stepped[8:]:
+        expected = (expected + sample) / 2
+    torch.testing.assert_close(weights(model), expected)
+    assert str(changed.average.scheme) == "ema:decay=0.5,debias=false"
+
+
+def test_one_more_average_does_not_take_up_that_of_another(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    fit(tmp_path, Averaging("ema:decay=0.5"), saving, epochs=2)
+    swa = Averaging("uniform")
+    with pytest.warns(UserWarning, match="begins anew"):
+        model, _ = fit(
+            tmp_path, Averaging("ema:decay=0.5", apply=False), swa, epochs=3, ckpt_path=tmp_path / "at.ckpt"
+        )
+    torch.testing.assert_close(weights(model), mean(model.stepped))
+    assert swa.average.n_averaged == 4
+
+
 def test_training_goes_on_from_the_live_weights(tmp_path):
     averaged, _ = fit(tmp_path, Averaging(polyak.EMA(decay=0.9)))
     plain, _ = fit(tmp_path)
@@ -344,6 +375,18 @@ def test_a_recording_goes_on_with_its_checkpoint(tmp_path):
     assert resumed.blocks[0].stop == once.blocks[0].stop == 6
     for profile in ("uniform", "tail:steps=6"):
         assert torch.equal(resumed.average(profile)["body.0.weight"], once.average(profile)["body.0.weight"])
+
+
+def test_a_recording_is_replaced_if_it_is_said(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    fit(tmp_path, Recording(tmp_path / "run", block=2), saving, epochs=1)
+    with pytest.raises(StateError, match="step=0"):
+        fit(tmp_path, Recording(tmp_path / "run", block=2), epochs=1)
+    again = Recording(tmp_path / "run", block=2, step=0)
+    fit(tmp_path, again, epochs=1)
+    assert again.trajectory.blocks[-1].stop == 4
+    fit(tmp_path, again, epochs=2, ckpt_path=tmp_path / "at.ckpt")  # which says more
+    assert [block.start for block in again.trajectory.blocks] == [0, 2, 4, 6]
 
 
 def test_a_recording_is_whole_when_training_fails(tmp_path):

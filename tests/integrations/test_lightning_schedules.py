@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
     WeightAveraging,
@@ -68,6 +69,19 @@ def test_samples_in_epochs_and_shares(tmp_path, options, first, step, has_length
 def test_a_validation_sees_the_sample_of_the_epoch_before_it(tmp_path):
     model, _ = fit(tmp_path, Averaging("uniform", every_epochs=1))
     torch.testing.assert_close(model.validated[-1], mean(model.stepped[3::4]))
+
+
+@EARLY
+@pytest.mark.parametrize(("options", "n_averaged"), [({}, 5), ({"max_steps": 6}, 3)])
+def test_a_share_knows_how_much_later_epochs_accumulate(tmp_path, options, n_averaged):
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})
+    averaging = Averaging("uniform", start=0.5)
+    _, run = fit(tmp_path, averaging, scheduler, epochs=6, **options)
+    assert run.global_step == options.get("max_steps", 10)
+    assert averaging.average.n_averaged == n_averaged
+    by_epoch = Averaging("uniform", start=0.5, every_epochs=1)
+    fit(tmp_path, by_epoch, GradientAccumulationScheduler({0: 1, 1: 2, 2: 4}), epochs=6, **options)
+    assert by_epoch.average.n_averaged == (1 if options else 3)
 
 
 def test_a_share_of_a_run_without_an_end_is_refused(tmp_path):
@@ -214,10 +228,28 @@ def test_the_steps_of_the_optimizer_that_is_named_count(tmp_path):
     assert averaging.average.n_averaged == 4 and critic.average.n_averaged == 16
     torch.testing.assert_close(model.generator.weight.detach(), mean(model.stepped[1::2]))
     assert [str(block) for block in recording.trajectory.blocks] == ["(0, 4]", "(4, 8]"]
+    share = Averaging("uniform", start=0.5, optimizer=0)
+    with pytest.raises(OptionError, match="counted in epochs, and max_epochs sets no end"):
+        trainer(tmp_path, share, epochs=None, max_steps=9).fit(model, batches())
     with pytest.raises(OptionError, match="under manual optimization"):
         trainer(tmp_path, Averaging("uniform", swa_lr=0.1, optimizer=0, include="generator.*")).fit(
             model, batches()
         )
+
+
+def test_averages_of_parts_may_share_a_scheme(tmp_path):
+    def parts():
+        generator = Averaging("ema:decay=0.5", optimizer=0, include="generator.*")
+        return generator, Averaging("ema:decay=0.5", optimizer=1, include="critic.*", apply=False)
+
+    saving = ModelCheckpoint(tmp_path, filename="at")
+    trainer(tmp_path, *parts(), saving, epochs=2).fit(Gan(), batches())
+    resumed = parts()
+    trainer(tmp_path, *resumed, epochs=3).fit(Gan(), batches(), ckpt_path=tmp_path / "at.ckpt")
+    assert [callback.average.n_averaged for callback in resumed] == [12, 24]
+    assert [set(callback.average.state_dict()["average"]) for callback in resumed] == [
+        {f"{part}.weight", f"{part}.bias"} for part in ("generator", "critic")
+    ]
 
 
 # Checkpoints of Lightning's own averages, and for them.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
+import polyak
 from pages import run
+from polyak.integrations.transformers import Averaging
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # pin_memory, no CUDA, the names of a tiny model's data
 
@@ -54,3 +57,17 @@ def test_the_page_on_peft(tmp_path, monkeypatch):
         if "lora" in name:
             torch.testing.assert_close(parameter, ended[name])
     assert any(p.abs().sum() > 0 for name, p in yours["adapter"].named_parameters() if "lora_B" in name)
+
+
+def test_an_adapter_is_resumed_beside_its_saved_average(tmp_path):
+    def trained(**resume):
+        adapted = get_peft_model(language_model(), LoraConfig(r=2, target_modules=["c_attn"]))
+        arguments = TrainingArguments(str(tmp_path), max_steps=6, save_steps=3, report_to=[], use_cpu=True)
+        trainer = Trainer(adapted, arguments, train_dataset=TOKENS)
+        Averaging(trainer, polyak.EMA(half_life=2), save_average=True)
+        trainer.train(**resume)
+        return {name: parameter for name, parameter in adapted.named_parameters() if "lora" in name}
+
+    whole, resumed = trained(), trained(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(parameter, resumed[name]) for name, parameter in whole.items())

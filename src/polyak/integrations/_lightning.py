@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from math import ceil, inf
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -215,13 +218,28 @@ def chosen_optimizer(trainer: Trainer, index: int) -> Optimizer:
 
 
 def run_length(trainer: Trainer) -> RunLength:
-    """As far as Lightning knows it. It counts one step a batch, which only automatic optimization takes."""
-    steps = trainer.estimated_stepping_batches if trainer.lightning_module.automatic_optimization else inf
+    """As far as Lightning knows it. It counts one step a batch, which only automatic optimization takes.
+
+    It does not know how many batches a step will accumulate in later epochs, where a callback says so.
+    """
+    by_hand = not trainer.lightning_module.automatic_optimization
+    steps = inf if by_hand else trainer.estimated_stepping_batches
     epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+    if by_hand and epochs is None:
+        raise OptionError(
+            "start is a share of the run, which under manual optimization is counted in epochs, and max_epochs sets no "
+            "end: limit them, or give start in optimizer steps or start_epoch"
+        )
     if not 0 < steps < inf:
         return RunLength(None, epochs)
     batches = trainer.num_training_batches
-    if batches != inf:
+    scheduled = [c for c in callbacks_of(trainer) if isinstance(c, GradientAccumulationScheduler)]
+    if batches != inf and scheduled and epochs:
+        accumulated = map(scheduled[0].get_accumulate_grad_batches, range(epochs))
+        ends = list(accumulate(ceil(batches / n_batches) for n_batches in accumulated))
+        steps = min(ends[-1], trainer.max_steps if trainer.max_steps > 0 else inf)
+        epochs = bisect_left(ends, steps) + 1
+    elif batches != inf:
         epochs = ceil(steps / ceil(batches / trainer.accumulate_grad_batches))
     return RunLength(int(steps), epochs)
 

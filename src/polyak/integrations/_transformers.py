@@ -18,6 +18,7 @@ from polyak.integrations._following import Following, Scored, undocumented
 from polyak.integrations._recorded import save_state
 
 __all__ = [
+    "AVERAGE",
     "Annealed",
     "Watching",
     "agree_on_best",
@@ -55,6 +56,14 @@ def _refuse_unwatched(is_watched: bool) -> None:
         )
 
 
+AVERAGE = "average"  # the folder of the averaged model in a checkpoint
+
+
+def _adapters_of(trainer: Trainer) -> set[str]:
+    """The names of PEFT's adapters in the model."""
+    return set(getattr(trainer.model, "peft_config", ()))
+
+
 # What the callbacks share: where training resumes, that it failed, what evaluations score, states in checkpoints.
 
 
@@ -67,6 +76,7 @@ class Watching(TrainerCallback):
         # First, so that others, which may upload what they see, find its work done.
         callbacks_of(trainer).insert(0, self)
         self._trainer = trainer
+        self._adapters = _adapters_of(trainer)
         self._checkpoint: Path | None = None
         self._is_watched = False
         _watch_training(trainer, self._watched)
@@ -81,6 +91,9 @@ class Watching(TrainerCallback):
     @contextmanager
     def _watched(self, checkpoint: Path | None) -> Iterator[None]:
         self._checkpoint, self._is_watched = checkpoint, True
+        if AVERAGE in _adapters_of(self._trainer) - self._adapters:
+            # The Trainer takes the averaged adapter in a checkpoint for one of several that are to be trained.
+            undocumented("PEFT", self._trainer.model, "delete_adapter")(AVERAGE)
         try:
             yield
         except BaseException as error:

@@ -12,7 +12,7 @@ import torch
 from polyak._checks import require, whole_within
 from polyak._mean import CheckFinite
 from polyak.average import Average
-from polyak.errors import OptionError
+from polyak.errors import OptionError, StateError, name_list
 from polyak.integrations import _following
 from polyak.integrations._following import Following, Forward
 from polyak.integrations._recorded import RecordedRun
@@ -33,6 +33,8 @@ __all__ = ["Averaging", "Recording"]
 
 # Averages.
 
+_OURS = "polyak.Averaging["  # how their names in checkpoints begin
+
 
 class Averaging(Callback):
     """Average the weights that ``trainer.fit`` passes through, validate with the average, and end with it.
@@ -45,7 +47,8 @@ class Averaging(Callback):
       the live weights are beside it, and ``fit(ckpt_path=…)`` goes on from them, exactly where Lightning itself does.
     - When ``fit`` ends the model has the averaged weights.
 
-    Any number of these may run side by side; all but one then only follow (``apply=False``).
+    Any number of these may run side by side; all but one then only follow (``apply=False``). They differ in scheme, or
+    in what they include and exclude.
 
     Args:
         scheme: any :class:`polyak.Scheme`, or its text, such as ``"ema:half_life=2000"``.
@@ -66,6 +69,8 @@ class Averaging(Callback):
         anneal_epochs: how long it takes to get to ``swa_lr``; 0: at once.
         anneal_strategy: ``"cos"`` or ``"linear"``.
         optimizer: whose steps count, as ``configure_optimizers`` orders them; the last one.
+        change_scheme: go on from the average of a checkpoint that was made under another scheme; see
+            :attr:`polyak.Average.scheme`.
         dtype: as for :class:`polyak.Average`, or its name, as ``"float32"``.
         device: as for :class:`polyak.Average`.
         buffers: as for :class:`polyak.Average`.
@@ -77,6 +82,7 @@ class Averaging(Callback):
     Raises:
         OptionError: an option is out of range. When ``fit`` begins: two averages would stand in, there is no such
             optimizer, or the length of the run of which ``start`` is a share is not known.
+        StateError: when training resumes: the checkpoint's average is of another scheme, or does not fit.
         StructureError: a sharded model whose checkpoints one rank writes alone, FSDP1, or DeepSpeed's ZeRO-3.
         TypeError: an unknown option.
 
@@ -103,6 +109,7 @@ class Averaging(Callback):
         anneal_epochs: int = 10,
         anneal_strategy: Literal["cos", "linear"] = "cos",
         optimizer: int = -1,
+        change_scheme: bool = False,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         buffers: Literal["copy", "average"] = "copy",
@@ -128,11 +135,17 @@ class Averaging(Callback):
             should_update=None if type(self).should_update is Averaging.should_update else self.should_update,
         )
         self._is_share = isinstance(start, float)
+        parts = [
+            f"{name}={_text(given)}" for name, given in (("include", include), ("exclude", exclude)) if given
+        ]
+        self._name = ",".join([str(self._following.scheme), *parts])
+        self._change_scheme = change_scheme
         self._apply = apply
         self._both = _following.validates_both(validate)
         self._index = whole_within("(-inf, inf)", "optimizer", optimizer)
         self._recalibrate, self._given_forward = recalibrate, forward
         self._state: dict[str, Any] | None = None
+        self._saved_as = self.state_key
         self._theirs: dict[str, Any] | None = None
         self._resumed = False
         self._resumes_rate = self._rate_is_in = False
@@ -155,7 +168,7 @@ class Averaging(Callback):
     @property
     def state_key(self) -> str:
         """The name under which a checkpoint holds the average's state."""
-        return f"polyak.Averaging[{self._following.scheme}]"
+        return f"{_OURS}{self._name}]"
 
     # Following.
 
@@ -176,7 +189,7 @@ class Averaging(Callback):
         if self._apply:
             self._undo.append(_lightning.replace_state(trainer.strategy, self._averaged_state))
         if self._both:
-            name = "average" if self._apply else str(self._following.scheme)
+            name = "average" if self._apply else self._name
             self._undo.append(_lightning.Validation.score(trainer, [self._following.scored(name)]))
         self._take_up(trainer)
         if self._resumes_rate:  # before Lightning loads the state of its scheduler
@@ -254,17 +267,15 @@ class Averaging(Callback):
         """Go on from the live weights, and keep the average's state until there is an average to take it up."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        saved = {name: state for name, state in checkpoint.get("callbacks", {}).items() if state}
+        self._saved_as = self._found_in(saved, trainer)
         if checkpoint.get(_lightning.LIVE) == _lightning.SHARDED:
             _lightning.load_live(trainer, pl_module)
         elif _lightning.LIVE in checkpoint:
             pl_module.load_state_dict(checkpoint[_lightning.LIVE], strict=pl_module.strict_loading)
-        self._state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if (
-            not self._state
-            and self._apply
-            and _lightning.LIVE in checkpoint
-            and _lightning.COUNT in checkpoint
-        ):
+        self._state = saved.get(self._saved_as)
+        is_theirs = _lightning.LIVE in checkpoint and not any(name.startswith(_OURS) for name in saved)
+        if self._apply and is_theirs and _lightning.COUNT in checkpoint:
             self._theirs = checkpoint
         self._resumes_rate = any("_anneal_strategy" in state for state in checkpoint.get("lr_schedulers", ()))
         if self._following.following:
@@ -287,6 +298,21 @@ class Averaging(Callback):
             checkpoint[_lightning.COUNT] = {"n_averaged": torch.tensor(self.average.n_averaged)}
 
     # How it works inside.
+
+    def _found_in(self, saved: Mapping[str, Any], trainer: Trainer) -> str:
+        """The name under which a checkpoint holds this average, if it does, or the one that it may change from."""
+        callbacks = [c for c in _lightning.callbacks_of(trainer) if isinstance(c, Averaging)]
+        taken = {callback.state_key for callback in callbacks}
+        others = sorted(name for name in saved if name.startswith(_OURS) and name not in taken)
+        if self.state_key in saved or not others:
+            return self.state_key
+        if not self._change_scheme or len(others) > 1:
+            raise StateError(
+                f"the checkpoint holds {name_list(others)}, and no {self.state_key}: resume under the scheme that it "
+                "has; or pass change_scheme=True to go on from the only one that is there under the new scheme; to "
+                "begin anew, load_from_checkpoint() and fit() without ckpt_path"
+            )
+        return others[0]
 
     def _refuse_others(self, callbacks: list[Callback]) -> None:
         ours = [callback for callback in callbacks if isinstance(callback, Averaging)]
@@ -338,13 +364,19 @@ class Averaging(Callback):
         theirs, self._theirs = self._theirs, None
         self._resumed = bool(state or theirs)
         if state and self._following.sharded:
-            state = _lightning.kept_sharded(trainer, self.state_key, state, self.average.state_dict())
+            state = _lightning.kept_sharded(trainer, self._saved_as, state, self.average.state_dict())
         if state:
             self._following.load(state)
+            if self._saved_as != self.state_key:
+                self.average.scheme = self._following.scheme
         elif theirs and (n_averaged := int(theirs[_lightning.COUNT]["n_averaged"])):
             # Where several optimizers train by hand, global_step counts the steps of all.
             steps = theirs["global_step"] // len(trainer.optimizers)
             self._following.adopt(theirs["state_dict"], n_averaged, steps)
+
+
+def _text(names: str | list[str]) -> str:
+    return names if isinstance(names, str) else "+".join(names)
 
 
 class Recording(Callback):
@@ -364,6 +396,8 @@ class Recording(Callback):
         buffers: as for :class:`polyak.Recorder`.
         keep_in_memory: as for :class:`polyak.Recorder`.
         resume: as for :class:`polyak.Recorder`; a checkpoint's state says so by itself.
+        step: as for :class:`polyak.Recorder`: 0 replaces a run that the directory holds, unless a checkpoint goes on
+            with it.
         preview: an average of the run so far, or several, that validations during ``fit`` score beside the weights
             that they score anyway: profiles or their texts. ``"decay:sqrt:0.4"`` gives ``val_loss/decayed``, what the
             run would score if its learning rate were decayed now; other profiles, and decays where there are several,
@@ -393,6 +427,7 @@ class Recording(Callback):
         buffers: Literal["copy", "average"] = "copy",
         keep_in_memory: int | str = 0,
         resume: bool = False,
+        step: int | None = None,
         preview: Profile | str | list[Profile | str] | None = None,
         recalibrate: Iterable[Any] | None = None,
         forward: Forward | None = None,
@@ -409,6 +444,7 @@ class Recording(Callback):
                 "buffers": buffers,
                 "keep_in_memory": keep_in_memory,
                 "resume": resume,
+                "step": step,
             },
             preview=preview,
             recalibrate=recalibrate,

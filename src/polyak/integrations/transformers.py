@@ -338,7 +338,7 @@ class Averaging(Watching):
 
     def _save_model(self, args: TrainingArguments, folder: Path) -> None:
         """The averaged model as a folder in the checkpoint, which appears whole."""
-        target, temporary = folder / "average", folder / ".average.tmp"
+        target, temporary = folder / _transformers.AVERAGE, folder / ".average.tmp"
         if args.should_save:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()

@@ -319,8 +319,8 @@ class TrajectoryFolder:
         raise StateError(
             f"{self.path} holds a run already, of {len(self.manifest.blocks)} blocks up to optimizer step "
             f"{self.manifest.stop}. A new run needs another folder, or step=0 to replace that one. To go on with it, "
-            "pass resume=True and load the recorder's saved state with load_state_dict(), or pass step= with the "
-            "optimizer steps taken so far"
+            "resume from a Trainer's checkpoint, in a loop of your own pass resume=True and load the recorder's saved "
+            "state with load_state_dict(), or pass step= with the optimizer steps taken so far"
         )
 
     def _refuse_other_options(self, options: Mapping[str, Any], given_block_steps: int | None) -> None:
