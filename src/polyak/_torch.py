@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 __all__ = [
+    "Layout",
     "buffers_of",
     "children_of",
     "device_of_collectives",
@@ -162,6 +163,49 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
         return list(map(_version, tensors))
     except RuntimeError:
         return [-1 if tensor.is_inference() else _version(tensor) for tensor in tensors]
+
+
+_LAYOUT = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), Tensor.stride, Tensor.is_neg)
+
+
+@cache
+def _guards() -> Callable[..., Any] | None:
+    """What torch's compiler tells by, in one call, whether tensors are as they were; found by trying."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        weight = torch.zeros(4, 2)
+        check = TensorGuards(weight, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        alike, others = torch.ones(4, 2), (torch.ones(3, 2), torch.ones(2, 4).t(), weight.double())
+        tells = check(alike) and not any(map(check, others))
+    except (AttributeError, ImportError, TypeError, RuntimeError):
+        return None
+    return TensorGuards if tells else None
+
+
+class Layout:
+    """How tensors lie in memory: their shapes, dtypes, devices and strides, to see whether others lie so too.
+
+    >>> layout = Layout([torch.zeros(2, 3)])
+    >>> layout.is_that_of([torch.ones(2, 3)]), layout.is_that_of([torch.ones(3, 2).t()])
+    (True, False)
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._described = [list(map(read, tensors)) for read in _LAYOUT]
+        self._check: Callable[..., bool] | None = None
+        if (guards := _guards()) is not None:
+            try:
+                self._check = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+            except (TypeError, RuntimeError):
+                self._check = None
+
+    def is_that_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors, as many as there were, lie as those did."""
+        # What the compiler looks at besides, such as whether a tensor needs gradients, says nothing of memory.
+        return (self._check is not None and self._check(*tensors)) or all(
+            list(map(read, tensors)) == before for read, before in zip(_LAYOUT, self._described, strict=True)
+        )
 
 
 # Devices
