@@ -1,8 +1,9 @@
-"""The mean on the host by compiled loops, where numba is installed: checking a sample costs nothing beside folding it.
+"""The mean on the host by compiled loops, where numba is installed: a sample is looked at for free where it is folded.
 
-They take fp32, bf16 and fp16 weights into fp32 means that lie in memory as the weights do; the rest, and everything until
-the loops are there, is for torch's operations. Accepted samples give the same bits either way, which is tried before the
-loops are used. numba is imported, and what it made before is loaded or made anew, on a thread, while training goes on.
+They take fp32, bf16 and fp16 weights into fp32 means that lie in memory as the weights do; the rest, and everything
+until the loops are there, is for torch's operations. Accepted samples give the same bits either way, which is tried
+before the loops are used. What a sample that is refused leaves differs in rounding; it is the same on any number of
+threads. numba is imported, and what it made before is loaded or made anew, on a thread, while training goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any
 
@@ -72,7 +74,7 @@ class HostKernel:
             if all(able[p.index] and _is_one_run(p.of(tensors), p.of(means)) for p in batch.pieces)
         ]
         numel = sum(batch.numel for batch in self.covered)
-        if numel < _LEAST_NUMEL or not _is_installed():
+        if numel < max(_LEAST_NUMEL, 1) or not _is_installed():
             self.covered = []
         if not self.covered:
             return
@@ -100,7 +102,7 @@ class HostKernel:
     def _rows(
         self, tensors: Sequence[Tensor], means: Sequence[Tensor], roots: dict[int, tuple[int, Tensor]]
     ) -> Iterable[tuple[int, ...]]:
-        """The table of chunks; ``roots`` gets a tensor for each storage of means, by which the storage is found again."""
+        """The table of chunks; ``roots`` gets a tensor for each storage of means, by which to find it again."""
         owners = {index: owner for owner, index in enumerate(self._owners)}
         for group, batch in enumerate(self.covered):
             for piece in (piece for piece in batch.pieces if piece.index in owners):
@@ -188,7 +190,7 @@ class HostKernel:
         n_threads = max(1, min(torch.get_num_threads(), numel // _LEAST_NUMEL_OF_A_THREAD))
         shares = [numel * n // n_threads for n in range(1, n_threads)]
         cuts = [0, *self._ends.searchsorted(shares).tolist(), len(self._chunks)]
-        return list(zip(cuts, cuts[1:], strict=False))
+        return list(pairwise(cuts))
 
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -304,7 +306,9 @@ def _agrees(loops: Any, weight: Tensor, share: float) -> bool:
     single, far = np.float32(share), abs(share) >= 0.5
     chunks = np.array([[0, 0, 0, 0, numel, _KINDS[weight.dtype], 0]], np.int64)
     places = _addresses([weight]), _addresses([mean])
-    loops.fold(0, 1, chunks, *places, np.zeros(1, np.uint8), 0, single - np.float32(1) if far else single, far)
+    loops.fold(
+        0, 1, chunks, *places, np.zeros(1, np.uint8), 0, single - np.float32(1) if far else single, far
+    )
     return torch.equal(mean.view(torch.int32), expected.view(torch.int32))
 
 

@@ -1,4 +1,4 @@
-"""The loops of the mean on the host, compiled by numba: each number of a sample is read once, to look at it and to fold it.
+"""The loops of the mean on the host, compiled by numba: a number comes from memory once, to be looked at and folded.
 
 A chunk is a run of numbers, dense in memory, with its mean; a table of them has a row for each, of the columns below.
 Loops take a range of rows, so that threads share a table, and hold no lock of Python's while they run. What they read
@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    llvmlite: Any
     numba: Any
 else:
     try:
-        import llvmlite.ir
         import numba
         import numba.extending
     except ImportError:
@@ -55,6 +53,11 @@ def _compiled(*signatures: str) -> Callable[[Any], Any]:
     return compiled
 
 
+_at: Any = None
+_as_float: Any = None
+_as_bits: Any = None
+carray: Any = None
+
 if numba is not None:
 
     def _cast(returns: Any, takes: Any, instruction: str) -> Any:
@@ -71,8 +74,6 @@ if numba is not None:
     _as_float = _cast(numba.types.float32, numba.types.uint32, "bitcast")
     _as_bits = _cast(numba.types.uint32, numba.types.float32, "bitcast")
     carray = numba.carray
-else:
-    _at = _as_float = _as_bits = carray = None
 
 
 @_compiled()

@@ -320,7 +320,9 @@ class Accumulator:
         sizes: list[float] = []
         folded: list[Batch] = []
         others: list[Batch] = []
-        for batch, sources in with_sources(self._batches[self._n_compiled :], tensors, owned=self.compensated):
+        for batch, sources in with_sources(
+            self._batches[self._n_compiled :], tensors, owned=self.compensated
+        ):
             sizes.append(_size(sources))
             if sizes[-1] <= limits[len(sizes) - 1]:
                 self._fold(batch, sources, coefficient)
