@@ -385,7 +385,7 @@ def test_until_the_loops_are_compiled_torchs_operations_run(monkeypatch):
 
 @pytest.mark.parametrize("fault", ["not there", "broken", "interpreted", "wrong"])
 def test_without_loops_that_work_torchs_operations_run(fault, monkeypatch):
-    import numba
+    numba = pytest.importorskip("numba")
 
     def broken(name):
         raise RuntimeError("no such processor")

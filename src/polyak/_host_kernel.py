@@ -13,11 +13,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ _LEAST_NUMEL_OF_A_THREAD = 1 << 18
 _CHUNK_NUMEL = 1 << 13
 # A fork waits so long for the compiler, whose locks a child would otherwise inherit and never see opened.
 _PATIENCE_SECONDS = 60.0
+# How late a thread's end is seen where an interrupt falls just there.
+_BELL_SECONDS = 0.05
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -107,7 +110,7 @@ class HostKernel:
         for group, batch in enumerate(self.covered):
             for piece in (piece for piece in batch.pieces if piece.index in owners):
                 source, mean = piece.of(tensors), piece.of(means)
-                start = source.storage_offset() - tensors[piece.index].storage_offset()
+                start = int(source.storage_offset()) - int(tensors[piece.index].storage_offset())
                 storage = mean.untyped_storage()
                 # Not the mean itself, behind which its owner might put other data.
                 root = mean.detach().as_strided((1,), (1,), 0)
@@ -117,7 +120,7 @@ class HostKernel:
                         owners[piece.index],
                         (start + begin) * source.itemsize,
                         number,
-                        (mean.storage_offset() + begin) * mean.itemsize,
+                        (int(mean.storage_offset()) + begin) * mean.itemsize,
                         min(_CHUNK_NUMEL, mean.numel() - begin),
                         _KINDS[source.dtype],
                         group,
@@ -287,8 +290,7 @@ if hasattr(os, "register_at_fork"):
 
 def _are_right(loops: Any) -> bool:
     """Whether they are compiled, and give the bits of torch's own operations on this processor."""
-    import numba
-
+    numba: Any = import_module("numba")
     if numba.config.DISABLE_JIT:  # then they are Python's loops, a thousand times as slow
         return False
     return all(
@@ -329,7 +331,9 @@ def _on_threads(work: Callable[[int], object], count: int) -> None:
     if count == 1:
         work(0)
         return
-    waiting, begun, done = deque(range(count)), [], SimpleQueue()
+    waiting, begun = deque(range(count)), []
+    ended: list[BaseException | None] = []
+    bell = SimpleQueue[None]()
     gate = threading.Lock()
 
     def next_one(of: list[int]) -> int | None:
@@ -346,24 +350,23 @@ def _on_threads(work: Callable[[int], object], count: int) -> None:
                 work(n)
             except BaseException as caught:
                 error = caught
-            done.put(error)
-
-    errors: list[BaseException | None] = []
+            ended.append(error)
+            bell.put(None)
 
     def wait() -> None:
         with gate:
             waiting.clear()
-        while len(errors) < len(begun):
-            errors.append(done.get())
+        while len(ended) < len(begun):
+            # What is counted is kept elsewhere, as an interrupt may take away what was just taken from a queue.
+            with suppress(Empty):
+                bell.get(timeout=_BELL_SECONDS)
 
     with undoing(wait):
-        try:
+        with suppress(RuntimeError):  # at the end of a process no thread begins any more
             for _ in range(1, count):
                 _pool(os.getpid(), count - 1).submit(help_out)
-        except RuntimeError:
-            pass  # at the end of a process no thread begins any more
         while (n := next_one([])) is not None:
             work(n)
-    for error in errors:
+    for error in ended:
         if error is not None:
             raise error

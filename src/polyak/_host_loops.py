@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    numba: Any
+    numba: Any = None
 else:
     try:
         import numba
