@@ -33,6 +33,7 @@ import harness
 import polyak
 import shapes
 from peers import CONTENDERS, DECAY
+from polyak import _torch
 from polyak._mean import Accumulator
 
 DISTRIBUTIONS = ("polyak", "ema-pytorch", "timm")
@@ -80,9 +81,11 @@ MODELS = {
 
 # Counted, without a GPU.
 
-# torch gives the operation no kernel for tensors without numbers: it changes tensors in place and returns nothing.
+# torch 2.13 has no kernel of this operation for tensors without numbers. It changes tensors and returns nothing.
 _WITHOUT_NUMBERS = torch.library.Library("aten", "IMPL", "Meta")
-_WITHOUT_NUMBERS.impl("_fused_sgd_.tensor_lr", lambda *args, **kwargs: None)
+if not _torch.lerps_unless(torch.device("meta")):
+    _WITHOUT_NUMBERS.impl("_fused_sgd_.tensor_lr", lambda *args, **kwargs: None)
+    _torch.lerps_unless.cache_clear()
 
 
 class Counter(TorchDispatchMode):
