@@ -12,7 +12,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, lru_cache
 from importlib import import_module
@@ -318,8 +317,28 @@ def _agrees(loops: Any, weight: Tensor, share: float) -> bool:
 
 
 @lru_cache(maxsize=1)  # a child that was forked has no threads of its parent's
-def _pool(process_id: int, size: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(size, "polyak")
+def _helpers(process_id: int) -> _Helpers:
+    return _Helpers()
+
+
+class _Helpers:
+    """Threads that wait for tasks until the process ends; they are daemons, as nobody has to tell them that it does."""
+
+    def __init__(self) -> None:
+        self._tasks = SimpleQueue[Callable[[], object]]()
+        self._count = 0
+
+    def call(self, task: Callable[[], object], times: int) -> None:
+        """Have as many threads as ``times`` call it, each once, when they come to it."""
+        while self._count < times:
+            threading.Thread(target=self._serve, name="polyak-helper", daemon=True).start()
+            self._count += 1
+        for _ in range(times):
+            self._tasks.put(task)
+
+    def _serve(self) -> None:
+        while True:
+            self._tasks.get()()
 
 
 def _on_threads(work: Callable[[int], object], count: int) -> None:
@@ -363,8 +382,7 @@ def _on_threads(work: Callable[[int], object], count: int) -> None:
 
     with undoing(wait):
         with suppress(RuntimeError):  # at the end of a process no thread begins any more
-            for _ in range(1, count):
-                _pool(os.getpid(), count - 1).submit(help_out)
+            _helpers(os.getpid()).call(help_out, count - 1)
         while (n := next_one([])) is not None:
             work(n)
     for error in ended:
