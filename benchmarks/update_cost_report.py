@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 import harness
@@ -138,7 +139,7 @@ def case_table(title: str, measured: Measurements) -> Table:
     for name, seconds in measured.seconds.items():
         memory = measured.memory.get(name)
         table.add_row(
-            name,
+            escape(name),
             f"{1e3 * Spread.of(seconds).median:.2f}",
             str(measured.ratio(name, LIMIT)),
             str(measured.ratio(name, best_peer)) if best_peer else "",
