@@ -182,6 +182,7 @@ def test_a_refused_sample_is_taken_back_to_the_rounding_and_exactly_once_the_mea
         mean.add(sample_of(SHAPES, dtype, seed))
     bad = sample_of(SHAPES, dtype, 9)
     bad[-1].view(-1)[where] = math.inf
+    bad[4].zero_()
     before = [m.clone() for m in mean._means]
     mean.add(bad)
     for value, old in zip(mean._means, before, strict=True):
@@ -252,6 +253,15 @@ def test_weights_that_were_given_other_memory_are_averaged_from_there():
         model.weight.data = change()
         average.update()
         assert torch.equal(average.named_tensors()["weight"].float(), torch.full((100, 100), 1.5))
+
+
+def test_a_sample_that_lies_otherwise_goes_through_torchs_operations():
+    weight = torch.randn(120, 120)
+    mean = accumulator([weight], "ema:decay=0.5,debias=false")
+    mean.add([weight])
+    for other in (weight.t().contiguous().t(), torch.stack([weight, -weight], -1)[..., 0]):
+        mean.add([other])
+        assert torch.equal(mean.means[0], weight)
 
 
 def test_means_in_shared_memory_are_found_again():
