@@ -182,7 +182,6 @@ def test_a_refused_sample_is_taken_back_to_the_rounding_and_exactly_once_the_mea
         mean.add(sample_of(SHAPES, dtype, seed))
     bad = sample_of(SHAPES, dtype, 9)
     bad[-1].view(-1)[where] = math.inf
-    bad[4].zero_()
     before = [m.clone() for m in mean._means]
     mean.add(bad)
     for value, old in zip(mean._means, before, strict=True):
@@ -204,6 +203,14 @@ def test_a_diverging_sample_with_a_nan_leaves_no_trace_of_its_size():
     assert torch.equal(mean._means[0], weight)  # every number of it was above the limit
     mean.add([weight * 1e30])
     assert mean.n_averaged == 4
+
+
+def test_below_a_negative_limit_not_even_zeros_are_folded_in():
+    weight, mean = torch.zeros(9000), torch.ones(9000)
+    kernel = kernel_of([weight], [mean])
+    assert kernel.take([weight])
+    assert kernel.fold_fitting(0.25, [-1.0]) == [0.0] and torch.equal(mean, torch.ones(9000))
+    assert kernel.fold_fitting(0.25, [0.0]) == [0.0] and torch.equal(mean, torch.full((9000,), 0.75))
 
 
 @pytest.mark.parametrize("bad", [False, True])
