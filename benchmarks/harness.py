@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from rich import box
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -91,7 +92,7 @@ def verdict_table(found: Sequence[Verdict]) -> Table:
     table.add_column("")
     for verdict in found:
         table.add_row(
-            verdict.promise, f"{verdict.measured:.3f}", "holds" if verdict.holds else "DOES NOT HOLD"
+            escape(verdict.promise), f"{verdict.measured:.3f}", "holds" if verdict.holds else "DOES NOT HOLD"
         )
     return table
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import nn
@@ -80,17 +82,15 @@ def _prebuilt_lists(model: nn.Module) -> Averager:
     return Averager(lambda: lerp(average, live, 1 - DECAY), lambda: average)
 
 
-def _polyak_ema(model: nn.Module, check_finite: bool) -> Averager:
+def _polyak(model: nn.Module, scheme: str, check_finite: bool = True, fast: bool = False) -> Averager:
+    """``fast`` is with the loops of polyak[fast]; without them even where numba is installed."""
     import polyak
+    from polyak import _host_kernel
 
-    average = polyak.Average(model, polyak.EMA(decay=DECAY), check_finite=check_finite)
-    return Averager(average.update, lambda: list(average.named_tensors().values()))
-
-
-def _polyak_uniform(model: nn.Module) -> Averager:
-    import polyak
-
-    average = polyak.Average(model, polyak.Uniform())
+    with mock.patch.object(_host_kernel, "_LEAST_NUMEL", 0 if fast else sys.maxsize):
+        average = polyak.Average(model, scheme, check_finite=check_finite)
+    if fast and not _host_kernel.loops_are_ready(wait=True):
+        raise ModuleNotFoundError("No module named 'numba'", name="numba")
     return Averager(average.update, lambda: list(average.named_tensors().values()))
 
 
@@ -165,13 +165,16 @@ def _contenders() -> list[Contender]:
     ema = swa_utils.get_ema_multi_avg_fn(DECAY)
     swa = swa_utils.get_swa_multi_avg_fn()
     default = _torch_averaged_model
+    ours = f"ema:decay={DECAY}"
     return [
         Contender(LIMIT, "limit", _flat),
         Contender("flat aminmax, then lerp_", "reference", _flat_checked),
         Contender("foreach, lists built once", "reference", _prebuilt_lists, mixed=False),
-        Contender("polyak EMA", "polyak", partial(_polyak_ema, check_finite=False)),
-        Contender("polyak EMA, checked", "polyak", partial(_polyak_ema, check_finite=True)),
-        Contender("polyak Uniform, checked", "polyak", _polyak_uniform),
+        Contender("polyak EMA", "polyak", partial(_polyak, scheme=ours, check_finite=False)),
+        Contender("polyak EMA, checked", "polyak", partial(_polyak, scheme=ours)),
+        Contender("polyak Uniform, checked", "polyak", partial(_polyak, scheme="uniform")),
+        Contender("polyak[fast] EMA", "polyak", partial(_polyak, scheme=ours, check_finite=False, fast=True)),
+        Contender("polyak[fast] EMA, checked", "polyak", partial(_polyak, scheme=ours, fast=True)),
         Contender("ema-pytorch foreach", "peer", _ema_pytorch),
         Contender("timm ModelEmaV3", "peer", _timm),
         Contender("torch AveragedModel, EMA", "peer", partial(default, multi_avg_fn=ema), mixed=False),

@@ -7,7 +7,8 @@ one after the other, as where a process happens to lie in memory can change a ra
 medians and quartiles are those of all their rounds. On GPT-2 shapes that needs about 8 GB. Memory is measured in a
 fresh process for each. Run it on an idle machine: two threads that wait for each other are slowed tenfold by a third.
 The bf16 case averages a bf16 model in fp32; its limit is the flat ``lerp_`` of as many fp32 numbers. What looking for
-NaNs costs at least, torch's own ``aminmax`` before a ``lerp_`` of the same piece of flat memory, is a row of its own.
+NaNs costs at least without numba, torch's own ``aminmax`` before a ``lerp_`` of the same piece of flat memory, is a row
+of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from update_cost_report import Measurements, case_record, case_table, verdicts
 THREADS = 2
 LEAST_SECONDS = 0.02
 WARM_UP_UPDATES = 3
-DISTRIBUTIONS = ("polyak", "ema-pytorch", "timm", "torch-ema", "diffusers", "torchcontrib")
+DISTRIBUTIONS = ("polyak", "numba", "ema-pytorch", "timm", "torch-ema", "diffusers", "torchcontrib")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,17 @@
 """What every test shares."""
 
 import re
+import sys
 
 import torch
 
+from polyak import _host_kernel
+
 # The tensors of the tests are small: threads cost more than they bring, and the machine runs other things.
 torch.set_num_threads(1)
+
+# Nor do most of them need compiled loops, which each process would load; `devices.as_if_on("compiled")` uses them.
+_host_kernel._LEAST_NUMEL = sys.maxsize
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -1,4 +1,4 @@
-"""The ways of an accelerator, run on the host: the operations are the same ones, and a graph is a tape of them."""
+"""The ways to a mean, run on the host: those of an accelerator are the same operations, a graph is a tape of them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,28 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from polyak import _torch
+from polyak import _host_kernel, _torch
 
-DEVICES = ("host", "accelerator")
+DEVICES = ("host", "compiled", "accelerator")
 
 
 @contextmanager
 def as_if_on(device: str) -> Iterator[None]:
-    """CPU tensors that a mean is made of inside count as an accelerator's, unless the device is the host."""
+    """CPU tensors that a mean is made of inside count as an accelerator's; "compiled" is the host, with loops."""
     if device == "host":
         yield
+        return
+    if device == "compiled":
+        if not _host_kernel.loops_are_ready(wait=True):
+            pytest.skip("numba is not installed")
+        with mock.patch.multiple(_host_kernel, _LEAST_NUMEL=0, _LEAST_NUMEL_OF_A_THREAD=1000):
+            yield
         return
     with mock.patch.object(_torch, "on_host", lambda tensor: False):
         yield

@@ -664,7 +664,7 @@ def test_memory_is_one_copy_of_the_parameters():
 
 def test_repr_says_what_it_is():
     average = polyak.Average(mlp(), polyak.EMA(decay=0.5), every=2)
-    assert repr(average) == "Average(EMA(decay=0.5), start=0, every=2, n_averaged=0)"
+    assert repr(average) == "Average(EMA(decay=0.5), start=0, every=2, n_averaged=0, backend='torch')"
 
 
 # What `every` must not change.

@@ -24,6 +24,8 @@ LAYERS = [
         "_mean",
         "_device_mean",
         "_triton_mean",
+        "_host_kernel",
+        "_host_loops",
         "_batches",
         "_module",
         "_swap",

@@ -104,7 +104,7 @@ def test_an_average_follows_one_and_its_state_names_it(own):
     assert half["scheme"] == "fading:3"
     resumed = averaged(own.Fading(3.0), values[5:], half)
     assert torch.equal(resumed.named_tensors()["weight"], whole.named_tensors()["weight"])
-    assert repr(resumed) == "Average(Fading(3.0), start=0, every=1, n_averaged=8)"
+    assert repr(resumed) == "Average(Fading(3.0), start=0, every=1, n_averaged=8, backend='torch')"
     with pytest.raises(
         polyak.errors.StateError, match="saved with scheme='fading:3', but this has scheme='steep:1'"
     ):

@@ -83,6 +83,11 @@ class DeviceMean:
         self._layouts = list(map(Tensor.stride, sources))
         self._folds = list(_folds(sources, self._means, self._residuals))
 
+    @property
+    def backend(self) -> str:
+        """ "triton" where its kernel folds any of the means, else "torch"."""
+        return "triton" if any(isinstance(fold, _KernelFold) for fold in self._folds) else "torch"
+
     def set(self, averaged: int, skipped: int, position: float, clock: float) -> None:
         """Set the counters, in place."""
         self.averaged.fill_(averaged)

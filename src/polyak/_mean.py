@@ -19,6 +19,7 @@ from torch import Tensor
 from polyak import _torch
 from polyak._batches import Batch, Tensors, allocate, are_mostly_small, lie_alike, plan_batches, with_sources
 from polyak._device_mean import DeviceMean, all_finite
+from polyak._host_kernel import HostKernel, loops_are_ready
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import Scheme
 
@@ -136,7 +137,12 @@ class Accumulator:
 
     def _plan_on_host(self, tensors: Sequence[Tensor]) -> None:
         self._come_over = not any(map(_torch.on_host, tensors))
-        self._batches = plan_batches(tensors, self._means, self.residuals)
+        batches = plan_batches(tensors, self._means, self.residuals)
+        # What compiled loops can take comes first, so that one number says where torch's operations begin.
+        self._kernel = HostKernel(tensors, self._means, () if self.compensated else batches)
+        covered = set(map(id, self._kernel.covered))
+        self._batches = [*self._kernel.covered, *(batch for batch in batches if id(batch) not in covered)]
+        self._n_compiled = 0  # of these in this update
         self._look_anew()
         # Where nothing is looked at or converted, whole tensors go into one call.
         self._gathers = are_mostly_small(self._means)
@@ -176,6 +182,13 @@ class Accumulator:
         if self._dtype is not None:
             return _complex_like(self._dtype) if tensor.is_complex() else self._dtype
         return mean_dtype(tensor.dtype)
+
+    @property
+    def backend(self) -> str:
+        """What folds samples in at present: "numba", "triton" or "torch"; where they share the work not the last."""
+        if isinstance(self._counts, DeviceMean):
+            return self._counts.backend
+        return "numba" if self._kernel.covered and loops_are_ready() else "torch"
 
     @property
     def n_averaged(self) -> int:
@@ -241,7 +254,8 @@ class Accumulator:
         """Look at all of the next sample before any of it is folded in."""
         if isinstance(self._counts, DeviceMean):
             return  # which always does
-        self._sizes = [0.0] * len(self._batches)  # of the last sources folded in: no element is larger
+        # Of the last sources folded in: no element is larger. Less than none, so that not even zeros are folded in.
+        self._sizes = [-1.0] * len(self._batches)
 
     @torch.no_grad()
     def add(self, tensors: Sequence[Tensor], position: float | None = None) -> None:
@@ -297,12 +311,13 @@ class Accumulator:
     # On the host.
 
     def _fold_in(self, tensors: Sequence[Tensor], coefficient: float) -> bool:
+        self._n_compiled = len(self._kernel.covered) if self._kernel.take(tensors) else 0
         if not self.check_finite:
             self._fold_all(tensors, coefficient)
             return True
-        # A sample that takes more than half leaves too little of the mean to undo; see _fold_while_finite. What
+        # A sample that takes half or more leaves too little of the mean to undo; see _fold_while_finite. What
         # comes from an accelerator is looked at there, so that it comes over once.
-        if coefficient > 0.5 or self._agree is not None or self._come_over:
+        if coefficient >= 0.5 or self._agree is not None or self._come_over:
             finite = self._all_finite(tensors)
             if finite:
                 self._fold_all(tensors, coefficient)
@@ -312,32 +327,52 @@ class Accumulator:
     def _fold_while_finite(self, tensors: Sequence[Tensor], coefficient: float) -> bool:
         """Check and fold batch by batch while each is in the cache: one trip to memory instead of two.
 
-        A batch that is not finite ends it, and the batches before are taken back by the inverse update
-        m -= c/(1-c) (w - m): to the rounding of the largest weight in a batch, and exactly where m = w. Where
-        a batch suddenly holds far larger weights, as in a divergence, that rounding would be large too, so the
-        whole sample is looked at before any more of it is folded in.
+        A batch is folded in at once if it holds no weights far larger than last time, as in a divergence. When all
+        were seen the others follow; or, where a number is not finite, what was folded in is taken back by the inverse
+        update m -= c/(1-c) (w - m): to the rounding of the largest weight in a batch, and exactly where m = w.
+        Compiled loops decide so for a few thousand numbers at a time, so that they take back others than torch's
+        operations do.
         """
-        sizes: list[float] = []
-        for batch, sources in with_sources(self._batches, tensors, owned=self.compensated):
-            sizes.append(_size(sources))
-            if not sizes[-1] <= _USUAL_GROWTH * self._sizes[len(sizes) - 1]:
-                break
-            self._fold(batch, sources, coefficient)
-        else:
-            self._sizes = sizes
-            return True
-        del sources  # and with them the memory that they were copied to
-        return self._fold_rest_if_finite(len(sizes) - 1, tensors, coefficient)
-
-    def _fold_rest_if_finite(self, n_folded: int, tensors: Sequence[Tensor], coefficient: float) -> bool:
-        sizes = self._sizes_of(tensors)
+        compiled = self._n_compiled
+        limits = [_USUAL_GROWTH * size for size in self._sizes]
+        sizes = self._kernel.fold_fitting(coefficient, limits[:compiled]) if compiled else []
+        further, folded, others = self._fold_fitting(tensors, coefficient, limits[compiled:])
+        sizes += further
         finite = all(map(math.isfinite, sizes))
         if finite:
-            self._fold_batches(self._batches[n_folded:], tensors, coefficient)
             self._sizes = sizes
+            self._fold_rest(others, tensors, coefficient)
         else:
-            self._fold_batches(self._batches[:n_folded], tensors, -coefficient / (1 - coefficient))
+            self._take_back(folded, tensors, coefficient)
         return finite
+
+    def _fold_fitting(
+        self, tensors: Sequence[Tensor], coefficient: float, limits: Sequence[float]
+    ) -> tuple[list[float], list[Batch], list[Batch]]:
+        """The size of each batch of torch's operations, those that were folded in, and those above their limit."""
+        sizes: list[float] = []
+        folded: list[Batch] = []
+        others: list[Batch] = []
+        for batch, sources in with_sources(
+            self._batches[self._n_compiled :], tensors, owned=self.compensated
+        ):
+            sizes.append(_size(sources))
+            if sizes[-1] <= limits[len(sizes) - 1]:
+                self._fold(batch, sources, coefficient)
+                folded.append(batch)
+            else:
+                others.append(batch)
+        return sizes, folded, others
+
+    def _fold_rest(self, batches: list[Batch], tensors: Sequence[Tensor], coefficient: float) -> None:
+        if self._n_compiled:
+            self._kernel.fold_rest(coefficient)
+        self._fold_batches(batches, tensors, coefficient)
+
+    def _take_back(self, batches: list[Batch], tensors: Sequence[Tensor], coefficient: float) -> None:
+        if self._n_compiled:
+            self._kernel.take_back(coefficient)
+        self._fold_batches(batches, tensors, -coefficient / (1 - coefficient))
 
     def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
         refused = self._refused_there(tensors) if self._come_over else self._refused_here(tensors)
@@ -358,14 +393,23 @@ class Accumulator:
         return torch.tensor(float(not finite))
 
     def _sizes_of(self, tensors: Sequence[Tensor]) -> list[float]:
-        return [_size(sources) for _, sources in with_sources(self._batches, tensors)]
+        compiled = self._kernel.sizes() if self._n_compiled else []
+        return compiled + [
+            _size(sources) for _, sources in with_sources(self._batches[self._n_compiled :], tensors)
+        ]
 
     def _fold_all(self, tensors: Sequence[Tensor], coefficient: float) -> None:
         if coefficient == 1:
             _torch.foreach_copy_(self._means, list(tensors))
             for residual in self.residuals:
                 residual.zero_()
-            return
+        elif self._n_compiled:
+            self._kernel.fold(coefficient)
+            self._fold_batches(self._batches[self._n_compiled :], tensors, coefficient)
+        else:
+            self._fold_by_operations(tensors, coefficient)
+
+    def _fold_by_operations(self, tensors: Sequence[Tensor], coefficient: float) -> None:
         if self._direct:
             _torch.foreach_lerp_(self._direct_means, [tensors[index] for index in self._direct], coefficient)
         self._fold_batches(self._others, tensors, coefficient)

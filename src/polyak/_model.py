@@ -100,6 +100,7 @@ class ModelTensors:
         self._held = list(self._walk())
         kinds = ("parameter", "buffer") if watch_buffers else ("parameter",)
         self._described = [e.tensor for e in self.values() if e.kind in kinds and _has_shape(e.tensor)]
+        self._layout = _torch.Layout(self._described)
         self._descriptions = [list(map(read, self._described)) for read in _DESCRIPTION]
         # What has an order in memory; the rest costs nothing, as where a model is a thousand vectors.
         self._matrices = [t for t in self._described if t.ndim > 1 and t.layout == torch.strided]
@@ -145,6 +146,8 @@ class ModelTensors:
         self.reshard()
         if not all(map(is_, self._walk(), self._held)):
             return True
+        if self._layout.is_surely_that_of(self._described):
+            return False
         return any(
             list(map(read, self._described)) != before
             for read, before in zip(_DESCRIPTION, self._descriptions, strict=True)

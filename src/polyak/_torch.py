@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import repeat, starmap
 from operator import attrgetter
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 __all__ = [
+    "Layout",
     "before_optimizer_steps",
     "buffers_of",
     "children_of",
@@ -163,6 +165,60 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
         return list(map(_version, tensors))
     except RuntimeError:
         return [-1 if tensor.is_inference() else _version(tensor) for tensor in tensors]
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    return tensor.stride() if tensor.layout == torch.strided else None
+
+
+_LAYOUT = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), _strides, Tensor.is_neg)
+
+
+@cache
+def _guards() -> Callable[..., Any] | None:
+    """What torch's compiler tells by, in one call, whether tensors are as they were; found by trying."""
+    try:
+        guards: Any = import_module("torch._C._dynamo.guards").TensorGuards
+        weight = torch.zeros(4, 2)
+        check = guards(weight, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        alike, others = torch.ones(4, 2), (torch.ones(3, 2), torch.ones(2, 4).t(), weight.double())
+        tells = check(alike) and not any(map(check, others))
+    except (AttributeError, ImportError, TypeError, RuntimeError):
+        return None
+    return guards if tells else None
+
+
+class Layout:
+    """How tensors lie in memory: their shapes, dtypes, devices and strides, to see whether others lie so too.
+
+    >>> layout = Layout([torch.zeros(2, 3)])
+    >>> layout.is_that_of([torch.ones(2, 3)]), layout.is_that_of([torch.ones(3, 2).t()])
+    (True, False)
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._described = [list(map(read, tensors)) for read in _LAYOUT]
+        self._check: Callable[..., bool] | None = None
+        if (guards := _guards()) is not None:
+            try:
+                self._check = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+            except (TypeError, RuntimeError):
+                self._check = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies tell by the descriptions: the compiler's guards cannot be copied."""
+        return self.__dict__ | {"_check": None}
+
+    def is_that_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors, as many as there were, lie as those did."""
+        return self.is_surely_that_of(tensors) or all(
+            list(map(read, tensors)) == before for read, before in zip(_LAYOUT, self._described, strict=True)
+        )
+
+    def is_surely_that_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether they do, as one quick call tells; it may also say no of some that do."""
+        # What the compiler looks at besides, such as whether a tensor needs gradients, says nothing of memory.
+        return self._check is not None and self._check(*tensors)
 
 
 # Devices

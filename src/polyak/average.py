@@ -204,6 +204,15 @@ class Average:
         """Whether the averaged weights are in the model."""
         return self._swap is not None and self._swap.active
 
+    @property
+    def backend(self) -> str:
+        """What takes the next sample in: "torch" by its operations; "numba" on the host, "triton" on accelerators.
+
+        numba comes with ``pip install 'polyak[fast]'``. Until its loops are compiled, which takes seconds where it is
+        not done yet and holds nothing up, this is "torch". Accepted samples give the same bits by either.
+        """
+        return self._accumulator.backend if self._accumulator else "torch"
+
     # Using the average.
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -415,7 +424,7 @@ class Average:
 
     def __repr__(self) -> str:
         schedule = f"start={self.start}, every={self.every}"
-        return f"Average({self.scheme!r}, {schedule}, n_averaged={self.n_averaged})"
+        return f"Average({self.scheme!r}, {schedule}, n_averaged={self.n_averaged}, backend={self.backend!r})"
 
     # How it works inside.
 
