@@ -159,7 +159,7 @@ def test_length_follows_the_pace(tmp_path: Path, caplog, monkeypatch) -> None:
         # 5 ms are a fiftieth of 250 steps of 1 ms each, and blocks grow by doubling.
         assert run.block_steps == 256
     assert "blocks of 256 optimizer steps, which take 0.256 s to train and 0.005 s to write" in caplog.text
-    assert polyak.Recorder(small_model(), tmp_path).block_steps == run.block_steps
+    assert polyak.Recorder(small_model(), tmp_path, resume=True).block_steps == run.block_steps
 
 
 def test_the_trainer_waits_for_one_block_in_flight(tmp_path: Path, monkeypatch) -> None:
@@ -204,7 +204,7 @@ def test_errors_of_the_writer_surface(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(CheckpointError, match="no space"):
         run.recorder.close()
     assert [str(block) for block in polyak.Trajectory(tmp_path).blocks] == ["(0, 2]", "(2, 4]"]
-    polyak.Recorder(run.model, tmp_path, block=2).close()
+    polyak.Recorder(run.model, tmp_path, block=2, resume=True).close()
 
 
 def test_models_that_come_later_or_change_dtype(tmp_path: Path) -> None:

@@ -376,8 +376,8 @@ class WarmupEMA(Scheme):
         return float(np.clip(np.floor(reached), 1, _FORGOTTEN))
 
     def _log_decay(self, n: Floats) -> Floats:
-        with np.errstate(divide="ignore"):
-            return np.maximum(np.log1p(-self.coefficient_between(n - 1, n)), -_FORGOTTEN)
+        """That of the decay of a sample after the first, as :meth:`_log_kept` adds it up."""
+        return np.clip(self._log_rising(n), _log(self.min_decay), _log(self.decay))
 
     def _log_kept(self, n: Floats, last: Floats) -> Floats:
         """ln F between two samples: a sum of ln d_k, part by part, so that nothing large cancels."""
