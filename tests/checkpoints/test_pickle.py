@@ -23,7 +23,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from polyak import checkpoints
-from polyak.checkpoints._pickle import HARMLESS, Record, _operations, stand_ins, unpickle
+from polyak.checkpoints._pickle import _PLAIN_NBYTES, HARMLESS, Record, _operations, stand_ins, unpickle
 from polyak.errors import CheckpointError, OptionError
 
 WEIGHT = torch.tensor([1.0, 2.0])
@@ -351,7 +351,7 @@ def test_operations_are_those_that_pickletools_finds(content, protocol, damage):
         expected = [ord(operation.code) for operation, _, _ in pickletools.genops(data)]
     except Exception:
         return  # pickletools also refuses arguments of which the unpickler is the judge
-    assert [code for code, _ in _operations(data)] == expected
+    assert [code for code, _ in _operations(data)] == [code for code in expected if code not in _PLAIN_NBYTES]
 
 
 @pytest.mark.parametrize("index", [b"p4000000000\n", b"r\xff\xff\xff\xf0"])

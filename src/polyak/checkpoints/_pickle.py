@@ -84,6 +84,12 @@ _TWO_LINES = frozenset(pickle.GLOBAL + pickle.INST)
 _MEMO_INDEX = frozenset(pickle.PUT + pickle.LONG_BINPUT)
 _STOP = ord(pickle.STOP)
 _EXTENSIONS = frozenset(pickle.EXT1 + pickle.EXT2 + pickle.EXT4)
+# Nothing of these has to be looked at: their arguments are numbers, of a fixed length.
+_PLAIN_NBYTES = {
+    code: nbytes
+    for code, nbytes in _ARGUMENT_NBYTES.items()
+    if nbytes >= 0 and code not in _MEMO_INDEX | _EXTENSIONS | {_STOP}
+}
 
 
 class ForbiddenName(pickle.UnpicklingError):
@@ -126,7 +132,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _operations(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Code and argument of each operation; what ``pickletools.genops`` finds, without what it makes of it.
+    """Code and argument of the operations that are not plain, which are told apart as ``pickletools.genops`` does.
 
     Raises ``LookupError`` or ``ValueError`` for damaged data.
     """
@@ -134,16 +140,18 @@ def _operations(data: bytes) -> Iterator[tuple[int, bytes]]:
     while code != _STOP:
         code = data[place]
         place += 1
+        if (nbytes := _PLAIN_NBYTES.get(code)) is not None:
+            place += nbytes
+            continue
         nbytes = _ARGUMENT_NBYTES[code]
+        start, end = place, place + nbytes
         if nbytes in _COUNT_NBYTES:
             start = place + _COUNT_NBYTES[nbytes]
             end = start + int.from_bytes(data[place:start], "little")
         elif nbytes == pickletools.UP_TO_NEWLINE:
-            start, end = place, data.index(b"\n", place) + 1
+            end = data.index(b"\n", place) + 1
             if code in _TWO_LINES:
                 end = data.index(b"\n", end) + 1
-        else:
-            start, end = place, place + nbytes
         yield code, data[start:end]
         place = end
 
