@@ -40,6 +40,7 @@ def test_lightning_trainer(run, tmp_path):
     assert checkpoints.open(tmp_path / "best.ckpt", key="current_model_state").tensors
 
 
+@pytest.mark.slow
 def test_transformers_trainer(run, tmp_path):
     said = losses(run("transformers_trainer.py"))
     assert said["averaged"] < said["live"]

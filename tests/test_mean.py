@@ -116,7 +116,7 @@ def test_bf16_model_with_a_slow_ema_does_not_stall():
     assert oracles.relative_error(mean.means[0], expected, target.double() - w.double()) <= 1e-3
 
 
-@pytest.mark.parametrize("n", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [30_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_a_long_uniform_mean_keeps_its_precision_when_compensated(n):
     """Plain fp32 is off by 0.38 of the movement after a million samples."""
     start, movement = 1.0, 0.01

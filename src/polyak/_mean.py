@@ -311,7 +311,8 @@ class Accumulator:
     # On the host.
 
     def _fold_in(self, tensors: Sequence[Tensor], coefficient: float) -> bool:
-        self._n_compiled = len(self._kernel.covered) if self._kernel.take(tensors) else 0
+        covered = self._kernel.covered
+        self._n_compiled = len(covered) if covered and self._kernel.take(tensors) else 0
         if not self.check_finite:
             self._fold_all(tensors, coefficient)
             return True

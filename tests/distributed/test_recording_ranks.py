@@ -455,7 +455,7 @@ def killed_by_rank(folder, rank):
         train(model, run, 9, after=9)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_loses_the_open_block_at_most(tmp_path, rank):
     with pytest.raises(AssertionError, match="failed"):
         run_on_ranks(killed_by_rank, str(tmp_path / "run"), rank, timeout_seconds=60)

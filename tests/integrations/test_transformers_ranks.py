@@ -177,6 +177,7 @@ def resumed_by_fsdp(folder):
     return results(trainer, averaging, recording)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_fsdp_of_accelerate_with_checkpoints_that_other_numbers_of_ranks_resume(tmp_path):
     (held, visited, whole), (other_held, _, other) = run_on_ranks(by_fsdp, str(tmp_path))
