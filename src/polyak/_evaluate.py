@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal
@@ -20,11 +21,12 @@ from polyak._checks import Difference
 from polyak._model import ModelTensors, NamedTensor, local
 from polyak._swap import Swap, modes, undoing
 from polyak.batchnorm import tracks_statistics, update_bn
-from polyak.errors import NotStartedError, OptionError, StructureError
+from polyak.errors import NotStartedError, OptionError, StructureError, name_list
 from polyak.trajectory import Trajectory
 
 __all__ = [
     "Mode",
+    "Prepare",
     "Score",
     "ScoreFunction",
     "apply_weights",
@@ -35,9 +37,12 @@ __all__ = [
     "matched",
     "paired_intervals",
     "read_score",
+    "refuse_incomplete",
     "refuse_no_trajectory",
     "refuse_one_pass",
     "refuse_unknown_mode",
+    "resolved_mode",
+    "simultaneous_intervals",
     "trial",
     "try_weights",
     "write_weights",
@@ -52,6 +57,7 @@ Floats = NDArray[np.float64]
 _MOST_GROUPS = 1024
 _RESAMPLES = 2000
 _SEED = 0
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,14 @@ class Score:
     """One result of ``score(model)``.
 
     ``value`` is the score. Where ``score`` gave a loss per example it is their mean, and ``group_sums`` [G]
-    are their sums over groups of ``group_sizes`` [G] neighbouring examples; otherwise both are None.
+    are their sums over groups of ``group_sizes`` [G] neighbouring examples; otherwise both are None. Of losses that
+    are all 0 or 1 ``counts`` says so: they may be errors, or right answers.
     """
 
     value: float
     group_sums: Floats | None = None
     group_sizes: Floats | None = None
+    counts: bool = False
 
     @property
     def stderr(self) -> float | None:
@@ -113,7 +121,8 @@ def read_score(result: object) -> Score:
     groups = min(len(losses), _MOST_GROUPS)
     starts = np.arange(groups) * len(losses) // groups
     sizes = np.diff(starts, append=len(losses)).astype(np.float64)
-    return Score(float(losses.mean()), np.add.reduceat(losses, starts), sizes)
+    counts = bool(np.isin(losses, (0, 1)).all())
+    return Score(float(losses.mean()), np.add.reduceat(losses, starts), sizes, counts)
 
 
 def paired_intervals(scores: Sequence[Score], baseline: Score) -> list[Interval | None]:
@@ -131,16 +140,74 @@ def paired_intervals(scores: Sequence[Score], baseline: Score) -> list[Interval 
     >>> paired_intervals([other], live)
     [Interval(low=-0.5, high=-0.5)]
     """
+    means = _resampled_differences(scores, baseline)
+    if means is None:
+        return [None for _ in scores]
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    return [Interval(*pair) for pair in zip(low.tolist(), high.tolist(), strict=True)]
+
+
+def simultaneous_intervals(
+    scores: Sequence[Score], baseline: Score, *others: Score
+) -> list[list[Interval | None]]:
+    """Intervals of each score minus ``baseline``, all of which hold at once with 95%; then the same minus each other.
+
+    With the paired differences d_c of C candidates, their bootstrap d_cb and its standard deviation s_c, the
+    interval is d_c ± q s_c, where q is the 95% quantile over b of max_c |d_cb - d_c| / s_c. So the best of many
+    candidates seems to beat the baseline, where none does, in 5% of cases at most, whichever way it was chosen from
+    among them. The intervals minus ``others`` have the same q.
+
+    Raises:
+        OptionError: scores of different numbers of examples.
+
+    Source: Westfall and Young 1993, Resampling-Based Multiple Testing; Romano and Wolf 2005.
+
+    >>> live, other = read_score([1.0, 2.0, 3.0]), read_score([0.5, 1.5, 2.5])
+    >>> simultaneous_intervals([live, other], live)
+    [[Interval(low=0.0, high=0.0), Interval(low=-0.5, high=-0.5)]]
+    """
+    factor, found = None, []
+    for against in (baseline, *others):
+        means = _resampled_differences(scores, against)
+        if means is None:
+            found.append([None for _ in scores])
+            continue
+        differences = np.array([score.value - against.value for score in scores])
+        errors = _standard_errors(means, scores, against)
+        if factor is None:
+            factor = _largest_deviation(means - differences, errors)
+        bounds = zip(differences - factor * errors, differences + factor * errors, strict=True)
+        found.append([Interval(float(low), float(high)) for low, high in bounds])
+    return found
+
+
+def _resampled_differences(scores: Sequence[Score], baseline: Score) -> Floats | None:
+    """The mean difference of each score to ``baseline`` in each resample, [B, C]; None for single numbers."""
     _refuse_other_examples(scores, baseline)
     if baseline.group_sums is None or baseline.group_sizes is None:
-        return [None for _ in scores]
+        return None
     differences = np.array([np.asarray(score.group_sums) - baseline.group_sums for score in scores])  # [C, G]
     times_drawn = _times_drawn(len(baseline.group_sums))  # [B, G]
     # A loss that is not finite makes its own candidate's interval NaN, and no other's.
     with np.errstate(invalid="ignore"):
-        means = times_drawn @ differences.T / (times_drawn @ baseline.group_sizes)[:, None]  # [B, C]
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    return [Interval(*pair) for pair in zip(low.tolist(), high.tolist(), strict=True)]
+        return times_drawn @ differences.T / (times_drawn @ baseline.group_sizes)[:, None]
+
+
+def _standard_errors(means: Floats, scores: Sequence[Score], baseline: Score) -> Floats:
+    """Of each mean difference, [C]; 0 where all that resamples differ by is rounding."""
+    groups = len(np.asarray(baseline.group_sums))
+    with np.errstate(invalid="ignore"):
+        errors = means.std(axis=0) * np.sqrt(groups / (groups - 1))
+    rounding = [_ROUNDING * (abs(score.value) + abs(baseline.value)) for score in scores]
+    return np.where(errors <= rounding, 0.0, errors)
+
+
+def _largest_deviation(deviations: Floats, errors: Floats) -> float:
+    """The 95% quantile over resamples [B, C] of the largest deviation of any candidate, in its standard errors."""
+    varying = np.isfinite(errors) & (errors > 0)
+    if not varying.any():
+        return 0.0
+    return float(np.quantile(np.abs(deviations[:, varying] / errors[varying]).max(axis=1), 0.95))
 
 
 def _times_drawn(groups: int) -> Floats:
@@ -270,6 +337,30 @@ def check_statistics(model: nn.Module, recalibrate: Iterable[Any] | None) -> Non
         )
 
 
+def refuse_incomplete(trajectory: Trajectory, model: nn.Module) -> None:
+    """Refuse (``StructureError``) averages that would be scored with tensors of whatever model they are put into.
+
+    Those are floating-point buffers that a state dict has, such as BatchNorm statistics, and frozen parameters where
+    some are held and some are not. What is trained and lacks is refused by :func:`matched`, which has more to say.
+    """
+    tensors = ModelTensors(model)
+    canonical = tensors.all_names()
+    held = {canonical.get(name, name) for name in trajectory.names}
+    needed = [e for e in tensors.values() if e.persistent and e.tensor.is_floating_point()]
+    lacking = [entry for entry in needed if entry.name not in held]
+    frozen = [e for e in needed if e.kind == "parameter" and not e.tensor.requires_grad]
+    if all(entry in lacking for entry in frozen):  # files of what was trained only, as adapters are
+        lacking = [entry for entry in lacking if entry not in frozen]
+    if lacking and not any(entry.tensor.requires_grad for entry in lacking):
+        raise StructureError(
+            f"the checkpoints lack {name_list([entry.name for entry in lacking])}, which would be scored as they happen "
+            "to be in the given model. Give checkpoints of the whole model; constants are registered with "
+            "persistent=False",
+            "; key= names another part of the files",
+            "; --key names another part of the files",
+        )
+
+
 def _buffers(model: nn.Module) -> list[Tensor]:
     return [entry.tensor for entry in ModelTensors(model).values() if entry.kind == "buffer"]
 
@@ -296,6 +387,7 @@ def matched(model: nn.Module, weights: Mapping[str, Tensor]) -> list[tuple[Named
 
 Mode = Literal["min", "max"]
 ScoreFunction = Callable[[nn.Module], object]
+Prepare = Callable[[nn.Module], nn.Module | None]
 
 
 def try_weights(
@@ -303,10 +395,12 @@ def try_weights(
     weights: Mapping[str, Tensor],
     score: ScoreFunction,
     recalibrate: Iterable[Any] | None = None,
+    prepare: Prepare | None = None,
 ) -> Score:
     """``score(model)`` in evaluation mode with ``weights`` in the model, which is as before afterwards.
 
-    Empty ``weights`` are those that the model has.
+    Empty ``weights`` are those that the model has. With ``prepare`` a copy of the model with these weights is scored,
+    as ``prepare(copy)`` returns it, or has changed it where it returns None.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = model.weight.data.fill_(3.0)
@@ -316,7 +410,24 @@ def try_weights(
     3.0
     """
     with trial(model, weights, recalibrate):
-        return read_score(score(model))
+        return read_score(score(model if prepare is None else _prepared(model, prepare)))
+
+
+def _prepared(model: nn.Module, prepare: Prepare) -> nn.Module:
+    try:
+        copy = deepcopy(model)
+    except Exception as error:
+        raise OptionError(
+            f"prepare is given a copy of the model, and this {type(model).__name__} cannot be copied: {error}"
+        ) from error
+    prepared = prepare(copy)
+    if prepared is None:
+        return copy
+    if not isinstance(prepared, nn.Module):
+        raise OptionError(
+            f"prepare must return a module, or None if it changed the one it was given, got {prepared!r}"
+        )
+    return prepared
 
 
 def badness(value: float, mode: Mode) -> float:
@@ -330,10 +441,32 @@ def badness(value: float, mode: Mode) -> float:
     return value if mode == "min" else -value
 
 
-def refuse_unknown_mode(mode: str) -> None:
-    """Refuse (``OptionError``) anything but ``"min"`` and ``"max"``."""
-    if mode not in ("min", "max"):
+def refuse_unknown_mode(mode: str | None) -> None:
+    """Refuse (``OptionError``) anything but ``"min"``, ``"max"`` and None, which :func:`resolved_mode` is for."""
+    if mode not in ("min", "max", None):
         raise OptionError(f"mode must be 'min' (a loss) or 'max' (an accuracy), got {mode!r}")
+
+
+def resolved_mode(mode: Mode | None, first: Score) -> Mode:
+    """``mode``, or "min" where the first score is a mean of losses.
+
+    Raises:
+        OptionError: ``mode`` is None and the score may as well be an accuracy: one number, or a mean of zeros and
+            ones.
+
+    >>> resolved_mode(None, read_score([0.2, 1.5])), resolved_mode("max", read_score(0.9))
+    ('min', 'max')
+    """
+    if mode is not None:
+        return mode
+    if first.group_sums is not None and not first.counts:
+        return "min"
+    what = "zeros and ones" if first.counts else f"one number, {first.value:.5g}"
+    raise OptionError(
+        f"score returned {what} for the first weights, and whether that is a loss or an accuracy cannot be told: ",
+        'give mode="min" if lower is better, or mode="max" if higher is',
+        "give --mode min if lower is better, or --mode max if higher is",
+    )
 
 
 def refuse_no_trajectory(given: object) -> None:

@@ -190,7 +190,6 @@ def _contents(
     trajectory: Trajectory, selection: Selection | None, line: PathScores | None, title: str
 ) -> dict[str, Any]:
     blocks = trajectory.blocks
-    candidates = [] if selection is None else selection.table
     best = None if selection is None else selection.best_average.profile
     explained = shown_profiles(trajectory, best)
     usable = trajectory.usable  # every block is compared with its checksum
@@ -211,7 +210,7 @@ def _contents(
         "damaged": trajectory.damaged,
         "selection": selection,
         "headings": _result.HEADINGS,
-        "rows": _result.as_rows(candidates),
+        "rows": [] if selection is None else _result.as_rows(selection, selection.table),
         "live": _result.LIVE,
         "selection_chart": None if selection is None else _picture("candidates", selection.plot()),
         "metric_charts": [_picture(name, figure) for name, figure in metric_charts(blocks)],

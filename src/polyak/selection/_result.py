@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HEADINGS",
     "LIVE",
+    "RECALIBRATED",
     "STALE_STATISTICS",
     "Candidate",
     "HoldoutCheck",
@@ -33,7 +34,9 @@ __all__ = [
 
 # A candidate's evidence, and all of it in words.
 
+# The live weights as the run ended, and with BatchNorm statistics recomputed as those of every average are.
 LIVE = "live"
+RECALIBRATED = "live, recalibrated"
 STALE_STATISTICS = (
     "These scores are not those the averages can have: the model has BatchNorm layers, whose statistics are of "
     "other weights. Give recalibrate the batches to recompute them from."
@@ -48,12 +51,15 @@ class Candidate:
     """One set of weights and how it scored.
 
     Attributes:
-        name: the profile as text, or ``live``.
+        name: the profile as text, ``live``, or ``live, recalibrated``.
         profile: what was averaged; None for the live weights.
         score: what ``score`` returned, or the mean of the losses that it returned.
         stderr: the standard error of that mean; None if ``score`` returned one number.
-        difference: the score minus that of the live weights.
-        low, high: the 95% paired bootstrap interval of the difference; None if ``score`` returned one number.
+        difference: the score minus that of the baseline, see :attr:`Selection.baseline`.
+        low, high: the interval of the difference, which holds for all candidates at once with 95%, so that the
+            best may be chosen by it; None if ``score`` returned one number.
+        tied: whether the best candidate is no better than this one beyond noise; None if ``score`` returned one
+            number.
         effective_samples: 1 / Σ a², of the weights a of the samples: how many equal ones do the same.
         warnings: what speaks against this profile on this run, in sentences.
     """
@@ -65,6 +71,7 @@ class Candidate:
     difference: float
     low: float | None
     high: float | None
+    tied: bool | None
     effective_samples: float
     warnings: tuple[str, ...] = ()
 
@@ -75,10 +82,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class HoldoutCheck:
-    """The best candidate and the live weights on other data: scores, their difference and its interval."""
+    """The best candidate and the baseline on other data: scores, their difference and its 95% interval.
+
+    Nothing was chosen on these data, so the interval is a plain one.
+    """
 
     best_score: float
-    live_score: float
+    baseline_score: float
     difference: float
     low: float | None
     high: float | None
@@ -86,29 +96,6 @@ class HoldoutCheck:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, as those of a candidate."""
         return {key: _plain(value) for key, value in asdict(self).items()}
-
-
-def verdict(
-    table: Sequence[Candidate],
-    live: Candidate,
-    mode: Mode,
-    holdout: HoldoutCheck | None,
-    caveats: Sequence[str] = (),
-) -> str:
-    """What the table, best candidate first, says about the live weights, as one paragraph after the caveats."""
-    best = table[0]
-    if math.isnan(best.score):
-        return "No candidate has a score that is a number: look at what score returns for the live weights first."
-    if best is live:
-        sentences = [
-            f"Keep the live weights: none of {len(table) - 1} averages scored better than their {live.score:.5g}."
-        ]
-    else:
-        sentences = [_against_live(best, mode), _chance(len(table), best, holdout)]
-        if holdout is not None:
-            sentences.append(_on_holdout(holdout, mode))
-    sentences += [f"Mind that {warning}." for warning in best.warnings]
-    return " ".join([*caveats, *sentences])
 
 
 def _plain(value: Any) -> Any:
@@ -120,42 +107,81 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _against_live(best: Candidate, mode: Mode) -> str:
-    if math.isnan(best.difference):
-        return f"{best.name} scores best, {best.score:.5g}; the score of the live weights is not a number."
-    side = "below" if mode == "min" else "above"
-    sentence = (
-        f"{best.name} scores best, {best.score:.5g}, {abs(best.difference):.3g} {side} the live weights"
+# The verdict: what the candidates say about the live weights, in sentences.
+
+
+def verdict(choice: Selection) -> list[str]:
+    """Whether an average beats the live weights, how surely, and whether a simpler one does as well."""
+    best = choice.best
+    if math.isnan(best.score):
+        return [
+            "No candidate has a score that is a number: look at what score returns for the live weights first."
+        ]
+    if best.profile is None:
+        sentences = [_kept(choice)]
+    else:
+        sentences = [_against_baseline(choice), _chance(choice)]
+        if choice.holdout is not None:
+            sentences.append(_on_holdout(choice.holdout, choice.mode))
+    simplest = choice.simplest
+    if simplest is not best:
+        sentences.insert(1, f"{_named(simplest)}, {simplest.score:.5g}, is as good within noise, and simpler.")
+    return [*sentences, *(f"Mind that {warning}." for warning in best.warnings)]
+
+
+def _kept(choice: Selection) -> str:
+    best, live = choice.best, choice.live
+    averages = sum(candidate.profile is not None for candidate in choice.table)
+    what = f"none of {averages} averages scored better than their {best.score:.5g} ({choice.better})"
+    if best is live:
+        return f"Keep the live weights: {what}."
+    return (
+        f"Keep the live weights, with recalibrated BatchNorm statistics: {what}; with those of the run's end they "
+        f"score {live.score:.5g}."
     )
+
+
+def _named(candidate: Candidate) -> str:
+    return {LIVE: "The live weights", RECALIBRATED: "The live weights, recalibrated"}.get(
+        candidate.name, candidate.name
+    )
+
+
+def _against_baseline(choice: Selection) -> str:
+    best, baseline = choice.best, choice.baseline
+    opening = f"{best.name} scores best, {best.score:.5g} ({choice.better})"
+    if math.isnan(best.difference):
+        return f"{opening}; the score of the live weights is not a number."
+    sentence = f"{opening}, {_size(best.difference)} {_named(baseline).replace('The', 'the', 1)}"
     if best.low is None or best.high is None:
         return (
-            f"{sentence}. Whether that is beyond noise cannot be told from one number for each: let score "
-            "return a tensor with one loss per example."
+            f"{sentence}. Whether that is beyond noise, and which simpler ones are as good, cannot be told from one "
+            "number for each: let score return a tensor with one loss per example."
         )
-    interval = _interval(best.low, best.high)
-    if _beyond_noise(best.low, best.high, mode):
-        return f"{sentence} ({interval}): beyond the noise of these examples."
-    return f"{sentence} ({interval}): not beyond the noise of these examples."
+    outcome = "beyond" if choice.beats_baseline else "not beyond"
+    return f"{sentence} ({_interval(best.low, best.high)}): {outcome} the noise of these examples."
 
 
-def _chance(candidates: int, best: Candidate, holdout: HoldoutCheck | None) -> str:
-    sentence = f"It is the best of {candidates} candidates"
-    if holdout is not None:
+def _chance(choice: Selection) -> str:
+    sentence = f"It is the best of {len(choice.table)} candidates"
+    if choice.best.low is not None:
+        sentence += ", which the interval allows for"
+    if choice.holdout is not None:
         return f"{sentence}."
-    what = "its score is" if best.low is None else "its score and interval are"
-    return f"{sentence}, so {what} optimistic: a holdout measures it on data it was not chosen on."
+    return f"{sentence}, but its score is optimistic: confirm it with a holdout, data it was not chosen on."
 
 
 def _on_holdout(holdout: HoldoutCheck, mode: Mode) -> str:
-    better = holdout.difference < 0 if mode == "min" else holdout.difference > 0
-    side = "below" if holdout.difference < 0 else "above"
-    size = f"{abs(holdout.difference):.3g} {side} the live weights"
+    size = f"{_size(holdout.difference)} the live weights"
     if holdout.low is None or holdout.high is None:
-        return f"On the holdout it is {'better' if better else 'no better'}: {size}."
-    interval = _interval(holdout.low, holdout.high)
-    if _beyond_noise(holdout.low, holdout.high, mode):
-        return f"The holdout confirms it: {size} ({interval})."
-    return f"The holdout does not confirm it: {size} ({interval})."
+        is_better = badness(holdout.difference, mode) < 0
+        return f"On the holdout it is {'better' if is_better else 'no better'}: {size}."
+    confirms = "confirms" if _beyond_noise(holdout.low, holdout.high, mode) else "does not confirm"
+    return f"The holdout {confirms} it: {size} ({_interval(holdout.low, holdout.high)})."
+
+
+def _size(difference: float) -> str:
+    return f"{abs(difference):.3g} {'above' if difference > 0 else 'below'}"
 
 
 def _interval(low: float, high: float) -> str:
@@ -166,18 +192,47 @@ def _beyond_noise(low: float, high: float, mode: Mode) -> bool:
     return high < 0 if mode == "min" else low > 0
 
 
+# Which of several candidates that are as good is the simplest.
+
+# Kinds of profiles by the length of the story that one has to tell of them. Those of the user's own come between
+# these and the last two.
+_SIMPLE_KINDS = ("uniform", "tail", "window", "ema", "warmup-ema", "decay", "power", "polynomial")
+_INTRICATE_KINDS = ("weights", "blend")
+
+
+def simplicity(profile: Profile | None) -> tuple[int, int]:
+    """A number of the profile's kind, and how many options it takes: simpler ones come first.
+
+    The live weights; then the plain mean of all or of the last part; then EMAs, decays, powers; then profiles of
+    one's own; then weights for each block, and blends. Of one kind those with fewer options.
+
+    >>> from polyak import EMA, Decay, Tail, Uniform
+    >>> sorted([Decay("sqrt", 0.4), EMA(half_life=100), Tail(0.4), Uniform(), None], key=simplicity)
+    [None, Uniform(), Tail(0.4), EMA(half_life=100), Decay('sqrt', 0.4)]
+    """
+    if profile is None:
+        return 0, 0
+    kind = 1 + len(_SIMPLE_KINDS)
+    if profile.name in _SIMPLE_KINDS:
+        kind = 1 + _SIMPLE_KINDS.index(profile.name)
+    elif profile.name in _INTRICATE_KINDS:
+        kind += 1 + _INTRICATE_KINDS.index(profile.name)
+    return kind, len(profile._words(repr))
+
+
 # Candidates as a table that people read down its columns.
 
 # A profile with a weight for each block has a name longer than the page.
 _MOST_NAME = 28
 _MOST_DECIMALS = 8
 
-HEADINGS = ("candidate", "score", "± error", f"minus {LIVE}", "95% interval", "samples")
+HEADINGS = ("candidate", "≈", "score", "± error", "difference", "95% interval", "samples")
 
 
-def as_rows(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
-    """The cells under ``HEADINGS``; the numbers of a column have as many decimals as each other."""
-    others = [candidate for candidate in candidates if candidate.profile is not None]
+def as_rows(choice: Selection, candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
+    """The cells under ``HEADINGS``, which ``choice.legend`` explains; the numbers of a column are equally long."""
+    baseline = choice.baseline
+    others = [candidate for candidate in candidates if candidate is not baseline]
     score = _form([c.score for c in candidates], 5)
     error = _form([c.stderr for c in candidates], 2)
     difference = _form([c.difference for c in others], 3, "+")
@@ -185,10 +240,11 @@ def as_rows(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
     return [
         (
             shortened(c.name),
+            "≈" if c.tied and c is not choice.best else "",
             f"{c.score:{score}}",
             "" if c.stderr is None else f"{c.stderr:{error}}",
-            "" if c.profile is None else f"{c.difference:{difference}}",
-            "" if c.profile is None or c.low is None else f"{c.low:{bound}} to {c.high:{bound}}",
+            "" if c is baseline else f"{c.difference:{difference}}",
+            "" if c is baseline or c.low is None else f"{c.low:{bound}} to {c.high:{bound}}",
             f"{c.effective_samples:.4g}",
         )
         for c in candidates
@@ -228,9 +284,10 @@ class Selection:
     Printing it shows the best ten, the live weights and the verdict. Made by :func:`polyak.select`.
 
     Attributes:
-        table: every :class:`Candidate`, best first; the live weights are the one named ``live``.
+        table: every :class:`Candidate`, best first; the live weights are the one named ``live`` and, where BatchNorm
+            statistics are recomputed, the one named ``live, recalibrated``.
         mode: "min" or "max", whichever scores are better.
-        holdout: the best and the live weights on data that nothing was chosen on, if that was asked for.
+        holdout: the best average and the baseline on data that nothing was chosen on, if that was asked for.
     """
 
     table: Sequence[Candidate]
@@ -252,18 +309,58 @@ class Selection:
 
     @property
     def live(self) -> Candidate:
-        """The live weights."""
+        """The live weights, as the run ended with them."""
+        return next(candidate for candidate in self.table if candidate.name == LIVE)
+
+    @property
+    def baseline(self) -> Candidate:
+        """What differences are stated against: the better of ``live`` and ``live, recalibrated``, by score."""
         return next(candidate for candidate in self.table if candidate.profile is None)
 
     @property
-    def verdict(self) -> str:
-        """Whether the best beats the live weights beyond noise, and how many it was the best of."""
+    def simplest(self) -> Candidate:
+        """The simplest of the candidates that the best does not beat beyond noise; the best itself at least.
+
+        Simplest are the live weights, then plain means (uniform, tail), then EMAs, decays, powers, profiles of one's
+        own, weights of blocks, and blends; of one kind those with fewer options, of these the one that scores best.
+        Of scores that are one number no noise is known, and it is the best.
+        """
+        return min((c for c in self.table if c.tied or c is self.best), key=lambda c: simplicity(c.profile))
+
+    @property
+    def beats_baseline(self) -> bool | None:
+        """Whether the best beats the baseline beyond noise, the choice allowed for; None where noise is not known."""
+        best = self.best
+        if best.low is None or best.high is None:
+            return None
+        return _beyond_noise(best.low, best.high, self.mode)
+
+    @property
+    def better(self) -> str:
+        """``lower is better`` or ``higher is better``."""
+        return "lower is better" if self.mode == "min" else "higher is better"
+
+    @property
+    def legend(self) -> str:
+        """How the table is to be read."""
+        parts = [self.better, f"differences are to {self.baseline.name}"]
+        if self.best.tied is not None:
+            parts.append("≈ is as good as the best within noise")
+        return "; ".join(parts)
+
+    @property
+    def caveats(self) -> list[str]:
+        """What speaks against these scores as a whole, in sentences."""
         caveats = {
             LIVE_IS_THE_MODEL: not self._trajectory.has_live,
             STALE_STATISTICS: self._recalibrate is None and tracks_statistics(self._model),
         }
-        holding = [caveat for caveat, holds in caveats.items() if holds]
-        return verdict(self.table, self.live, self.mode, self.holdout, holding)
+        return [caveat for caveat, holds in caveats.items() if holds]
+
+    @property
+    def verdict(self) -> str:
+        """Whether the best beats the live weights beyond noise, out of how many, and which simpler one is as good."""
+        return " ".join([*self.caveats, *verdict(self)])
 
     def weights(self) -> dict[str, Tensor]:
         """The best weights: name to tensor on the host, as :meth:`Trajectory.average` and ``live`` give them.
@@ -276,8 +373,8 @@ class Selection:
     def apply(self, model: nn.Module) -> None:
         """Put the best weights into ``model`` for good, BatchNorm statistics of an average recomputed if asked for.
 
-        If the live weights are the best, they are put in as the run ended with them; of a recording that was
-        not closed the model is left as it is.
+        If ``live`` is the best, the weights are put in as the run ended with them; of a recording that was not
+        closed the model keeps those it has. Those named ``live, recalibrated`` get recomputed statistics.
 
         Raises:
             StructureError: the weights do not fit the model, which is then as it was.
@@ -309,6 +406,9 @@ class Selection:
             "verdict": self.verdict,
             "mode": self.mode,
             "best": self.best.name,
+            "baseline": self.baseline.name,
+            "simplest": self.simplest.name,
+            "beats_baseline": self.beats_baseline,
             "holdout": None if self.holdout is None else self.holdout.to_dict(),
             "candidates": [candidate.to_dict() for candidate in self.table],
         }
@@ -320,15 +420,13 @@ class Selection:
             MissingExtraError: matplotlib is not installed.
         """
         dots = [_plots.Dot(shortened(c.name), c.difference, c.low, c.high) for c in self.table]
-        better = "lower" if self.mode == "min" else "higher"
-        return _plots.dot_chart(
-            "Candidates", f"score minus that of the live weights ({better} is better)", dots
-        )
+        label = f"score minus that of {self.baseline.name} ({self.better})"
+        return _plots.dot_chart("Candidates", label, dots)
 
     def __str__(self) -> str:
         first, *others = HEADINGS
-        rows = _terminal.table(first, *(f"#{heading}" for heading in others))
-        for row in as_rows(self._shown()):
+        rows = _terminal.table(first, *(f"#{heading}" for heading in others), title=self.legend)
+        for row in as_rows(self, self._shown()):
             rows.add_row(*row)
         return _terminal.as_text(rows, self.verdict)
 
@@ -338,15 +436,11 @@ class Selection:
     def _best(self) -> tuple[dict[str, Tensor], Iterable[Any] | None]:
         """The best weights, and the batches for statistics, which live weights have."""
         profile = self.best.profile
-        if profile is None:
-            return live_weights(self._trajectory), None
-        return self._trajectory.average(profile), self._recalibrate
+        recalibrate = None if self.best.name == LIVE else self._recalibrate
+        weights = live_weights(self._trajectory) if profile is None else self._trajectory.average(profile)
+        return weights, recalibrate
 
     def _shown(self) -> list[Candidate]:
-        top = list(self.table[:_ROWS_SHOWN])
-        return top if self.live in top else [*top, self.live]
-
-
-def ranked(candidates: Sequence[Candidate], mode: Mode) -> list[Candidate]:
-    """Best first; of equal scores the one that was tried first, so that nothing beats the live weights by a tie."""
-    return sorted(candidates, key=lambda candidate: badness(candidate.score, mode))
+        """The best few, the simplest that is as good, and the live weights."""
+        always = (self.simplest, *(c for c in self.table if c.profile is None))
+        return [c for at, c in enumerate(self.table) if at < _ROWS_SHOWN or c in always]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from polyak import _evaluate, _terminal
 from polyak._distributed import is_main_rank
 from polyak._evaluate import Mode, Score
 from polyak._mean import mean_dtype
+from polyak.batchnorm import tracks_statistics
 from polyak.errors import OptionError
 from polyak.profiles import Profile, Tail, Weights, as_profile, registered
 from polyak.profiles._base import rounded
-from polyak.selection._result import LIVE, Candidate, HoldoutCheck, Selection, ranked
+from polyak.selection._result import LIVE, RECALIBRATED, Candidate, HoldoutCheck, Selection, simplicity
 from polyak.trajectory import Explanation, Trajectory
 
 __all__ = ["averages", "coarse_grid", "fine_grid", "fold_in", "select"]
@@ -160,7 +161,28 @@ def fold_in(
 
 # `select`: every candidate average of a run, scored in the user's own model.
 
-Scores = dict[Profile | None, Score]
+# Of averages by their profile, of live weights by their name; live weights come first.
+Scores = dict[Profile | str, Score]
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """How the candidates of a run are scored in the user's model."""
+
+    trajectory: Trajectory
+    model: nn.Module
+    recalibrate: Iterable[Any] | None
+    prepare: _evaluate.Prepare | None
+
+    def live(self, name: str, score: _evaluate.ScoreFunction) -> Score:
+        """The score of the live weights of that name."""
+        recalibrate = self.recalibrate if name == RECALIBRATED else None
+        weights = _evaluate.live_weights(self.trajectory)
+        return _evaluate.try_weights(self.model, weights, score, recalibrate, self.prepare)
+
+    def average(self, weights: Mapping[str, Tensor], score: _evaluate.ScoreFunction) -> Score:
+        """The score of an average."""
+        return _evaluate.try_weights(self.model, weights, score, self.recalibrate, self.prepare)
 
 
 def select(
@@ -168,42 +190,53 @@ def select(
     model: nn.Module,
     *,
     score: _evaluate.ScoreFunction,
-    mode: Mode = "min",
+    mode: Mode | None = None,
     profiles: Iterable[Profile | str] | None = None,
     recalibrate: Iterable[Any] | None = None,
     holdout: _evaluate.ScoreFunction | None = None,
+    prepare: _evaluate.Prepare | None = None,
     progress: bool = True,
 ) -> Selection:
     """Score many averages of a run, and the live weights, and say which is best and how surely.
 
     The best is the best score, nothing else; the verdict says whether it differs from the live weights beyond
-    noise. With losses ℓ_i of N examples under a candidate and under the live weights, the paired difference is
-    d = (1/N) Σ (ℓ_i - ℓ_i^live), and its interval is the middle 95% of d over 2,000 resamples of the examples.
-    The best of many candidates looks better than it is: ``holdout`` scores it once more, on other data.
+    noise, and which simpler candidate is as good. With losses ℓ_i of N examples under a candidate and under the
+    live weights, the paired difference is d = (1/N) Σ (ℓ_i - ℓ_i^live). Its interval holds for all candidates at
+    once with 95%, over 2,000 resamples of the examples, so that the best may be chosen by it: where no average is
+    better, the verdict claims that one is in 5% of cases at most. The score of the best is optimistic all the same:
+    ``holdout`` scores it once more, on other data.
+
+    Where BatchNorm statistics are recomputed, that alone may help. So the live weights are scored with recomputed
+    statistics too, as ``live, recalibrated``, and differences are to the better of the two.
 
     Tails are built by one running pass over the blocks; memory is one average (a few, of a small model), a
-    backup of the live weights, and a block.
+    backup of the live weights, and a block; with ``prepare`` a copy of the model besides.
 
     Args:
-        trajectory: a recorded run, or a folder of checkpoints.
+        trajectory: a recorded run, or a folder of checkpoints, with all parameters and buffers of the model.
         model: takes the weights of each candidate, in evaluation mode and without gradients, while it is
             scored. Its own weights, modes and buffers are as before when this returns or raises. The candidate
             named ``live`` are the weights that the run ended with, see :meth:`Trajectory.live`; only of a
             recording that was not closed they are those in the model.
         score: ``score(model)`` returns a number, or a tensor of shape [N] with one loss per example, always
             of the same examples in the same order.
-        mode: "min" if lower scores are better, "max" if higher ones are.
+        mode: "min" if lower scores are better, "max" if higher ones are; None: "min" for losses per example. A
+            single number, or zeros and ones, may be an accuracy and need it said.
         profiles: what to try, as profiles or as text; None: the ``candidates`` of every profile there is (tails,
             decays, EMAs and powers on a coarse grid, and those of your own), without those that the blocks cannot
             resolve, then a finer grid around the best average.
         recalibrate: batches that can be gone through many times, for :func:`polyak.update_bn` before each
-            average is scored. The live weights keep the statistics they have.
+            average is scored.
         holdout: like ``score``, on data that nothing is chosen on.
+        prepare: ``prepare(copy)`` is given a copy of the model with each candidate's weights, the live ones included,
+            and returns what is scored in its place, or None if it changed the copy: for weights that are shipped
+            quantised or pruned. What is chosen is applied and written as it was before that.
         progress: show a bar on stderr.
 
     Raises:
-        OptionError: an option is out of range, no profile can be tried, or scores cannot be used.
-        StructureError: the trajectory is that of another model.
+        OptionError: an option is out of range, ``mode`` is needed, no profile can be tried, or scores cannot be
+            used.
+        StructureError: the trajectory is that of another model, or lacks tensors of it.
         CheckpointError: a block or checkpoint is damaged; it is named.
         NotStartedError: the trajectory holds no block yet.
 
@@ -215,7 +248,7 @@ def select(
     ...     _ = model.weight.data.fill_(value)
     ...     run.update()
     >>> run.close()
-    >>> choice = polyak.select(run.trajectory, model, score=lambda m: (m.weight.item() - 2) ** 2,
+    >>> choice = polyak.select(run.trajectory, model, score=lambda m: (m.weight.item() - 2) ** 2, mode="min",
     ...                        profiles=["tail:0.4", "tail:0.8", "uniform"], progress=False)
     >>> choice.best.name, choice.best.score, choice.live.score
     ('tail:0.4', 0.0, 1.0)
@@ -227,26 +260,27 @@ def select(
     _evaluate.refuse_unknown_mode(mode)
     _evaluate.refuse_one_pass(recalibrate)
     _evaluate.refuse_no_trajectory(trajectory)
+    _evaluate.refuse_incomplete(trajectory, model)
     steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
     tried = _distinct(trajectory, coarse_grid(steps)) if profiles is None else _given(trajectory, profiles)
+    trials = _Trials(trajectory, model, recalibrate, prepare)
     with _terminal.progress_bar("candidates", shown=progress and is_main_rank()) as bar:
 
         def try_all(explained: Sequence[Explanation]) -> Scores:
-            scores: Scores = {}
-            for profile, weights in bar.over(averages(trajectory, explained), len(explained)):
-                scores[profile] = _evaluate.try_weights(model, weights, score, recalibrate)
-            return scores
+            found = bar.over(averages(trajectory, explained), len(explained))
+            return {profile: trials.average(weights, score) for profile, weights in found}
 
-        live = _evaluate.try_weights(model, _evaluate.live_weights(trajectory), score)
-        scores: Scores = {None: live} | try_all(tried)
+        scores: Scores = {LIVE: trials.live(LIVE, score)}
+        mode = _evaluate.resolved_mode(mode, scores[LIVE])
+        if recalibrate is not None and tracks_statistics(model):
+            scores[RECALIBRATED] = trials.live(RECALIBRATED, score)
+        scores |= try_all(tried)
         if profiles is None:
             near = _distinct(trajectory, fine_grid(_best_average(scores, mode), steps), known=tried)
             scores |= try_all(near)
             tried += near
-        table = ranked(_candidates(scores, {one.profile: one for one in tried}), mode)
-        check = None
-        if holdout is not None and table[0].profile is not None:
-            check = _check(trajectory, model, table[0].profile, holdout, recalibrate)
+        table = _ranked(scores, {one.profile: one for one in tried}, mode)
+        check = None if holdout is None else _check(trials, table, holdout)
     return Selection(table, mode, check, trajectory, model, recalibrate)
 
 
@@ -282,43 +316,54 @@ def _rounded_weights(explained: Explanation) -> tuple[float, ...]:
 
 
 def _best_average(scores: Scores, mode: Mode) -> Profile:
-    averages = [profile for profile in scores if profile is not None]
+    averages = [profile for profile in scores if isinstance(profile, Profile)]
     return min(averages, key=lambda profile: _evaluate.badness(scores[profile].value, mode))
 
 
-def _candidates(scores: Scores, explained: Mapping[Profile, Explanation]) -> list[Candidate]:
-    live = scores[None]
-    intervals = _evaluate.paired_intervals(list(scores.values()), live)
-    return [
-        Candidate(
-            name=LIVE if profile is None else str(profile),
-            profile=profile,
-            score=score.value,
-            stderr=score.stderr,
-            difference=score.value - live.value,
-            low=interval.low if interval else None,
-            high=interval.high if interval else None,
-            effective_samples=1.0 if profile is None else explained[profile].effective_samples,
-            warnings=() if profile is None else explained[profile].warnings,
+def _ranked(scores: Scores, explained: Mapping[Profile, Explanation], mode: Mode) -> list[Candidate]:
+    """Every candidate with its evidence, best first; of equal scores the simplest, so the live weights first."""
+
+    def rank(key: Profile | str) -> tuple[float, tuple[int, int]]:
+        profile = key if isinstance(key, Profile) else None
+        return _evaluate.badness(scores[key].value, mode), simplicity(profile)
+
+    keys = sorted(scores, key=rank)
+    best, baseline = scores[keys[0]], scores[next(key for key in keys if isinstance(key, str))]
+    to_baseline, to_best = _evaluate.simultaneous_intervals([scores[key] for key in keys], baseline, best)
+    candidates = []
+    for key, interval, behind in zip(keys, to_baseline, to_best, strict=True):
+        profile = key if isinstance(key, Profile) else None
+        candidates.append(
+            Candidate(
+                name=str(key),
+                profile=profile,
+                score=scores[key].value,
+                stderr=scores[key].stderr,
+                difference=scores[key].value - baseline.value,
+                low=interval.low if interval else None,
+                high=interval.high if interval else None,
+                tied=behind.low <= 0 <= behind.high if behind else None,
+                effective_samples=1.0 if profile is None else explained[profile].effective_samples,
+                warnings=() if profile is None else explained[profile].warnings,
+            )
         )
-        for (profile, score), interval in zip(scores.items(), intervals, strict=True)
-    ]
+    return candidates
 
 
 def _check(
-    trajectory: Trajectory,
-    model: nn.Module,
-    best: Profile,
-    holdout: _evaluate.ScoreFunction,
-    recalibrate: Iterable[Any] | None,
-) -> HoldoutCheck:
-    live = _evaluate.try_weights(model, _evaluate.live_weights(trajectory), holdout)
-    score = _evaluate.try_weights(model, trajectory.average(best), holdout, recalibrate)
-    (interval,) = _evaluate.paired_intervals([score], live)
+    trials: _Trials, table: Sequence[Candidate], holdout: _evaluate.ScoreFunction
+) -> HoldoutCheck | None:
+    """The best average and the baseline on the holdout; None where the live weights are the best."""
+    best, baseline = table[0], next(candidate for candidate in table if candidate.profile is None)
+    if best.profile is None:
+        return None
+    before = trials.live(baseline.name, holdout)
+    after = trials.average(trials.trajectory.average(best.profile), holdout)
+    (interval,) = _evaluate.paired_intervals([after], before)
     return HoldoutCheck(
-        best_score=score.value,
-        live_score=live.value,
-        difference=score.value - live.value,
+        best_score=after.value,
+        baseline_score=before.value,
+        difference=after.value - before.value,
         low=interval.low if interval else None,
         high=interval.high if interval else None,
     )

@@ -370,6 +370,12 @@ class Trajectory:
         )
 
     @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors of an average, averaged or not, tied ones under each name; raises as the next."""
+        layout = self._layout()
+        return frozenset({*layout.tensors, *layout.ties})
+
+    @property
     def average_bytes(self) -> int:
         """Bytes that an average takes in memory, tied tensors once.
 
@@ -377,15 +383,7 @@ class Trajectory:
             NotStartedError: there are no blocks yet.
             CheckpointError: none can be read.
         """
-        self._refuse_empty()
-        readable = [index for index, checkpoint in enumerate(self._inputs) if checkpoint is not None]
-        if not readable:
-            raise CheckpointError(
-                f"no block of {self._place} can be read: {next(iter(self.damaged.values()))}"
-            )
-        newest = [float(index == readable[-1]) for index in range(len(self))]
-        return sum(info.nbytes for info in self._assembly.layout(newest).tensors.values())
-
+        return sum(info.nbytes for info in self._layout().tensors.values())
     @property
     def has_live(self) -> bool:
         """Whether :meth:`live` has the weights that the run ended with: not while it is still being recorded."""
@@ -424,6 +422,16 @@ class Trajectory:
         return f"Trajectory({self._place!r}, {len(self.blocks)} blocks{reach})"
 
     # How it works inside.
+
+    def _layout(self) -> Layout:
+        """That of an average which the newest block that can be read counts in."""
+        self._refuse_empty()
+        readable = [index for index, checkpoint in enumerate(self._inputs) if checkpoint is not None]
+        if not readable:
+            raise CheckpointError(
+                f"no block of {self._place} can be read: {next(iter(self.damaged.values()))}"
+            )
+        return self._assembly.layout([float(index == readable[-1]) for index in range(len(self))])
 
     def _coefficients(self, profile: Profile | str) -> list[float]:
         self._refuse_empty()
