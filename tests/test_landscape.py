@@ -12,6 +12,7 @@ from polyak._evaluate import try_weights
 from polyak.errors import OptionError, StructureError
 
 QUIET = {"progress": False}
+LOWER = {"mode": "min", **QUIET}
 TWO = {"live": (0.0, 0.0), "averaged": (3.0, 4.0)}
 CORNERS = {"first": (1.0, -2.0), "second": (4.0, 2.0), "third": (-1.0, 3.0)}
 
@@ -48,7 +49,7 @@ def unchanged(model, before):
 
 def test_scores_along_a_line_are_those_of_the_weights_there():
     found = landscape.path(
-        pair_of_numbers(), weights_at(TWO), bowl, positions=np.linspace(-1, 2, 13).tolist(), **QUIET
+        pair_of_numbers(), weights_at(TWO), bowl, positions=np.linspace(-1, 2, 13).tolist(), **LOWER
     )
     expected = [(3 * t - 1) ** 2 + 10 * (4 * t + 2) ** 2 for t in found.positions]
     np.testing.assert_allclose(found.scores, expected, rtol=1e-6)
@@ -59,7 +60,7 @@ def test_scores_along_a_line_are_those_of_the_weights_there():
 def test_a_wall_between_two_valleys_is_a_barrier():
     ends = weights_at({"left": (-1.0, 0.0), "right": (1.0, 0.0)})
     double_well = lambda model: (model.weight[0, 0].item() ** 2 - 1) ** 2  # noqa: E731
-    found = landscape.path(pair_of_numbers(), ends, double_well, **QUIET)
+    found = landscape.path(pair_of_numbers(), ends, double_well, **LOWER)
     assert found.barrier == 1.0 and found.best in (0.0, 1.0)
     upside_down = landscape.path(pair_of_numbers(), ends, lambda m: -double_well(m), mode="max", **QUIET)
     assert (upside_down.barrier, upside_down.best) == (found.barrier, found.best)
@@ -70,7 +71,7 @@ def test_ends_are_the_weights_themselves_whatever_the_rounding():
     ends = {name: {"weight": torch.randn(1, 2) * 10.0**size} for name, size in (("a", 3), ("b", -4))}
     seen = []
     landscape.path(
-        pair_of_numbers(), ends, lambda m: seen.append(m.weight.clone()) or 0.0, positions=[0.5], **QUIET
+        pair_of_numbers(), ends, lambda m: seen.append(m.weight.clone()) or 0.0, positions=[0.5], **LOWER
     )
     assert torch.equal(seen[0], ends["a"]["weight"]) and torch.equal(seen[-1], ends["b"]["weight"])
 
@@ -80,7 +81,7 @@ def test_a_line_of_a_half_precision_model_is_worked_out_in_fp32():
     ends = {"a": {"weight": torch.tensor([[256.0, 0.0]])}, "b": {"weight": torch.tensor([[260.0, 0.0]])}}
     places = []
     landscape.path(
-        model, ends, lambda m: places.append(m.weight[0, 0].item()) or 0.0, positions=[0.5], **QUIET
+        model, ends, lambda m: places.append(m.weight[0, 0].item()) or 0.0, positions=[0.5], **LOWER
     )
     assert places == [256.0, 258.0, 260.0]
 
@@ -90,7 +91,7 @@ def test_ends_with_batchnorm_score_as_they_do_alone():
     ends = {"a": state_of(network(1)), "b": state_of(network(2))}
     loss = lambda m: m(data).square().mean(dim=1)  # noqa: E731
     before = state_of(model)
-    found = landscape.path(model, ends, loss, positions=[0.5], recalibrate=[data], **QUIET)
+    found = landscape.path(model, ends, loss, positions=[0.5], recalibrate=[data], **LOWER)
     alone = [try_weights(model, weights, loss, [data]).value for weights in ends.values()]
     assert [found.scores[0], found.scores[-1]] == alone
     assert unchanged(model, before) and model.training
@@ -99,7 +100,7 @@ def test_ends_with_batchnorm_score_as_they_do_alone():
 def test_stale_batchnorm_statistics_are_warned_of():
     ends = {"a": state_of(network(1)), "b": state_of(network(2))}
     with pytest.warns(UserWarning, match="BatchNorm layers, whose statistics do not fit"):
-        landscape.path(network(), ends, lambda m: 0.0, positions=[], **QUIET)
+        landscape.path(network(), ends, lambda m: 0.0, positions=[], **LOWER)
 
 
 def test_a_mask_of_infinities_is_no_reason_for_nan():
@@ -111,13 +112,13 @@ def test_a_mask_of_infinities_is_no_reason_for_nan():
     score = lambda m: (m.weight + m.mask).softmax(dim=1).square().mean()  # noqa: E731
     weights = {name: state_of(masked()) for name in ("a", "b", "c")}
     three = landscape.plane(masked(), weights, score, size=2, **QUIET)
-    two = landscape.path(masked(), {name: weights[name] for name in "ab"}, score, **QUIET)
+    two = landscape.path(masked(), {name: weights[name] for name in "ab"}, score, **LOWER)
     assert np.isfinite([*two.scores, *np.ravel(three.scores)]).all() and math.isfinite(two.barrier)
 
 
 def test_an_end_that_is_broken_breaks_no_other_and_is_no_basin():
     ends = weights_at({"broken": (math.inf, 1.0), "whole": (1.0, -2.0)})
-    found = landscape.path(pair_of_numbers(), ends, bowl, positions=[0.5], **QUIET)
+    found = landscape.path(pair_of_numbers(), ends, bowl, positions=[0.5], **LOWER)
     assert found.scores[-1] == 0.0 and found.best == 1.0
     assert math.isnan(found.barrier) and "no barrier to speak of" in str(found)
 
@@ -133,12 +134,12 @@ def test_an_end_that_is_broken_breaks_no_other_and_is_no_basin():
 )
 def test_where_the_best_score_lies_is_said_in_words(optimum, words):
     ends = weights_at({"live": (0.0, 0.0), "averaged": (1.0, 0.0)})
-    found = landscape.path(pair_of_numbers(), ends, lambda m: (m.weight[0, 0] - optimum) ** 2, **QUIET)
+    found = landscape.path(pair_of_numbers(), ends, lambda m: (m.weight[0, 0] - optimum) ** 2, **LOWER)
     assert words in str(found)
 
 
 def test_of_equal_scores_the_end_is_best():
-    assert landscape.path(pair_of_numbers(), weights_at(TWO), lambda m: 1.0, **QUIET).best == 1.0
+    assert landscape.path(pair_of_numbers(), weights_at(TWO), lambda m: 1.0, **LOWER).best == 1.0
 
 
 @pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
@@ -154,7 +155,7 @@ def test_state_dicts_of_wrapped_models_are_weights_too(wrap):
     wrapped = wrap(model)
     other = {"weight": torch.zeros(1, 2)}
     found = landscape.path(
-        wrapped, {"own": wrapped.state_dict(), "other": other}, lambda m: model.weight.sum(), **QUIET
+        wrapped, {"own": wrapped.state_dict(), "other": other}, lambda m: model.weight.sum(), **LOWER
     )
     assert found.scores[-1] != found.scores[found.positions.index(1.0)] == 0.0
 
@@ -163,7 +164,7 @@ def test_tied_weights_move_together_and_count_once():
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight
     ends = {name: {"0.weight": torch.full((2, 2), value)} for name, value in (("a", 0.0), ("b", 1.0))}
-    found = landscape.path(model, ends, lambda m: m[1].weight.sum(), positions=[0.5], **QUIET)
+    found = landscape.path(model, ends, lambda m: m[1].weight.sum(), positions=[0.5], **LOWER)
     assert found.scores == (0.0, 2.0, 4.0) and found.distance == pytest.approx(2.0)
 
 
@@ -176,7 +177,7 @@ def test_the_models_own_weights_may_be_an_end():
         lambda m: m[0].weight.sum(),
         positions=[0.5],
         recalibrate=[torch.randn(8, 3)],
-        **QUIET,
+        **LOWER,
     )
     ends = before["0.weight"].sum().item(), network(1)[0].weight.sum().item()
     assert found.scores == pytest.approx([ends[0], sum(ends) / 2, ends[1]], abs=1e-5)
@@ -240,7 +241,7 @@ def test_rays_of_a_round_bowl_rise_with_the_square_of_the_radius():
     centre = torch.tensor([[3.0, 4.0]])
     around = lambda m: (m.weight - centre).square().sum()  # noqa: E731
     found = landscape.rays(
-        pair_of_numbers(), {"centre": {"weight": centre}}, around, radii=[0.1, 0.2], directions=5, **QUIET
+        pair_of_numbers(), {"centre": {"weight": centre}}, around, radii=[0.1, 0.2], directions=5, **LOWER
     )
     np.testing.assert_allclose(found.rise("centre"), [[0.25, 1.0]] * 5, rtol=1e-5)
 
@@ -252,7 +253,7 @@ def test_a_rescaled_network_is_as_wide_as_before():
     # The same function: what a layer gains the next one loses.
     other = {"0.weight": one["0.weight"] * 16, "2.weight": one["2.weight"] / 16}
     data = torch.randn(64, 3)
-    found = landscape.rays(model, {"one": one, "other": other}, lambda m: m(data).square().mean(), **QUIET)
+    found = landscape.rays(model, {"one": one, "other": other}, lambda m: m(data).square().mean(), **LOWER)
     np.testing.assert_allclose(found.rise("one"), found.rise("other"), rtol=1e-4, atol=1e-6)
 
 
@@ -266,13 +267,13 @@ def test_directions_are_the_same_in_every_precision():
         return 0.0
 
     weights = {"single": {"weight": centre}, "double": {"weight": centre.double()}}
-    landscape.rays(model, weights, look, directions=1, radii=[0.5], **QUIET)
+    landscape.rays(model, weights, look, directions=1, radii=[0.5], **LOWER)
     torch.testing.assert_close(seen[1], seen[3], rtol=1e-5, atol=1e-6)
 
 
 def test_accuracies_fall_where_losses_rise():
     centres = weights_at({"centre": (1.0, 2.0)})
-    losses = landscape.rays(pair_of_numbers(), centres, bowl, **QUIET)
+    losses = landscape.rays(pair_of_numbers(), centres, bowl, **LOWER)
     gains = landscape.rays(pair_of_numbers(), centres, lambda m: -bowl(m), mode="max", **QUIET)
     np.testing.assert_array_equal(losses.rise("centre"), gains.rise("centre"))
     with pytest.raises(OptionError, match="rays from centre, not from 'live'"):
@@ -301,14 +302,14 @@ def test_all_weights_may_be_moved_by_the_same_vectors():
 
     for size_of in (None, "long"):
         places = []
-        landscape.rays(pair_of_numbers(), centres, look, radii=[0.1], directions=1, size_of=size_of, **QUIET)
+        landscape.rays(pair_of_numbers(), centres, look, radii=[0.1], directions=1, size_of=size_of, **LOWER)
         moved[size_of] = [
             (there - centre).norm().item() for centre, there in zip(places[::2], places[1::2], strict=True)
         ]
     assert moved[None] == pytest.approx([5.0, 0.05], rel=1e-4)
     assert moved["long"] == pytest.approx([5.0, 5.0], rel=1e-4)
     with pytest.raises(OptionError, match="size_of must be one of long, short, got 'live'"):
-        landscape.rays(pair_of_numbers(), centres, look, size_of="live", **QUIET)
+        landscape.rays(pair_of_numbers(), centres, look, size_of="live", **LOWER)
 
 
 def test_vectors_and_frozen_parameters_stay_where_they_are():
@@ -322,7 +323,7 @@ def test_vectors_and_frozen_parameters_stay_where_they_are():
         return 0.0
 
     landscape.rays(
-        model, {"centre": centre}, look, directions=1, radii=[0.1], recalibrate=[torch.randn(8, 3)], **QUIET
+        model, {"centre": centre}, look, directions=1, radii=[0.1], recalibrate=[torch.randn(8, 3)], **LOWER
     )
     assert moved == [set(), {"0.weight"}]
 
@@ -330,14 +331,14 @@ def test_vectors_and_frozen_parameters_stay_where_they_are():
 def test_the_seed_decides_the_directions():
     def found(seed):
         centres = weights_at({"centre": (1.0, 2.0)})
-        return landscape.rays(pair_of_numbers(), centres, bowl, seed=seed, directions=3, **QUIET).scores
+        return landscape.rays(pair_of_numbers(), centres, bowl, seed=seed, directions=3, **LOWER).scores
 
     assert found(0) == found(0) != found(1)
 
 
 def test_two_rows_of_errors_and_rises_are_shown():
     centres = weights_at({"live": (1.0, 2.0), "averaged": (1.0, -2.0)})
-    found = landscape.rays(pair_of_numbers(), centres, bowl, radii=[0.5], **QUIET)
+    found = landscape.rays(pair_of_numbers(), centres, bowl, radii=[0.5], **LOWER)
     text = str(found)
     rise = found.rise("averaged")[:, 0]
     assert f"{rise.mean():+.4g} ± {rise.std(ddof=1) / math.sqrt(10):.2g}" in text
@@ -360,13 +361,13 @@ def test_another_number_of_weights_is_refused(look, names):
 
 def test_weights_without_names_are_refused():
     with pytest.raises(OptionError, match="names and their weights"):
-        landscape.rays(pair_of_numbers(), {"weight": torch.zeros(1, 2)}, bowl, **QUIET)
+        landscape.rays(pair_of_numbers(), {"weight": torch.zeros(1, 2)}, bowl, **LOWER)
 
 
 def test_weights_of_another_model_are_named():
     weights = weights_at(TWO) | {"averaged": {"weight": torch.zeros(3, 3)}}
     with pytest.raises(StructureError, match=r"weights\['averaged'\].*has 'weight' as"):
-        landscape.path(pair_of_numbers(), weights, bowl, **QUIET)
+        landscape.path(pair_of_numbers(), weights, bowl, **LOWER)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +395,7 @@ def test_options_out_of_range_are_refused(look, option, value, message):
 def test_a_model_of_vectors_has_no_rays():
     model = nn.LayerNorm(3)
     with pytest.raises(OptionError, match="no filters"):
-        landscape.rays(model, {"only": model.state_dict()}, lambda m: 0.0, **QUIET)
+        landscape.rays(model, {"only": model.state_dict()}, lambda m: 0.0, **LOWER)
 
 
 def test_every_finding_is_drawn_and_is_plain_values():
@@ -402,9 +403,9 @@ def test_every_finding_is_drawn_and_is_plain_values():
 
     model = pair_of_numbers()
     findings = [
-        landscape.path(model, weights_at(TWO), bowl, **QUIET),
+        landscape.path(model, weights_at(TWO), bowl, **LOWER),
         landscape.plane(model, weights_at(CORNERS), bowl, size=3, **QUIET),
-        landscape.rays(model, weights_at(TWO), bowl, **QUIET),
+        landscape.rays(model, weights_at(TWO), bowl, **LOWER),
     ]
     names = [{"live", "averaged"}, set(CORNERS), set()]
     for found, expected in zip(findings, names, strict=True):
@@ -416,14 +417,14 @@ def test_every_finding_is_drawn_and_is_plain_values():
 
 def test_radii_are_looked_at_once_each_in_order():
     found = landscape.rays(
-        pair_of_numbers(), weights_at(TWO), bowl, radii=[0.5, 0.1, 0.5], directions=1, **QUIET
+        pair_of_numbers(), weights_at(TWO), bowl, radii=[0.5, 0.1, 0.5], directions=1, **LOWER
     )
     assert found.radii == (0.1, 0.5) and len(found.scores["live"][0]) == 2
 
 
 def test_scores_that_are_not_finite_are_said_not_warned_of():
     beyond = lambda m: math.inf if m.weight.abs().sum() > 0 else 0.0  # noqa: E731
-    rays = landscape.rays(pair_of_numbers(), weights_at({"a": (1.0, 2.0)}), beyond, directions=2, **QUIET)
+    rays = landscape.rays(pair_of_numbers(), weights_at({"a": (1.0, 2.0)}), beyond, directions=2, **LOWER)
     assert np.isnan(rays.rise("a")).all() and "nan" in str(rays)
     plane = landscape.plane(pair_of_numbers(), weights_at(CORNERS), lambda m: math.nan, size=2, **QUIET)
     assert "4 have no finite score" in str(plane)
@@ -431,10 +432,10 @@ def test_scores_that_are_not_finite_are_said_not_warned_of():
 
 def test_names_are_no_markup_and_many_of_them_have_room():
     centres = weights_at(dict.fromkeys(("[/x]", "[red]a[/red]", "c", "d", "e"), (1.0, 2.0)))
-    found = landscape.rays(pair_of_numbers(), centres, bowl, radii=[0.5], directions=2, **QUIET)
+    found = landscape.rays(pair_of_numbers(), centres, bowl, radii=[0.5], directions=2, **LOWER)
     text = str(found)
     assert "[/x], rise ± error" in text and "[red]a[/red] rises less than [/x]" in text
     assert text.count("in 0 of 2 directions") == 4 and "…" not in text
     assert "its own filters" in text
-    same = landscape.rays(pair_of_numbers(), centres, bowl, directions=1, size_of="c", **QUIET)
+    same = landscape.rays(pair_of_numbers(), centres, bowl, directions=1, size_of="c", **LOWER)
     assert "the filters of c, for all" in str(same) and same.to_dict()["size_of"] == "c"

@@ -171,11 +171,12 @@ def test_select_tries_one_and_what_it_names(own, recorded):
     def score(model):
         return float((model[0].weight - target["0.weight"]).square().sum())
 
-    names = {c.name for c in polyak.select(trajectory, recorded.model, score=score, progress=False).table}
+    options = {"score": score, "mode": "min", "progress": False}
+    names = {c.name for c in polyak.select(trajectory, recorded.model, **options).table}
     assert {"hill:0.2", "hill:0.5", "hill:0.9"} < names
     assert len([name for name in names if name.startswith("hill:")]) == 7  # and finer ones around the best
     given = ["ramp:0.4", own.Ramp(0.5), "uniform"]
-    chosen = polyak.select(trajectory, recorded.model, score=score, profiles=given, progress=False)
+    chosen = polyak.select(trajectory, recorded.model, profiles=given, **options)
     assert {c.name for c in chosen.table} == {"live", "ramp:0.4", "ramp:0.5", "uniform"}
     assert chosen.best.name == "ramp:0.5"
     assert chosen.best.score == 0

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from polyak import _evaluate, _plots, _terminal
 from polyak._checks import whole_within, within
 from polyak._distributed import is_main_rank
-from polyak._evaluate import Mode, ScoreFunction
+from polyak._evaluate import Mode, Score, ScoreFunction
 from polyak._mean import mean_dtype
 from polyak._model import ModelTensors
 from polyak.checkpoints._tree import bare_names
@@ -116,11 +116,17 @@ def scores(
     score: ScoreFunction,
     recalibrate: Iterable[Any] | None,
     progress: bool,
-) -> Iterator[float]:
+) -> Iterator[Score]:
     """The score of each point, with the model as it was between them and afterwards."""
     with _terminal.progress_bar("weights", shown=progress and is_main_rank()) as bar:
         for point in bar.over(tried, total):
-            yield _evaluate.try_weights(model, point, score, recalibrate).value
+            yield _evaluate.try_weights(model, point, score, recalibrate)
+
+
+def directed(mode: Mode | None, found: Iterator[Score]) -> tuple[Mode, list[float]]:
+    """Which scores are better, known or refused once the first is there, and all of them."""
+    first = next(found)
+    return _evaluate.resolved_mode(mode, first), [first.value, *(score.value for score in found)]
 
 
 def numbers(option: str, values: Iterable[float]) -> list[float]:
@@ -236,7 +242,7 @@ def path(
     weights: Mapping[str, Mapping[str, Tensor]],
     score: ScoreFunction,
     *,
-    mode: Mode = "min",
+    mode: Mode | None = None,
     positions: Iterable[float] = _POSITIONS,
     recalibrate: Iterable[Any] | None = None,
     progress: bool = True,
@@ -250,7 +256,7 @@ def path(
             as before when this returns or raises.
         weights: two names with their weights, such as ``{"live": run.live(), "averaged": run.average(profile)}``.
         score: as for :func:`polyak.select`.
-        mode: "min" if lower scores are better, "max" if higher ones are.
+        mode: as for :func:`polyak.select`.
         positions: where to score; 0 and 1 always are.
         recalibrate: batches for :func:`polyak.update_bn` before each score, as no average has its own statistics.
         progress: show a bar on stderr.
@@ -262,7 +268,8 @@ def path(
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> ends = {"live": {"weight": torch.tensor([[0.0]])}, "averaged": {"weight": torch.tensor([[2.0]])}}
-    >>> found = path(model, ends, lambda m: (m.weight.item() - 2) ** 2, positions=[0.5, 1.5], progress=False)
+    >>> off = lambda m: (m.weight.item() - 2) ** 2
+    >>> found = path(model, ends, off, mode="min", positions=[0.5, 1.5], progress=False)
     >>> found.positions, found.scores, found.best, found.barrier
     ((0.0, 0.5, 1.0, 1.5), (4.0, 1.0, 0.0, 1.0), 1.0, 0.0)
     """
@@ -275,10 +282,11 @@ def path(
     moved = {name: difference(end[name], start[name]) for name in start}
     distance = math.sqrt(inner(model, moved, moved))
     del moved  # a whole model, which need not wait for the scores
+    mode, found = directed(mode, scores(model, tried, len(where), score, recalibrate, progress))
     return PathScores(
         names=(first, second),
         positions=tuple(where),
-        scores=tuple(scores(model, tried, len(where), score, recalibrate, progress)),
+        scores=tuple(found),
         distance=distance,
         mode=mode,
         recalibrated=recalibrate is not None,
@@ -397,7 +405,8 @@ def plane(
 
     places = dict(zip(weights, [(0.0, 0.0), (length, 0.0), (slant, height)], strict=True))
     tried = [*places.values(), *((right, up) for up in y for right in x)]
-    found = list(scores(model, (at(*place) for place in tried), len(tried), score, recalibrate, progress))
+    points_there = (at(*place) for place in tried)
+    found = [s.value for s in scores(model, points_there, len(tried), score, recalibrate, progress)]
     grid = np.reshape(found[3:], (size, size))
     return PlaneScores(
         places=places,
@@ -494,7 +503,7 @@ def rays(
     weights: Mapping[str, Mapping[str, Tensor]],
     score: ScoreFunction,
     *,
-    mode: Mode = "min",
+    mode: Mode | None = None,
     radii: Iterable[float] = _RADII,
     directions: int = 10,
     seed: int = 0,
@@ -517,7 +526,7 @@ def rays(
         model: as for :func:`polyak.landscape`.
         weights: names with their weights, such as ``{"live": run.live(), "averaged": run.average(profile)}``.
         score: as for :func:`polyak.select`.
-        mode: "min" if lower scores are better, "max" if higher ones are.
+        mode: as for :func:`polyak.select`.
         radii: distances, relative to the size of each filter; every one is scored in every direction.
         directions: how many.
         seed: of the draws, which are the same on every device.
@@ -537,7 +546,7 @@ def rays(
     >>> model = torch.nn.Linear(1, 2, bias=False)
     >>> centre = {"wide": {"weight": torch.tensor([[1.0], [2.0]])}}
     >>> centred = lambda m: ((m.weight - torch.tensor([[1.0], [2.0]])) ** 2).sum()
-    >>> found = rays(model, centre, centred, radii=[1.0, 2.0], directions=1, progress=False)
+    >>> found = rays(model, centre, centred, mode="min", radii=[1.0, 2.0], directions=1, progress=False)
     >>> found.centres["wide"], found.rise("wide").tolist()
     (0.0, [[5.0, 20.0]])
     """
@@ -560,9 +569,8 @@ def rays(
     )
     per_centre = 1 + directions * len(radii)
     total = per_centre * len(found)
-    rows = np.reshape(
-        list(scores(model, tried, total, score, recalibrate, progress)), (len(found), per_centre)
-    )
+    mode, values = directed(mode, scores(model, tried, total, score, recalibrate, progress))
+    rows = np.reshape(values, (len(found), per_centre))
     return RayScores(
         radii=tuple(radii),
         centres=dict(zip(weights, rows[:, 0].tolist(), strict=True)),

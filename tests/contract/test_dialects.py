@@ -216,7 +216,8 @@ def test_select_scores_whole_models_of_the_right_weights(run, tmp_path, capsys, 
     user_code = types.ModuleType("user_code")
     user_code.build, user_code.score = (lambda: Shaped(load_file(averaged))), score
     monkeypatch.setitem(sys.modules, "user_code", user_code)
-    options = ["--model", "user_code:build", "--score", "user_code:score", "--profiles", "uniform", "--json"]
+    options = ["--model", "user_code:build", "--score", "user_code:score", "--mode", "min"]
+    options += ["--profiles", "uniform", "--json"]
     code = main(["select", *run.inputs, *options])
     captured = capsys.readouterr()
     if run.expected.steps is None and code == 2:

@@ -165,6 +165,7 @@ def test_select_tries_it(profile, run):
         run,
         model,
         score=lambda m: (m.weight - target).abs().item(),
+        mode="min",
         profiles=[str(profile)],
         progress=False,
     )

@@ -100,6 +100,7 @@ def test_a_sharded_run_is_recorded_as_a_whole_one(tmp_path, poisoned):
         together,
         plain_model(),
         score=lambda m: m(torch.ones(1, 3)).sum(),
+        mode="min",
         recalibrate=[torch.randn(8, 3)],
         progress=False,
     )

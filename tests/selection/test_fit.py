@@ -110,6 +110,7 @@ def test_a_fit_brings_the_loss_down_and_select_takes_its_weights(tmp_path):
         walk.recorder.trajectory,
         walk.model,
         score=lambda m: loss(m, x).item(),
+        mode="min",
         profiles=["tail:0.2", fitted.profile],
         progress=False,
     )

@@ -57,7 +57,7 @@ class Losses:
 
 def select(recorded, **options):
     model, trajectory = recorded
-    return polyak.select(trajectory, model, **{"score": distance, "progress": False, **options})
+    return polyak.select(trajectory, model, **{"score": distance, "mode": "min", "progress": False, **options})
 
 
 def test_an_average_is_chosen_where_the_run_circles_and_the_model_is_as_before(recorded):
@@ -183,7 +183,7 @@ def test_candidates_that_these_blocks_cannot_tell_apart_are_tried_once(tmp_path)
         checkpoints.write(tmp_path / f"{step}.pt", {"weight": torch.ones(1, 1) * step})
     trajectory = Trajectory.from_checkpoints(sorted(tmp_path.glob("*.pt")))
     model = nn.Linear(1, 1, bias=False)
-    choice = polyak.select(trajectory, model, score=lambda m: m.weight.item(), progress=False)
+    choice = polyak.select(trajectory, model, score=lambda m: m.weight.item(), mode="min", progress=False)
     shares = [trajectory.explain(c.profile).coefficients[0] for c in choice.table if c.profile]
     assert len(set(np.round(shares, 9))) == len(shares)
 
@@ -234,7 +234,7 @@ def test_the_holdout_scores_the_best_and_the_live_weights_once_more(recorded):
     model, trajectory = recorded
     averaged = Line()
     averaged.weight.data.copy_(trajectory.average(choice.best.profile)["weight"])
-    assert choice.holdout.live_score == pytest.approx(holdout(model).mean().item())
+    assert choice.holdout.baseline_score == pytest.approx(holdout(model).mean().item())
     assert choice.holdout.best_score == pytest.approx(holdout(averaged).mean().item(), abs=1e-6)
     assert choice.holdout.low < choice.holdout.difference < choice.holdout.high < 0
     assert "The holdout confirms it" in choice.verdict and "optimistic" not in choice.verdict
@@ -250,7 +250,7 @@ def test_recalibration_gives_every_candidate_its_own_statistics(recorded):
     score = lambda m: means.append((m.weight.item(), m.norm.running_mean.item())) or distance(m)  # noqa: E731
     choice = select(recorded, score=score, recalibrate=[batch])
     live, *averages = means
-    assert live == (2.5, 0.0)
+    assert live == (2.5, 0.0) and averages[0] == (2.5, pytest.approx(2.5))  # the second is recalibrated
     assert all(mean == pytest.approx(weight) for weight, mean in averages)
     choice.apply(model)
     assert model.norm.running_mean.item() == pytest.approx(model.weight.item())
@@ -317,6 +317,7 @@ def test_a_decay_that_was_chosen_on_a_decayed_run_brings_its_warning(tmp_path):
         run.trajectory,
         model,
         score=lambda m: abs(m.weight.item() - 7),
+        mode="min",
         profiles=["decay:sqrt:0.8"],
         progress=False,
     )

@@ -58,11 +58,11 @@ def distance(model):
 def test_applied_and_written(paths, tmp_path):
     model = nn.Linear(1, 1, bias=False)
     before = model.weight.detach().clone()
-    made = polyak.soup(paths, model, distance)
+    made = polyak.soup(paths, model, distance, "min")
     assert torch.equal(model.weight, before)
     assert [path.name for path in made.ingredients] == ["2.pt", "1.pt"] and made.score == 0.25
     assert made.singles == dict(zip(paths, [7.0, 1.0, 0.5], strict=True))
-    assert str(made) == "soup of 2 of 3 checkpoints: score 0.25, the best single one 0.5"
+    assert str(made) == "soup of 2 of 3 checkpoints: score 0.25, the best single one 0.5 (lower is better)"
     made.write(tmp_path / "soup.safetensors")
     written = checkpoints.open(tmp_path / "soup.safetensors")
     assert written.read("weight").item() == 1.75 and written.metadata["polyak.soup"] == "2.pt, 1.pt"
@@ -74,7 +74,7 @@ def test_applied_and_written(paths, tmp_path):
 
 def test_what_does_not_make_it_worse_goes_in(tmp_path):
     paths = saved(tmp_path / "same", [3.0, 3.0, 3.0])
-    assert polyak.soup(paths, nn.Linear(1, 1, bias=False), distance).ingredients == paths
+    assert polyak.soup(paths, nn.Linear(1, 1, bias=False), distance, "min").ingredients == paths
 
 
 def test_losses_per_example_count_by_their_mean(paths):
@@ -94,12 +94,12 @@ def test_batchnorm_statistics_are_those_of_the_soup(tmp_path):
     def score(tried):
         return tried(batch).mean(0).abs().sum().item()  # 0 with the right statistics
 
-    made = polyak.soup(paths, model, score, recalibrate=[batch])
+    made = polyak.soup(paths, model, score, "min", recalibrate=[batch])
     assert max(made.singles.values()) < 1e-5 and made.score < 1e-5
     made.apply(model)
     assert score(model.eval()) < 1e-5
     assert str(made).startswith("soup of ")
-    assert str(polyak.soup(paths, model, score)).startswith(
+    assert str(polyak.soup(paths, model, score, "min")).startswith(
         "These scores are not those the averages can have"
     )
 

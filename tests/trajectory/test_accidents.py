@@ -45,6 +45,7 @@ def test_tied_weights_are_scored_as_they_are_averaged(tmp_path):
         model,
         profiles=["tail:0.5", "tail:1"],
         score=lambda m: m.a.weight.item(),
+        mode="min",
         progress=False,
     )
     assert {c.name: c.score for c in choice.table} == {"live": 8, "tail:0.5": 8, "tail:1": 4}
@@ -56,7 +57,7 @@ def test_tails_in_steps_and_in_samples_of_uneven_runs_are_scored_as_they_are_ave
     trajectory = polyak.Trajectory.from_checkpoints(sorted(tmp_path.glob("*.pt")))
     profiles = ["tail:steps=1000", "tail:0.5", "tail:0.9", "tail:1"]
     choice = polyak.select(
-        trajectory, line(), profiles=profiles, score=lambda m: m.weight.item(), progress=False
+        trajectory, line(), profiles=profiles, score=lambda m: m.weight.item(), mode="min", progress=False
     )
     for candidate in choice.table:
         if candidate.profile is not None:
@@ -75,6 +76,7 @@ def test_buffers_that_are_copied_are_scored_as_they_are_shipped(tmp_path):
         model,
         profiles=["tail:0.25", "tail:1"],
         score=lambda m: m[1].running_mean.item(),
+        mode="min",
         progress=False,
     )
     assert {c.score for c in choice.table} == {6.0}
@@ -115,7 +117,9 @@ def test_a_score_that_changes_the_live_weights_is_undone_and_said(tmp_path):
         return 1.0
 
     with pytest.warns(UserWarning, match="weights were changed"):
-        polyak.select(run.trajectory, model, score=score, profiles=["uniform"], progress=False)
+        polyak.select(
+            run.trajectory, model, score=score, mode="min", profiles=["uniform"], progress=False
+        )
     assert model.weight.item() == 2
 
 

@@ -32,7 +32,10 @@ class Mode(StrEnum):
     max = "max"
 
 
-ModeOption = Annotated[Mode, typer.Option(help="Whether lower or higher scores are better.")]
+ModeOption = Annotated[
+    Mode | None,
+    typer.Option(help="Whether lower or higher scores are better; needed unless score returns losses per example."),
+]
 ProfilesOption = Annotated[
     list[str] | None,
     typer.Option(help="What to try: 'tail:0.4 decay:sqrt:0.4'; may be repeated. By default a grid."),
@@ -50,7 +53,7 @@ class Questions:
 
     model: str
     score: str
-    mode: Mode = Mode.min
+    mode: Mode | None = None
     profiles: list[str] | None = None
     recalibrate: str | None = None
     holdout: str | None = None
@@ -81,7 +84,7 @@ def answered(trajectory: polyak.Trajectory, questions: Questions) -> Answers:
         trajectory,
         network,
         score=score,
-        mode=questions.mode.value,
+        mode=None if questions.mode is None else questions.mode.value,
         profiles=None if questions.profiles is None else " ".join(questions.profiles).split(),
         recalibrate=batches,
         holdout=holdout,
@@ -126,7 +129,7 @@ def select(
     score: Annotated[
         str, typer.Option(help="package.module:function that takes the model; see below what it returns.")
     ],
-    mode: ModeOption = Mode.min,
+    mode: ModeOption = None,
     profiles: ProfilesOption = None,
     recalibrate: RecalibrateOption = None,
     holdout: HoldoutOption = None,
@@ -189,9 +192,7 @@ def report(
     score: Annotated[
         str | None, typer.Option(help="package.module:function that scores it, as for polyak select.")
     ] = None,
-    mode: Annotated[
-        Mode | None, typer.Option(help="Whether lower or higher scores are better; lower by default.")
-    ] = None,
+    mode: ModeOption = None,
     profiles: ProfilesOption = None,
     recalibrate: RecalibrateOption = None,
     holdout: HoldoutOption = None,
@@ -227,7 +228,7 @@ def report(
     selection = line = None
     if model is not None and score is not None:
         answers = answered(
-            trajectory, Questions(model, score, mode or Mode.min, profiles, recalibrate, holdout)
+            trajectory, Questions(model, score, mode, profiles, recalibrate, holdout)
         )
         selection, line = answers.choice, _line(trajectory, answers)
     write_report(trajectory, output, selection=selection, line=line, title=title, overwrite=force)

@@ -30,11 +30,13 @@ class Soup:
         ingredients: the checkpoints in it, in the order in which they went in; the best single one first.
         score: of their mean; on the data it was chosen by, so optimistic.
         singles: checkpoint to its own score.
+        mode: "min" or "max", whichever scores are better.
     """
 
     ingredients: Sequence[Path]
     score: float
     singles: dict[Path, float]
+    mode: Mode
     _trajectory: Trajectory
     _model: nn.Module
     _recalibrate: Iterable[Any] | None
@@ -64,7 +66,7 @@ class Soup:
         best = self.singles[self.ingredients[0]]
         found = (
             f"soup of {len(self.ingredients)} of {len(self.singles)} checkpoints: score {self.score:.5g}, the best "
-            f"single one {best:.5g}"
+            f"single one {best:.5g} ({'lower' if self.mode == 'min' else 'higher'} is better)"
         )
         is_stale = self._recalibrate is None and tracks_statistics(self._model)
         return f"{STALE_STATISTICS} {found}" if is_stale else found
@@ -77,7 +79,7 @@ def soup(
     checkpoints: Iterable[str | PathLike[str]],
     model: nn.Module,
     score: ScoreFunction,
-    mode: Mode = "min",
+    mode: Mode | None = None,
     *,
     recalibrate: Iterable[Any] | None = None,
 ) -> Soup:
@@ -92,12 +94,13 @@ def soup(
             make sense they start from the same pre-trained weights.
         model: takes the weights for each trial, in evaluation mode; it is as before on return.
         score: ``score(model)``, a number or a tensor of losses per example, whose mean counts.
-        mode: "min" if lower scores are better, "max" if higher ones are.
+        mode: "min" if lower scores are better, "max" if higher ones are; None: "min" for losses per example. A
+            single number, or zeros and ones, may be an accuracy and need it said.
         recalibrate: batches for :func:`polyak.update_bn` before each trial.
 
     Raises:
-        OptionError: fewer than two checkpoints, one of them twice, or an unknown mode.
-        StructureError: a checkpoint does not fit the model.
+        OptionError: fewer than two checkpoints, one of them twice, an unknown mode, or none where it is needed.
+        StructureError: a checkpoint does not fit the model, or lacks tensors of it.
         CheckpointError: a file is damaged.
 
     Source: Wortsman et al. 2022, Model soups, arXiv:2203.05482, recipe 1.
@@ -108,7 +111,7 @@ def soup(
     >>> paths = [Path(folder.name) / f"{value}.pt" for value in (1, 3, 9)]
     >>> for value, path in zip((1.0, 3.0, 9.0), paths):
     ...     torch.save({"weight": torch.tensor([[value]])}, path)
-    >>> best = polyak.soup(paths, model, score=lambda model: abs(model.weight.item() - 2))
+    >>> best = polyak.soup(paths, model, score=lambda model: abs(model.weight.item() - 2), mode="min")
     >>> [path.name for path in best.ingredients], best.score
     (['1.pt', '3.pt'], 0.0)
     >>> folder.cleanup()
@@ -118,13 +121,17 @@ def soup(
     _evaluate.refuse_one_pass(recalibrate)
     trajectory = Trajectory.from_checkpoints(paths, steps=range(1, len(paths) + 1))
 
-    def tried(weights: dict[str, Tensor]) -> float:
-        return _evaluate.try_weights(model, weights, score, recalibrate).value
+    _evaluate.refuse_incomplete(trajectory, model)
+
+    def tried(weights: dict[str, Tensor]) -> _evaluate.Score:
+        return _evaluate.try_weights(model, weights, score, recalibrate)
 
     def alone(path: Path) -> dict[str, Tensor]:
         return trajectory.average(Weights([float(path == other) for other in paths]))
 
-    singles = {path: tried(alone(path)) for path in paths}
+    begin = tried(alone(paths[0]))
+    mode = _evaluate.resolved_mode(mode, begin)
+    singles = {paths[0]: begin.value} | {path: tried(alone(path)).value for path in paths[1:]}
     first, *others = sorted(paths, key=lambda path: _evaluate.badness(singles[path], mode))
     ingredients, best = [first], singles[first]
     mean: dict[str, Tensor] = {}
@@ -132,10 +139,10 @@ def soup(
     for path in others:
         wider = {name: tensor.clone() for name, tensor in mean.items()}
         fold_in(wider, alone(path), 1 / (len(ingredients) + 1), trajectory.averaged_names)
-        value = tried(wider)
+        value = tried(wider).value
         if _evaluate.badness(value, mode) <= _evaluate.badness(best, mode):
             ingredients, best, mean = [*ingredients, path], value, wider
-    return Soup(ingredients, best, singles, trajectory, model, recalibrate)
+    return Soup(ingredients, best, singles, mode, trajectory, model, recalibrate)
 
 
 def _checked(checkpoints: Iterable[str | PathLike[str]]) -> list[Path]:
