@@ -82,7 +82,9 @@ def test_the_table_and_the_verdict_are_printed(folder, capsys):
     assert main(["select", "ckpts", *arguments, "--holdout", "user_code:goodness"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert captured.out.splitlines()[0].split()[:2] == ["candidate", "score"]
+    legend, head, *_ = captured.out.splitlines()
+    assert legend == "Higher is better; differences are to live"
+    assert head.split()[:3] == ["candidate", "≈", "score"]
     assert "scores best" in captured.out and "On the holdout" in captured.out
 
 

@@ -125,7 +125,10 @@ def verdict(choice: Selection) -> list[str]:
             sentences.append(_on_holdout(choice.holdout, choice.mode))
     simplest = choice.simplest
     if simplest is not best:
-        sentences.insert(1, f"{_named(simplest)}, {simplest.score:.5g}, is as good within noise, and simpler.")
+        verb = "are" if simplest.profile is None else "is"
+        sentences.insert(
+            1, f"{_named(simplest)} ({simplest.score:.5g}) {verb} as good within noise, and simpler."
+        )
     return [*sentences, *(f"Mind that {warning}." for warning in best.warnings)]
 
 
@@ -343,9 +346,9 @@ class Selection:
     @property
     def legend(self) -> str:
         """How the table is to be read."""
-        parts = [self.better, f"differences are to {self.baseline.name}"]
+        parts = [self.better.capitalize(), f"differences are to {self.baseline.name}"]
         if self.best.tied is not None:
-            parts.append("≈ is as good as the best within noise")
+            parts.append("≈: as good as the best")
         return "; ".join(parts)
 
     @property
@@ -425,10 +428,10 @@ class Selection:
 
     def __str__(self) -> str:
         first, *others = HEADINGS
-        rows = _terminal.table(first, *(f"#{heading}" for heading in others), title=self.legend)
+        rows = _terminal.table(first, *(f"#{heading}" for heading in others))
         for row in as_rows(self, self._shown()):
             rows.add_row(*row)
-        return _terminal.as_text(rows, self.verdict)
+        return f"{self.legend}\n{_terminal.as_text(rows, self.verdict)}"
 
     def __repr__(self) -> str:
         return f"Selection(best={self.best.name!r}, candidates={len(self.table)})"
