@@ -52,6 +52,7 @@ evidence: $(VENV)/.dev
 	$(BIN)/python benchmarks/preview.py --output benchmarks/results/preview.json
 	$(BIN)/python benchmarks/valley.py --output benchmarks/results/valley.json
 	$(BIN)/python benchmarks/posterior.py --output benchmarks/results/posterior.json
+	$(BIN)/python benchmarks/quantised.py --output benchmarks/results/quantised.json
 	$(BIN)/python benchmarks/tables.py
 
 clean:

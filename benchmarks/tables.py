@@ -1,6 +1,7 @@
 """Write docs/results.md from the JSON files in benchmarks/results: `python benchmarks/tables.py`.
 
-Each section is one function of one file. A section whose file is not there says which command makes it.
+Each section is one function of one file. A section whose file is not there says which command makes it. One more is
+written into docs/choosing.md, between its two marks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "results.md"
+CHOOSING = ROOT / "docs" / "choosing.md"
+QUANTISED, END = "<!-- benchmarks/tables.py: quantised -->\n", "<!-- end -->\n"
 
 INTRODUCTION = """# Measured figures
 
@@ -377,6 +380,68 @@ def worth_of_preview(shares: dict[str, Any]) -> str:
     )
 
 
+def quantised(data: dict[str, Any]) -> str:
+    settings, bits = data["settings"], data["bits"]
+    full = bits["32"]["loss"]
+    rows = [(width, *(mean(entry["loss"][n]) for n in full)) for width, entry in bits.items()]
+    rises = [
+        (
+            width,
+            *(mean(entry["rise"][name]) for name in entry["rise"]),
+            difference(entry["rise_minus_live"]),
+            difference(entry["rise_minus_decayed"]),
+            difference(entry["quantised_minus_unquantised_choice"]),
+        )
+        for width, entry in bits.items()
+        if width != "32"
+    ]
+    heading = ("bits", *(f"rise, {name}" for name in next(iter(bits.values()))["loss"]))
+    return "\n\n".join(
+        (
+            f"`python benchmarks/quantised.py` (`quantised.json`): networks of two hidden layers on 8x8 digits, "
+            f"{settings['seeds']} seeds, test loss; weights are rounded to the nearest level of each output channel. "
+            f"The average is that which validation chose unquantised; the decayed run's rate falls to zero over its last "
+            f"{settings['decay']:.0%}.",
+            table(("bits", *full), rows),
+            "By how much the loss rises over that of the same weights unquantised, paired over seeds, and what it "
+            "brings to choose the average quantised:",
+            table(
+                (
+                    *heading,
+                    "average's rise minus live's",
+                    "minus the decayed run's",
+                    "chosen quantised minus not",
+                ),
+                rises,
+            ),
+            worth_of_quantised(bits),
+        )
+    )
+
+
+def worth_of_quantised(bits: dict[str, Any]) -> str:
+    """In words: at which widths the average's loss rises less, or more, and where choosing quantised pays."""
+    narrow = {width: entry for width, entry in bits.items() if width != "32"}
+
+    def widths(comparison: str, sign: int) -> str:
+        found = [
+            width
+            for width, entry in narrow.items()
+            if entry[comparison]["p_value"] < 0.05 and entry[comparison]["mean"] * sign > 0
+        ]
+        return f"{' and '.join(found)} bits" if found else "none"
+
+    sentences = [
+        f"its loss rises less than that of the {against} at: {widths(name, -1)}; more at: {widths(name, 1)}"
+        for against, name in (("live weights", "rise_minus_live"), ("decayed run", "rise_minus_decayed"))
+    ]
+    choice = "quantised_minus_unquantised_choice"
+    return (
+        f"What is significant (p < 0.05) of an average that was chosen unquantised: {'. '.join(sentences)}. "
+        f"Choosing quantised gives a lower loss at: {widths(choice, -1)}; a higher one at: {widths(choice, 1)}."
+    )
+
+
 def off_by(entry: dict[str, float]) -> str:
     return f"{entry['mean']:+.4f} ± {entry['stderr']:.4f}"
 
@@ -448,5 +513,14 @@ def section(title: str, file: str, command: str, write: Callable[[dict[str, Any]
     return f"\n## {title}\n\n`{command}` (`{file}`{where}). {write(data)}\n"
 
 
+def choosing() -> str:
+    """docs/choosing.md with the figures of quantised choices in their place."""
+    before, _, rest = CHOOSING.read_text().partition(QUANTISED)
+    after = rest.partition(END)[2]
+    figures = quantised(json.loads((RESULTS / "quantised.json").read_text()))
+    return f"{before}{QUANTISED}{figures}\n{END}{after}"
+
+
 if __name__ == "__main__":
     DOCUMENT.write_text(document())
+    CHOOSING.write_text(choosing())

@@ -47,6 +47,7 @@ def test_results_show_the_committed_figures(monkeypatch: pytest.MonkeyPatch) -> 
     import tables
 
     assert (ROOT / "docs" / "results.md").read_text() == tables.document(), "run python benchmarks/tables.py"
+    assert (ROOT / "docs" / "choosing.md").read_text() == tables.choosing(), "run python benchmarks/tables.py"
 
 
 PASTED = [ROOT / "docs" / "teacher.md"]  # whose code has no prompts, so that doctest passes over it

@@ -29,6 +29,15 @@ def test_choose_after_training(run, tmp_path):
     assert "0.weight" in checkpoints.open(tmp_path / "chosen.safetensors").tensors
 
 
+@pytest.mark.slow
+def test_quantised_choice():
+    command = [sys.executable, "-W", "error", EXAMPLES / "quantised_choice.py", "1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"^(\d) bits: \w+", result.stdout, re.M) == ["8", "4", "3"]
+    assert float(result.stdout.split("test loss ")[1].split()[0]) < 0.7
+
+
 def losses(said: str) -> dict[str, float]:
     """What follows "loss of the … weights"."""
     return {name: float(loss) for name, loss in re.findall(r"loss of the (\w+) weights +([\d.]+)", said)}

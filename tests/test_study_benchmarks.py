@@ -115,7 +115,34 @@ def test_a_short_study_of_previews_logs_all_losses_beside_runs_that_are_the_same
         assert outcome.loss("eval_loss") != constant.loss("eval_loss", outcome.job.steps)
 
 
-@pytest.mark.parametrize("name", ["valley", "posterior", "no_harm", "preview"])
+def test_rises_by_quantisation_are_paired_over_seeds(benchmark):
+    quantised = benchmark("quantised")
+
+    def seed(live, average, live_at_4, average_at_4, chosen_at_4):
+        full = {quantised.LIVE: live, quantised.DECAYED: live, quantised.AVERAGE: average}
+        narrow = {quantised.LIVE: live_at_4, quantised.DECAYED: live_at_4, quantised.AVERAGE: average_at_4}
+        return {quantised.FULL: full, "4": {**narrow, quantised.CHOSEN: chosen_at_4}}
+
+    found = quantised.summary([seed(2.0, 1.0, 2.5, 1.25, 1.0), seed(3.0, 1.5, 4.5, 2.25, 1.75)])["4"]
+    assert found["rise"][quantised.LIVE] == [0.5, 1.5] and found["rise"][quantised.AVERAGE] == [0.25, 0.75]
+    assert found["rise_minus_live"]["mean"] == pytest.approx(-0.5)
+    assert found["quantised_minus_unquantised_choice"]["mean"] == pytest.approx(-0.375)
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_quantised_weights_are_the_nearest_levels_of_their_channel(benchmark, bits):
+    layer = torch.nn.Linear(40, 5)
+    before = layer.weight.detach().double().clone()
+    benchmark("quantised").example.quantised(bits)(torch.nn.Sequential(layer))
+    for row, weights in zip(before, layer.weight.detach().double(), strict=True):
+        levels = (
+            row.abs().max() * torch.arange(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1)) / (2 ** (bits - 1) - 1)
+        )
+        nearest = levels[(row[:, None] - levels).abs().argmin(dim=1)]
+        torch.testing.assert_close(weights, nearest, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["valley", "posterior", "no_harm", "preview", "quantised"])
 def test_a_single_seed_is_refused(benchmark, name, capsys):
     with pytest.raises(SystemExit):
         benchmark(name).main(["--seeds", "1"])

@@ -33,6 +33,7 @@ __all__ = [
     "averaged",
     "badness",
     "check_statistics",
+    "lacks_frozen",
     "live_weights",
     "matched",
     "paired_intervals",
@@ -343,22 +344,38 @@ def refuse_incomplete(trajectory: Trajectory, model: nn.Module) -> None:
     Those are floating-point buffers that a state dict has, such as BatchNorm statistics, and frozen parameters where
     some are held and some are not. What is trained and lacks is refused by :func:`matched`, which has more to say.
     """
-    tensors = ModelTensors(model)
-    canonical = tensors.all_names()
-    held = {canonical.get(name, name) for name in trajectory.names}
-    needed = [e for e in tensors.values() if e.persistent and e.tensor.is_floating_point()]
-    lacking = [entry for entry in needed if entry.name not in held]
-    frozen = [e for e in needed if e.kind == "parameter" and not e.tensor.requires_grad]
-    if all(entry in lacking for entry in frozen):  # files of what was trained only, as adapters are
-        lacking = [entry for entry in lacking if entry not in frozen]
+    lacking = _lacking(trajectory, model)
+    if lacks_frozen(trajectory, model):
+        lacking = [entry for entry in lacking if not _is_frozen(entry)]
     if lacking and not any(entry.tensor.requires_grad for entry in lacking):
         raise StructureError(
-            f"the checkpoints lack {name_list([entry.name for entry in lacking])}, which would be scored as they happen "
-            "to be in the given model. Give checkpoints of the whole model; constants are registered with "
+            f"the checkpoints lack {name_list([entry.name for entry in lacking])}, which would be scored as they "
+            "happen to be in the given model. Give checkpoints of the whole model; constants are registered with "
             "persistent=False",
             "; key= names another part of the files",
             "; --key names another part of the files",
         )
+
+
+def lacks_frozen(trajectory: Trajectory, model: nn.Module) -> bool:
+    """Whether the trajectory has none of the model's frozen parameters, as where only what is trained is saved."""
+    frozen = [entry for entry in ModelTensors(model).values() if _is_frozen(entry)]
+    lacking = {entry.name for entry in _lacking(trajectory, model)}
+    return bool(frozen) and all(entry.name in lacking for entry in frozen)
+
+
+def _lacking(trajectory: Trajectory, model: nn.Module) -> list[NamedTensor]:
+    """The floating-point tensors of the model's state dict that averages have no value for."""
+    tensors = ModelTensors(model)
+    canonical = tensors.all_names()
+    held = {canonical.get(name, name) for name in trajectory.names}
+    return [
+        e for e in tensors.values() if e.persistent and e.tensor.is_floating_point() and e.name not in held
+    ]
+
+
+def _is_frozen(entry: NamedTensor) -> bool:
+    return entry.kind == "parameter" and not entry.tensor.requires_grad
 
 
 def _buffers(model: nn.Module) -> list[Tensor]:

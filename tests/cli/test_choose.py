@@ -115,6 +115,20 @@ def test_bad_input_is_one_line(folder, capsys, arguments, message):
     assert sorted(folder.rglob("*.safetensors")) == before
 
 
+def test_a_number_without_a_mode_is_refused_in_words_of_the_command(folder, capsys):
+    assert main(["select", "ckpts", "--model", "user_code:build", "--score", "user_code:goodness"]) == 2
+    assert "give --mode min if lower is better, or --mode max if higher is" in capsys.readouterr().err
+
+
+def test_candidates_are_prepared_by_a_function_of_the_user(folder, capsys):
+    (folder / "user_code.py").write_text(
+        MODULE + "\ndef rounded(model):\n    model.weight.div_(4).round_().mul_(4)\n"
+    )
+    found = chosen(capsys, "ckpts", "--prepare", "user_code:rounded", "--profiles", "uniform")
+    scores = {candidate["name"]: candidate["score"] for candidate in found["candidates"]}
+    assert scores == pytest.approx({"live": 2.25, "uniform": 2.25})  # 9 becomes 8, and 10.75 becomes 12
+
+
 def test_an_output_that_is_there_is_kept_unless_forced(folder, capsys):
     (folder / "best.pt").write_text("precious")
     assert main(["select", "ckpts", *USE, "-o", "best.pt"]) == 2

@@ -57,7 +57,9 @@ class Losses:
 
 def select(recorded, **options):
     model, trajectory = recorded
-    return polyak.select(trajectory, model, **{"score": distance, "mode": "min", "progress": False, **options})
+    return polyak.select(
+        trajectory, model, **{"score": distance, "mode": "min", "progress": False, **options}
+    )
 
 
 def test_an_average_is_chosen_where_the_run_circles_and_the_model_is_as_before(recorded):

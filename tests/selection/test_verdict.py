@@ -333,6 +333,7 @@ def test_files_of_what_was_trained_only_and_without_counters_are_scored(tmp_path
     score = lambda m: (m.head.weight.detach().flatten() - 2 + EXAMPLES).square()  # noqa: E731
     choice = select(trajectory, Deep(), score, recalibrate=None)
     assert choice.best.name == "uniform"
+    assert ("Frozen parameters are those of the given model" in choice.verdict) == (without == "base")
 
 
 def test_a_recording_holds_all_of_the_model(tmp_path):
@@ -362,6 +363,7 @@ def test_candidates_are_prepared_on_a_copy_before_they_are_scored(tmp_path, retu
             return other
         with torch.no_grad():
             copy.weight.round_()
+        return None
 
     choice = select(
         trajectory, model, off, ["uniform", "window:0,2"], holdout=off, prepare=rounded, mode="min"

@@ -117,9 +117,7 @@ def test_a_score_that_changes_the_live_weights_is_undone_and_said(tmp_path):
         return 1.0
 
     with pytest.warns(UserWarning, match="weights were changed"):
-        polyak.select(
-            run.trajectory, model, score=score, mode="min", profiles=["uniform"], progress=False
-        )
+        polyak.select(run.trajectory, model, score=score, mode="min", profiles=["uniform"], progress=False)
     assert model.weight.item() == 2
 
 

@@ -34,7 +34,9 @@ class Mode(StrEnum):
 
 ModeOption = Annotated[
     Mode | None,
-    typer.Option(help="Whether lower or higher scores are better; needed unless score returns losses per example."),
+    typer.Option(
+        help="Whether lower or higher scores are better; needed unless score returns losses per example."
+    ),
 ]
 ProfilesOption = Annotated[
     list[str] | None,
@@ -43,6 +45,12 @@ ProfilesOption = Annotated[
 RecalibrateOption = Annotated[
     str | None,
     typer.Option(help="package.module:function that returns batches for BatchNorm statistics."),
+]
+PrepareOption = Annotated[
+    str | None,
+    typer.Option(
+        help="package.module:function that is given a copy of the model with each candidate and quantises it, say."
+    ),
 ]
 HoldoutOption = Annotated[str | None, typer.Option(help="Like --score, on data that nothing is chosen on.")]
 
@@ -57,6 +65,7 @@ class Questions:
     profiles: list[str] | None = None
     recalibrate: str | None = None
     holdout: str | None = None
+    prepare: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ def answered(trajectory: polyak.Trajectory, questions: Questions) -> Answers:
 
     build, score = imported("--model", questions.model), imported("--score", questions.score)
     holdout = None if questions.holdout is None else imported("--holdout", questions.holdout)
+    prepare = None if questions.prepare is None else imported("--prepare", questions.prepare)
     recalibrate = questions.recalibrate
     batches = None if recalibrate is None else imported("--recalibrate", recalibrate)()
     network = built(questions.model, build)
@@ -88,6 +98,7 @@ def answered(trajectory: polyak.Trajectory, questions: Questions) -> Answers:
         profiles=None if questions.profiles is None else " ".join(questions.profiles).split(),
         recalibrate=batches,
         holdout=holdout,
+        prepare=prepare,
         progress=sys.stderr.isatty(),
     )
     return Answers(network, score, batches, choice)
@@ -133,6 +144,7 @@ def select(
     profiles: ProfilesOption = None,
     recalibrate: RecalibrateOption = None,
     holdout: HoldoutOption = None,
+    prepare: PrepareOption = None,
     key: KeyOption = None,
     steps: StepsOption = None,
     last: LastOption = None,
@@ -151,11 +163,14 @@ def select(
     polyak select ckpts/ --model my.model:build --score my.data:losses -o best.safetensors
     polyak select ckpts/ --model my.model:build --score my.data:losses --profiles 'tail:0.2 tail:0.4'
     polyak select ckpts/ --model my.model:build --score my.data:losses --recalibrate my.data:loader
+    polyak select ckpts/ --model my.model:build --score my.data:losses --holdout my.data:test_losses
+    polyak select run/ --model my.model:build --score my.data:losses --prepare my.model:quantise
 
-    The score function gets the model in evaluation mode and returns a number, or a tensor with one loss per
-    example: then every difference to the live weights comes with a paired interval. The live weights are the
-    newest checkpoint, or those that the recorder kept. Modules are looked for in the working directory too,
-    and run: this command executes your code, never code in a checkpoint.
+    The score function gets the model in evaluation mode and returns a tensor with one loss per example: then every
+    difference to the live weights comes with an interval, and what is as good but simpler is named. Or it returns
+    one number, with --mode saying which are better. The live weights are the newest checkpoint, or those that the
+    recorder kept; with --recalibrate they are tried with recomputed statistics too. Modules are looked for in the
+    working directory too, and run: this command executes your code, never code in a checkpoint.
     """
     from polyak.checkpoints._checkpoint import format_for
     from polyak.checkpoints._io import AtomicOutput
@@ -163,7 +178,7 @@ def select(
     if output is not None:
         format_for(output, None)
         AtomicOutput(output, overwrite=force)  # refused before anything is scored
-    questions = Questions(model, score, mode, profiles, recalibrate, holdout)
+    questions = Questions(model, score, mode, profiles, recalibrate, holdout, prepare)
     choice = answered(opened(inputs, HowToRead(key, steps, last, allow)), questions).choice
     if output is not None:
         choice.write(output, overwrite=force)
@@ -227,9 +242,7 @@ def report(
     trajectory = opened(inputs, HowToRead(key, steps, last, allow))
     selection = line = None
     if model is not None and score is not None:
-        answers = answered(
-            trajectory, Questions(model, score, mode, profiles, recalibrate, holdout)
-        )
+        answers = answered(trajectory, Questions(model, score, mode, profiles, recalibrate, holdout))
         selection, line = answers.choice, _line(trajectory, answers)
     write_report(trajectory, output, selection=selection, line=line, title=title, overwrite=force)
     if selection is not None:

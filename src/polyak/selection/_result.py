@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from polyak import _plots, _terminal
-from polyak._evaluate import Mode, apply_weights, badness, live_weights, write_weights
+from polyak._evaluate import Mode, apply_weights, badness, lacks_frozen, live_weights, write_weights
 from polyak.batchnorm import tracks_statistics
 from polyak.profiles import Profile
 from polyak.trajectory import Trajectory
@@ -40,6 +40,9 @@ RECALIBRATED = "live, recalibrated"
 STALE_STATISTICS = (
     "These scores are not those the averages can have: the model has BatchNorm layers, whose statistics are of "
     "other weights. Give recalibrate the batches to recompute them from."
+)
+FROZEN_ARE_THE_MODELS = (
+    "Frozen parameters are those of the given model, as the checkpoints have none of them."
 )
 LIVE_IS_THE_MODEL = (
     "Live are the weights in the model, as the trajectory was opened before its recorder was closed."
@@ -211,7 +214,7 @@ def simplicity(profile: Profile | None) -> tuple[int, int]:
 
     >>> from polyak import EMA, Decay, Tail, Uniform
     >>> sorted([Decay("sqrt", 0.4), EMA(half_life=100), Tail(0.4), Uniform(), None], key=simplicity)
-    [None, Uniform(), Tail(0.4), EMA(half_life=100), Decay('sqrt', 0.4)]
+    [None, Uniform(), Tail(0.4), EMA(half_life=100.0), Decay('sqrt', 0.4)]
     """
     if profile is None:
         return 0, 0
@@ -356,6 +359,7 @@ class Selection:
         """What speaks against these scores as a whole, in sentences."""
         caveats = {
             LIVE_IS_THE_MODEL: not self._trajectory.has_live,
+            FROZEN_ARE_THE_MODELS: lacks_frozen(self._trajectory, self._model),
             STALE_STATISTICS: self._recalibrate is None and tracks_statistics(self._model),
         }
         return [caveat for caveat, holds in caveats.items() if holds]

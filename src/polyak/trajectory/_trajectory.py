@@ -384,6 +384,7 @@ class Trajectory:
             CheckpointError: none can be read.
         """
         return sum(info.nbytes for info in self._layout().tensors.values())
+
     @property
     def has_live(self) -> bool:
         """Whether :meth:`live` has the weights that the run ended with: not while it is still being recorded."""
