@@ -382,8 +382,11 @@ def worth_of_preview(shares: dict[str, Any]) -> str:
 
 def quantised(data: dict[str, Any]) -> str:
     settings, bits = data["settings"], data["bits"]
-    full = bits["32"]["loss"]
-    rows = [(width, *(mean(entry["loss"][n]) for n in full)) for width, entry in bits.items()]
+    names = list(bits["4"]["loss"])
+    rows = [
+        (width, *(mean(entry["loss"][name]) if name in entry["loss"] else "" for name in names))
+        for width, entry in bits.items()
+    ]
     rises = [
         (
             width,
@@ -395,14 +398,14 @@ def quantised(data: dict[str, Any]) -> str:
         for width, entry in bits.items()
         if width != "32"
     ]
-    heading = ("bits", *(f"rise, {name}" for name in next(iter(bits.values()))["loss"]))
+    heading = ("bits", *(f"rise, {name}" for name in bits["4"]["rise"]))
     return "\n\n".join(
         (
             f"`python benchmarks/quantised.py` (`quantised.json`): networks of two hidden layers on 8x8 digits, "
             f"{settings['seeds']} seeds, test loss; weights are rounded to the nearest level of each output channel. "
-            f"The average is that which validation chose unquantised; the decayed run's rate falls to zero over its last "
-            f"{settings['decay']:.0%}.",
-            table(("bits", *full), rows),
+            "The average is that which validation chose unquantised; the decayed run's rate falls to zero over its "
+            f"last {settings['decay']:.0%}.",
+            table(("bits", *names), rows),
             "By how much the loss rises over that of the same weights unquantised, paired over seeds, and what it "
             "brings to choose the average quantised:",
             table(
@@ -429,16 +432,16 @@ def worth_of_quantised(bits: dict[str, Any]) -> str:
             for width, entry in narrow.items()
             if entry[comparison]["p_value"] < 0.05 and entry[comparison]["mean"] * sign > 0
         ]
-        return f"{' and '.join(found)} bits" if found else "none"
+        return f"{' and '.join(found)} bits" if found else "no width"
 
     sentences = [
-        f"its loss rises less than that of the {against} at: {widths(name, -1)}; more at: {widths(name, 1)}"
+        f"its loss rises less than that of the {against} at {widths(name, -1)}, more at {widths(name, 1)}"
         for against, name in (("live weights", "rise_minus_live"), ("decayed run", "rise_minus_decayed"))
     ]
     choice = "quantised_minus_unquantised_choice"
     return (
-        f"What is significant (p < 0.05) of an average that was chosen unquantised: {'. '.join(sentences)}. "
-        f"Choosing quantised gives a lower loss at: {widths(choice, -1)}; a higher one at: {widths(choice, 1)}."
+        f"What is significant (p < 0.05): of an average that was chosen unquantised, {'; '.join(sentences)}. "
+        f"Choosing quantised gives a lower loss at {widths(choice, -1)}, a higher one at {widths(choice, 1)}."
     )
 
 

@@ -28,10 +28,10 @@ Examples = tuple[Tensor, Tensor]
 
 def digits(seed: int) -> tuple[Examples, Examples, Examples]:
     """Training, validation and test examples; a fifth of the labels that are trained on are wrong."""
-    data = load_digits()
+    pixels, target = load_digits(return_X_y=True)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(data.target), generator=generator)
-    inputs, labels = torch.tensor(data.data / 16).float()[order], torch.tensor(data.target)[order]
+    order = torch.randperm(len(target), generator=generator)
+    inputs, labels = torch.tensor(pixels / 16).float()[order], torch.tensor(target)[order]
     is_wrong = torch.rand(800, generator=generator) < WRONG_LABELS
     noisy = torch.where(is_wrong, torch.randint(10, (800,), generator=generator), labels[:800])
     return (
@@ -91,8 +91,8 @@ def main(seed: int = 0) -> None:
     training, validation, test = digits(seed)
     with tempfile.TemporaryDirectory() as folder:
         model, trajectory = train(training, seed, folder)
-        for bits in BITS:
-            choice = polyak.select(
+        choices = {
+            bits: polyak.select(
                 trajectory,
                 model,
                 score=losses(validation),
@@ -100,10 +100,13 @@ def main(seed: int = 0) -> None:
                 prepare=quantised(bits),
                 progress=False,
             )
-            print(f"{bits} bits: {choice.verdict}\n")
-        choice.apply(model)  # as it was before it was quantised
-    quantised(BITS[-1])(model)
-    print(f"shipped: test loss {losses(test)(model.eval()).mean().item():.4f} at {BITS[-1]} bits")
+            for bits in BITS
+        }
+        choices[4].apply(model)  # as it was before it was quantised
+    for bits, choice in choices.items():
+        print(f"{bits} bits: {choice.verdict}\n")
+    quantised(4)(model.eval())
+    print(f"shipped: test loss {losses(test)(model).mean().item():.4f} at 4 bits")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ class Score:
     """One result of ``score(model)``.
 
     ``value`` is the score. Where ``score`` gave a loss per example it is their mean, and ``group_sums`` [G]
-    are their sums over groups of ``group_sizes`` [G] neighbouring examples; otherwise both are None. Of losses that
-    are all 0 or 1 ``counts`` says so: they may be errors, or right answers.
+    are their sums over groups of ``group_sizes`` [G] neighbouring examples; otherwise both are None. ``counts`` says
+    that they are whole numbers: errors, or right answers.
     """
 
     value: float
@@ -122,7 +122,7 @@ def read_score(result: object) -> Score:
     groups = min(len(losses), _MOST_GROUPS)
     starts = np.arange(groups) * len(losses) // groups
     sizes = np.diff(starts, append=len(losses)).astype(np.float64)
-    counts = bool(np.isin(losses, (0, 1)).all())
+    counts = bool((losses == np.floor(losses)).all())
     return Score(float(losses.mean()), np.add.reduceat(losses, starts), sizes, counts)
 
 
@@ -167,7 +167,7 @@ def simultaneous_intervals(
     >>> simultaneous_intervals([live, other], live)
     [[Interval(low=0.0, high=0.0), Interval(low=-0.5, high=-0.5)]]
     """
-    factor, found = None, []
+    factor, found = 0.0, []
     for against in (baseline, *others):
         means = _resampled_differences(scores, against)
         if means is None:
@@ -175,8 +175,7 @@ def simultaneous_intervals(
             continue
         differences = np.array([score.value - against.value for score in scores])
         errors = _standard_errors(means, scores, against)
-        if factor is None:
-            factor = _largest_deviation(means - differences, errors)
+        factor = factor or _largest_deviation(means - differences, errors)
         bounds = zip(differences - factor * errors, differences + factor * errors, strict=True)
         found.append([Interval(float(low), float(high)) for low, high in bounds])
     return found
@@ -468,8 +467,7 @@ def resolved_mode(mode: Mode | None, first: Score) -> Mode:
     """``mode``, or "min" where the first score is a mean of losses.
 
     Raises:
-        OptionError: ``mode`` is None and the score may as well be an accuracy: one number, or a mean of zeros and
-            ones.
+        OptionError: ``mode`` is None and the score may as well be an accuracy: one number, or whole numbers.
 
     >>> resolved_mode(None, read_score([0.2, 1.5])), resolved_mode("max", read_score(0.9))
     ('min', 'max')
@@ -478,7 +476,7 @@ def resolved_mode(mode: Mode | None, first: Score) -> Mode:
         return mode
     if first.group_sums is not None and not first.counts:
         return "min"
-    what = "zeros and ones" if first.counts else f"one number, {first.value:.5g}"
+    what = "whole numbers, such as 0 and 1," if first.counts else f"one number ({first.value:.5g})"
     raise OptionError(
         f"score returned {what} for the first weights, and whether that is a loss or an accuracy cannot be told: ",
         'give mode="min" if lower is better, or mode="max" if higher is',

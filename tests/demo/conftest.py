@@ -50,7 +50,7 @@ def made_up_study() -> Callable[..., Study]:
         task = TASKS["digits"]
         labels = [LIVE, "decay, last 40%", *task.averages, CHOSEN]
         seeds = range(len(nll[LIVE]))
-        check = {"best_score": 0.3, "live_score": 0.4, "difference": -0.1, "low": -0.2, "high": -0.05}
+        check = {"best_score": 0.3, "baseline_score": 0.4, "difference": -0.1, "low": -0.2, "high": -0.05}
         found = {"best": "tail:0.5", "holdout": check, "candidates": [{}] * 30, "verdict": "tail:0.5 is best"}
         return Study(
             task,

@@ -65,9 +65,10 @@ def off(model):
 @pytest.mark.parametrize(
     ("score", "what"),
     [
-        (lambda m: 0.93, "one number, 0.93"),
-        (lambda m: torch.tensor([True, False, True]), "zeros and ones"),
-        (lambda m: torch.tensor([1.0, 0.0, 1.0]), "zeros and ones"),
+        (lambda m: 0.93, r"one number \(0.93\)"),
+        (lambda m: torch.tensor([True, False, True]), "whole numbers, such as 0 and 1,"),
+        (lambda m: torch.tensor([1.0, 0.0, 1.0]), "whole numbers, such as 0 and 1,"),
+        (lambda m: torch.tensor([12, 7, 9]), "whole numbers, such as 0 and 1,"),
     ],
 )
 def test_a_score_that_may_be_an_accuracy_is_refused_before_anything_else_is_tried(tmp_path, score, what):
@@ -255,6 +256,8 @@ def test_a_broken_candidate_has_no_interval_and_takes_none_from_the_others():
     scores = [read_score(row) for row in ([1.0, 2.0, 4.0], [1.5, 1.0, 3.0], [np.nan, 1.0, 1.0])]
     (with_it,), (without,) = (simultaneous_intervals(part, scores[0]) for part in (scores, scores[:2]))
     assert with_it[:2] == without and np.isnan(with_it[2].low)
+    broken, to_first = simultaneous_intervals(scores, scores[2], scores[0])
+    assert all(np.isnan(interval.low) for interval in broken) and to_first[1].low < to_first[1].high
     assert simultaneous_intervals([read_score(0.5)], read_score(0.7)) == [[None]]
 
 

@@ -170,7 +170,7 @@ def _against_baseline(choice: Selection) -> str:
 
 def _chance(choice: Selection) -> str:
     sentence = f"It is the best of {len(choice.table)} candidates"
-    if choice.best.low is not None:
+    if choice.best.low is not None and math.isfinite(choice.best.low):
         sentence += ", which the interval allows for"
     if choice.holdout is not None:
         return f"{sentence}."

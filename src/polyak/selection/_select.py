@@ -221,7 +221,7 @@ def select(
         score: ``score(model)`` returns a number, or a tensor of shape [N] with one loss per example, always
             of the same examples in the same order.
         mode: "min" if lower scores are better, "max" if higher ones are; None: "min" for losses per example. A
-            single number, or zeros and ones, may be an accuracy and need it said.
+            single number, or whole numbers such as zeros and ones, may be an accuracy and need it said.
         profiles: what to try, as profiles or as text; None: the ``candidates`` of every profile there is (tails,
             decays, EMAs and powers on a coarse grid, and those of your own), without those that the blocks cannot
             resolve, then a finer grid around the best average.

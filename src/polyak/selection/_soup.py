@@ -95,7 +95,7 @@ def soup(
         model: takes the weights for each trial, in evaluation mode; it is as before on return.
         score: ``score(model)``, a number or a tensor of losses per example, whose mean counts.
         mode: "min" if lower scores are better, "max" if higher ones are; None: "min" for losses per example. A
-            single number, or zeros and ones, may be an accuracy and need it said.
+            single number, or whole numbers such as zeros and ones, may be an accuracy and need it said.
         recalibrate: batches for :func:`polyak.update_bn` before each trial.
 
     Raises:
