@@ -21,7 +21,7 @@ def build():
     return torch.nn.Linear(2, 1, bias=False)
 
 def losses(model):
-    return (model.weight - 10).abs().flatten()
+    return (model.weight - 10).abs().flatten() + 0.25
 """
 USE = ["--model", "user_words:build", "--score", "user_words:losses"]
 
