@@ -37,7 +37,7 @@ def define():
                 tree = {}
                 for name, (dtype, shape, offset) in header["tensors"].items():
                     info = TensorInfo(tuple(shape), getattr(torch, dtype))
-                    tree[name] = StridedRegion(file, begin + offset, info, limit=file.size)
+                    tree[name] = StridedRegion(file, begin + offset, info)
                 ties = {tied: tree[name] for tied, name in header["ties"].items()}
                 return Contents(tree | ties, dict(header["metadata"]), files=(file,))
             except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -147,60 +147,69 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(stride)
 
 
+class Region(Protocol):
+    """A file, or a part of one: ``size`` bytes, of which the first is at ``start`` of ``file``."""
+
+    @property
+    def file(self) -> DataFile: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def read_into(self, offset: int, buffer: memoryview) -> None: ...
+    def mapped(self) -> mmap.mmap | memoryview: ...
+
+
 class StridedRegion(StoredTensor):
-    """A dense tensor with any strides at an offset of a file.
+    """A dense tensor with any strides in a file.
 
     Args:
-        file: the file.
-        offset: where element (0, …, 0) lies, in bytes.
+        region: the file, or the part of it that the tensor lies in.
+        offset: where element (0, …, 0) lies in that, in bytes.
         info: shape and dtype.
         stride: in elements; row-major if left out.
-        limit: the byte at which the tensor's part of the file ends.
 
-    Raises ``CheckpointError`` if the tensor would reach beyond ``limit``.
+    Raises ``CheckpointError`` if the tensor would reach beyond the region.
     """
 
     def __init__(
-        self,
-        file: DataFile,
-        offset: int,
-        info: TensorInfo,
-        stride: tuple[int, ...] | None = None,
-        *,
-        limit: int,
+        self, region: Region, offset: int, info: TensorInfo, stride: tuple[int, ...] | None = None
     ) -> None:
         self.info = info
-        self._file, self._offset = file, offset
+        self._region, self._offset = region, offset
         row_major = contiguous_stride(info.shape)
         self._stride = row_major if stride is None else stride
-        self._contiguous = all(
+        self._contiguous = self._stride == row_major or all(
             ours == wanted
             for ours, wanted, size in zip(self._stride, row_major, info.shape, strict=True)
             if size > 1
         )
-        self._check(limit)
+        self._check()
 
-    def _check(self, limit: int) -> None:
-        if any(size < 0 for size in self.info.shape) or any(step < 0 for step in self._stride):
-            raise CheckpointError(f"{self._file.path} is corrupt: a tensor of shape {list(self.info.shape)}")
-        if self.info.numel == 0:
+    def _check(self) -> None:
+        shape, stride, nbytes = self.info.shape, self._stride, self.info.nbytes
+        if min((*shape, *stride, self._offset), default=0) < 0:
+            raise CheckpointError(f"{self._region.file.path} is corrupt: a tensor of shape {list(shape)}")
+        if nbytes == 0:
             return
-        last = sum((size - 1) * step for size, step in zip(self.info.shape, self._stride, strict=True))
+        last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         end = self._offset + (last + 1) * self.info.dtype.itemsize
         # A tensor expanded by zero strides could claim any size; real ones are no larger than their file.
-        if self._offset < 0 or end > min(limit, self._file.size) or self.info.nbytes > self._file.size:
+        if end > self._region.size or nbytes > self._region.file.size:
             raise CheckpointError(
-                f"{self._file.path} is truncated or corrupt: a tensor of shape {list(self.info.shape)} "
+                f"{self._region.file.path} is truncated or corrupt: a tensor of shape {list(shape)} "
                 f"reaches beyond its data"
             )
 
     @property
     def location(self) -> Location | None:
-        return Location(self._file.path, self._offset) if self._contiguous else None
+        if not self._contiguous:
+            return None
+        return Location(self._region.file.path, self._region.start + self._offset)
 
     def read_into(self, start: int, out: Tensor) -> None:
         if self._contiguous:
-            self._file.read_into(self._offset + start * out.element_size(), byte_view(out))
+            self._region.read_into(self._offset + start * out.element_size(), byte_view(out))
         elif out.numel():
             self._gather(start, byte_view(out))
 
@@ -210,7 +219,7 @@ class StridedRegion(StoredTensor):
         view = np.ndarray(
             self.info.shape,
             dtype=f"V{width}",
-            buffer=self._file.mapped(),
+            buffer=self._region.mapped(),
             offset=self._offset,
             strides=tuple(step * width for step in self._stride),
         )

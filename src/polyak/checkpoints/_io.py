@@ -130,6 +130,8 @@ class DataFile:
     Raises ``CheckpointError`` if the file cannot be opened, is empty, shrinks, or is replaced meanwhile.
     """
 
+    start = 0
+
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
@@ -143,6 +145,11 @@ class DataFile:
         self.size = status.st_size
         if self.size == 0:
             raise CheckpointError(f"{path} is empty: its writer was cut off; use another copy")
+
+    @property
+    def file(self) -> DataFile:
+        """Itself: a whole file is a region of a file, as a part of one is."""
+        return self
 
     def _descriptor(self) -> _Descriptor:
         with _open_files_lock:

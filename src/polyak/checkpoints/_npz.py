@@ -91,9 +91,9 @@ class NpzFormat(Format):
 def _sidecar(path: Path, archive: zipfile.ZipFile, members: dict[str, Member]) -> dict[str, dict[str, str]]:
     if SIDECAR not in members:
         return _base.read_sidecar(path, b"{}")
-    if members[SIDECAR].nbytes > _MAX_SIDECAR_BYTES:
+    if members[SIDECAR].size > _MAX_SIDECAR_BYTES:
         raise CheckpointError(f"{path}: its {SIDECAR} is too large to be one")
-    return _base.read_sidecar(path, _MemberStream(path, archive, SIDECAR).read(0, members[SIDECAR].nbytes))
+    return _base.read_sidecar(path, _MemberStream(path, archive, SIDECAR).read(0, members[SIDECAR].size))
 
 
 def _array(
@@ -106,13 +106,13 @@ def _array(
     if dtype is None:
         return _not_numbers(stream, code)
     info = TensorInfo(shape, dtype)
-    if data_start + info.nbytes != member.nbytes:
+    if data_start + info.nbytes != member.size:
         raise stream.error(
-            f"shape {list(shape)} needs {info.nbytes:,} bytes and {member.nbytes - data_start:,} are there"
+            f"shape {list(shape)} needs {info.nbytes:,} bytes and {member.size - data_start:,} are there"
         )
     if member.is_stored:
         stride = _base.contiguous_stride(shape[::-1])[::-1] if is_fortran else None
-        return _base.StridedRegion(file, member.offset + data_start, info, stride, limit=member.end)
+        return _base.StridedRegion(member, data_start, info, stride)
     if is_fortran and len(shape) > 1:
         raise stream.error("it is compressed in column order; save it with numpy.ascontiguousarray")
     return _InflatedTensor(stream, data_start, info)
@@ -127,13 +127,13 @@ def _not_numbers(stream: _MemberStream, code: object) -> str:
 
 
 def _header(stream: _MemberStream, member: Member) -> tuple[dict, int]:
-    start = stream.read(0, min(12, member.nbytes))
+    start = stream.read(0, min(12, member.size))
     if len(start) < 12 or start[:6] != _MAGIC or start[6] not in (1, 2, 3):
         raise stream.error("it is no .npy array")
     length_nbytes = 2 if start[6] == 1 else 4
     nbytes = int.from_bytes(start[8 : 8 + length_nbytes], "little")
     data_start = 8 + length_nbytes + nbytes
-    if nbytes > _MAX_HEADER_BYTES or data_start > member.nbytes:
+    if nbytes > _MAX_HEADER_BYTES or data_start > member.size:
         raise stream.error("its header is longer than it is")
     text = stream.read(8 + length_nbytes, nbytes)
     try:

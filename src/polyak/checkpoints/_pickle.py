@@ -10,10 +10,11 @@ import io
 import math
 import pickle
 import pickletools
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,10 +23,10 @@ __all__ = [
     "HARMLESS",
     "Entries",
     "ForbiddenName",
+    "Place",
     "Record",
     "SavedShard",
     "SavedTensor",
-    "Storage",
     "stand_ins",
     "unpickle",
 ]
@@ -68,7 +69,7 @@ class Entries(Record, dict):
 # Reading a pickle.
 
 # What every module has in its state, and hardly anything else.
-_MODULE_ATTRIBUTES = frozenset({b"_parameters", b"_buffers", b"_modules"})
+_MODULE_ATTRIBUTES = (b"_parameters", b"_buffers", b"_modules")
 
 # Operations of pickles: bytes of the argument, or what it begins with, by the code.
 _ARGUMENT_NBYTES = {
@@ -84,12 +85,24 @@ _TWO_LINES = frozenset(pickle.GLOBAL + pickle.INST)
 _MEMO_INDEX = frozenset(pickle.PUT + pickle.LONG_BINPUT)
 _STOP = ord(pickle.STOP)
 _EXTENSIONS = frozenset(pickle.EXT1 + pickle.EXT2 + pickle.EXT4)
-# Nothing of these has to be looked at: their arguments are numbers, of a fixed length.
+# A run of operations in which nothing has to be looked at: their arguments are numbers of a fixed length, and those
+# that are places in the memo are low.
 _PLAIN_NBYTES = {
     code: nbytes
     for code, nbytes in _ARGUMENT_NBYTES.items()
     if nbytes >= 0 and code not in _MEMO_INDEX | _EXTENSIONS | {_STOP}
 }
+_PLAIN_RUN = re.compile(
+    b"(?:%b|%b..\0\0)*+"
+    % (
+        b"|".join(
+            b"[%b].{%d}" % (re.escape(bytes(code for code in _PLAIN_NBYTES if _PLAIN_NBYTES[code] == nbytes)), nbytes)
+            for nbytes in sorted(set(_PLAIN_NBYTES.values()))
+        ),
+        pickle.LONG_BINPUT,
+    ),
+    re.DOTALL,
+)
 
 
 class ForbiddenName(pickle.UnpicklingError):
@@ -109,11 +122,9 @@ class ForbiddenName(pickle.UnpicklingError):
 class _Unpickler(pickle.Unpickler):
     """Names that are not known get a stand-in too, so that all of them are found before the pickle is refused."""
 
-    def __init__(
-        self, data: bytes, known: Callable[[str], Any], persistent: Callable[[Any], Any] | None
-    ) -> None:
+    def __init__(self, data: bytes, known: Callable[[str], Any]) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._known, self._persistent = known, persistent
+        self._known = known
         self.forbidden: dict[str, None] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -126,9 +137,8 @@ class _Unpickler(pickle.Unpickler):
         return found
 
     def persistent_load(self, pid: Any) -> Any:
-        if self._persistent is None:
-            raise pickle.UnpicklingError("it refers to things outside it")
-        return self._persistent(pid)
+        """What is outside the pickle, such as a storage, is what the pickle says of it."""
+        return pid
 
 
 def _operations(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -138,18 +148,17 @@ def _operations(data: bytes) -> Iterator[tuple[int, bytes]]:
     """
     place, code = 0, -1
     while code != _STOP:
+        run = _PLAIN_RUN.match(data, place)
+        place = place if run is None else run.end()
         code = data[place]
-        place += 1
-        if (nbytes := _PLAIN_NBYTES.get(code)) is not None:
-            place += nbytes
-            continue
         nbytes = _ARGUMENT_NBYTES[code]
-        start, end = place, place + nbytes
+        start = place + 1
+        end = start + nbytes
         if nbytes in _COUNT_NBYTES:
-            start = place + _COUNT_NBYTES[nbytes]
-            end = start + int.from_bytes(data[place:start], "little")
+            start += _COUNT_NBYTES[nbytes]
+            end = start + int.from_bytes(data[place + 1 : start], "little")
         elif nbytes == pickletools.UP_TO_NEWLINE:
-            end = data.index(b"\n", place) + 1
+            end = data.index(b"\n", start) + 1
             if code in _TWO_LINES:
                 end = data.index(b"\n", end) + 1
         yield code, data[start:end]
@@ -160,27 +169,24 @@ def _memo_index(code: int, argument: bytes) -> int:
     return int(argument) if code in pickle.PUT else int.from_bytes(argument, "little")
 
 
-def unpickle(data: bytes, known: Callable[[str], Any], persistent: Callable[[Any], Any] | None = None) -> Any:
+def unpickle(data: bytes, known: Callable[[str], Any]) -> Any:
     """What a pickle holds, where all names in it are of torch's dtypes, or have a stand-in that is ``known``.
 
     Raises ``ForbiddenName`` for other names, and any exception for damaged data.
     """
-    attributes = set()
     for code, argument in _operations(data):
         # A damaged index would have the unpickler clear gigabytes of memory for its memo.
         if code in _MEMO_INDEX and _memo_index(code, argument) > len(data):
             raise pickle.UnpicklingError("impossible memo index")
         if code in _EXTENSIONS:
             raise ForbiddenName([f"extension {int.from_bytes(argument, 'little')}"])
-        if argument in _MODULE_ATTRIBUTES:
-            attributes.add(argument)
-    unpickler, content = _Unpickler(data, known, persistent), None
+    unpickler, content = _Unpickler(data, known), None
     try:
         content = unpickler.load()
     finally:
         # What else goes wrong comes of the stand-ins.
         if unpickler.forbidden:
-            has_module = attributes == _MODULE_ATTRIBUTES
+            has_module = all(attribute in data for attribute in _MODULE_ATTRIBUTES)
             raise ForbiddenName(list(unpickler.forbidden), has_module, _has_tensors(content))
     return content
 
@@ -221,30 +227,59 @@ _MOST_ELEMENTS = (1 << 63) - 1
 class _Fixed:
     """What a pickle may ask for, and not change."""
 
-    def __setstate__(self, state: Any) -> None:
+    @classmethod
+    def __setstate__(cls, state: Any) -> None:
         raise pickle.UnpicklingError("it changes what is not its own")
 
 
-@dataclass(frozen=True)
-class Storage(_Fixed):
-    """A storage: the name of its member, and the dtype it was saved with; None if that is a quantised one."""
+class Place(NamedTuple):
+    """Where a tensor lies: in which storage, from which element on, with which strides."""
 
-    key: str
-    dtype: torch.dtype | None
-
-
-@dataclass(frozen=True)
-class SavedTensor(_Fixed):
-    """A tensor as the pickle describes it; the place in its storage is None where it is of an unusual kind."""
-
+    storage: str
+    dtype: torch.dtype
+    offset: int
     shape: tuple[int, ...]
-    storage: Storage | None = None
-    dtype: torch.dtype | None = None
-    offset: int = 0
-    stride: tuple[int, ...] = ()
+    stride: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+class SavedTensor(_Fixed):
+    """A tensor as the pickle describes it. Whether that can be one is found out where its place is asked for.
+
+    Attributes:
+        shape: of the whole tensor.
+        storage: what the pickle says of it; None where the elements do not lie there as they are.
+    """
+
+    shape: tuple[int, ...] = ()
+    storage: Any = None
+
+    def __init__(self, storage, offset, size, stride, _grad=False, _hooks=None, flags=None, dtype=None) -> None:
+        self.shape, self._offset, self._stride, self._dtype = tuple(size), offset, tuple(stride), dtype
+        if not flags:  # conjugated or negated when it is looked at
+            self.storage = storage
+
+    @classmethod
+    def unusual(cls, shape: tuple[int, ...]) -> Self:
+        """A tensor of which nothing but the shape is known."""
+        return cls(None, 0, shape, ())
+
+    @property
+    def place(self) -> Place | None:
+        """None where it is of an unusual kind. Raises ``UnpicklingError`` for what is no tensor."""
+        if self.storage is None:
+            return None
+        kind, dtype, key, *_ = self.storage
+        dtype = self._dtype or dtype
+        numbers = (self._offset, *self.shape, *self._stride)
+        is_possible = all(type(number) is int and 0 <= number <= _MOST_ELEMENTS for number in numbers)
+        is_possible = is_possible and math.prod(size or 1 for size in self.shape) <= _MOST_ELEMENTS
+        if kind != "storage" or not is_possible or len(self.shape) != len(self._stride):
+            raise pickle.UnpicklingError(f"a tensor of shape {self.shape!r:.100}")
+        if not isinstance(dtype, torch.dtype):  # a quantised one
+            return None
+        return Place(key, dtype, self._offset, self.shape, self._stride)
+
+
 class SavedShard(SavedTensor):
     """A DTensor of which one rank saved its part, or one term of a sum; ``shape`` is that of the whole."""
 
@@ -273,29 +308,8 @@ class _Stand(_Fixed):
         return self.build(*arguments)
 
 
-def _tensor(
-    storage: Storage,
-    offset: int,
-    size: tuple,
-    stride: tuple,
-    dtype: torch.dtype | None,
-    flags: Mapping | None,
-) -> SavedTensor:
-    numbers = (offset, *size, *stride)
-    is_possible = all(type(number) is int and 0 <= number <= _MOST_ELEMENTS for number in numbers)
-    if not is_possible or len(size) != len(stride) or math.prod(n or 1 for n in size) > _MOST_ELEMENTS:
-        raise pickle.UnpicklingError(f"a tensor of shape {size!r:.100}")
-    if flags:  # conjugated or negated when it is looked at
-        return SavedTensor(tuple(size))
-    return SavedTensor(tuple(size), storage, dtype, offset, tuple(stride))
-
-
-def _rebuild_tensor(storage, offset, size, stride, _grad=False, _hooks=None, flags=None) -> SavedTensor:
-    return _tensor(storage, offset, size, stride, storage.dtype, flags)
-
-
 def _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, flags=None) -> SavedTensor:
-    return _tensor(storage, offset, size, stride, dtype, flags)
+    return SavedTensor(storage, offset, size, stride, flags=flags, dtype=dtype)
 
 
 def _rebuild_parameter(data: SavedTensor, *_: Any) -> SavedTensor:
@@ -303,7 +317,8 @@ def _rebuild_parameter(data: SavedTensor, *_: Any) -> SavedTensor:
 
 
 def _rebuild_on_device(data: SavedTensor, dtype: torch.dtype, *_: Any) -> SavedTensor:
-    return data if data.dtype == dtype else SavedTensor(data.shape)
+    place = data.place
+    return data if place is not None and place.dtype == dtype else SavedTensor.unusual(data.shape)
 
 
 def _rebuild_from_type(
@@ -312,7 +327,7 @@ def _rebuild_from_type(
     tensor = build(*arguments)
     if kind is _DTensorType:
         return _dtensor(tensor.shape, state)
-    return tensor if kind is _TensorType else SavedTensor(tensor.shape)
+    return tensor if kind is _TensorType else SavedTensor.unusual(tensor.shape)
 
 
 def _dtensor(shape: tuple[int, ...], state: Any) -> SavedTensor:
@@ -320,7 +335,11 @@ def _dtensor(shape: tuple[int, ...], state: Any) -> SavedTensor:
     attributes = state[1] if isinstance(state, tuple) else state
     local, placements = attributes["_local_tensor"], attributes["_spec"].placements
     is_placed = bool(placements) and all(isinstance(placement, _Placement) for placement in placements)
-    return local if is_placed and local.shape == shape else SavedShard(shape, local_shape=local.shape)
+    if is_placed and local.shape == shape:
+        return local
+    shard = SavedShard.unusual(shape)
+    shard.local_shape = local.shape
+    return shard
 
 
 def _unusual(*arguments: Any) -> SavedTensor:
@@ -329,7 +348,7 @@ def _unusual(*arguments: Any) -> SavedTensor:
     shapes = [
         part for part in (*arguments, *flat) if type(part) is tuple and all(type(n) is int for n in part)
     ]
-    return SavedTensor(shapes[0] if shapes else ())
+    return SavedTensor.unusual(shapes[0] if shapes else ())
 
 
 # What other libraries put beside the weights.
@@ -429,8 +448,8 @@ _TORCH: dict[str, Any] = {
     "torch.Size": tuple,
     "torch.Tensor": _TensorType,
     "torch.nn.parameter.Parameter": _TensorType,
-    "torch._utils._rebuild_tensor": _Stand(_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v2": _Stand(_rebuild_tensor),
+    "torch._utils._rebuild_tensor": SavedTensor,
+    "torch._utils._rebuild_tensor_v2": SavedTensor,
     "torch._utils._rebuild_tensor_v3": _Stand(_rebuild_tensor_v3),
     "torch._utils._rebuild_parameter": _Stand(_rebuild_parameter),
     "torch._utils._rebuild_parameter_with_state": _Stand(_rebuild_parameter),

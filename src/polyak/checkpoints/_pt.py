@@ -16,7 +16,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ from polyak.checkpoints._pickle import (
     HARMLESS,
     Entries,
     ForbiddenName,
+    Place,
     Record,
     SavedShard,
     SavedTensor,
-    Storage,
     stand_ins,
     unpickle,
 )
@@ -58,19 +58,64 @@ _ENCRYPTED = 0x1
 _MAX_EXPANSION = 1032
 
 
-@dataclass(frozen=True)
 class Member:
-    """One file inside a zip: its data lie at ``[offset, offset + packed_nbytes)`` of the file around it."""
+    """One file inside a zip, as a part of the file around it; where its bytes begin is found out when they are read.
 
-    name: str
-    offset: int
-    packed_nbytes: int
-    nbytes: int
-    is_stored: bool
+    Attributes:
+        name: its name there.
+        file: the file around it.
+        size: of what it holds, in bytes.
+        is_stored: whether that lies in the file as it is.
+    """
 
-    @property
-    def end(self) -> int:
-        return self.offset + self.packed_nbytes
+    def __init__(self, file: DataFile, start: int, end: int, entry: zipfile.ZipInfo) -> None:
+        self.name, self.file, self.path, self.size = entry.filename, file, file.path, entry.file_size
+        self.is_stored = entry.compress_type == zipfile.ZIP_STORED
+        self._packed_nbytes, self._header, self._end = entry.compress_size, start + entry.header_offset, end
+        self._check(entry)
+
+    def _check(self, entry: zipfile.ZipInfo) -> None:
+        if entry.flag_bits & _ENCRYPTED or not (self.is_stored or entry.compress_type == zipfile.ZIP_DEFLATED):
+            raise CheckpointError(
+                f"{self.path} is encrypted or compressed in a way that is not read: save it with plain DEFLATE or none"
+            )
+        self._check_end(self._header + _LOCAL_HEADER.size)
+        if self.is_stored and self._packed_nbytes != self.size:
+            raise CheckpointError(f"{self.path} is corrupt: member {self.name!r} has two different sizes")
+        if self.size > _MAX_EXPANSION * (self._packed_nbytes + 1):
+            raise CheckpointError(
+                f"{self.path} is a zip bomb: {self.name!r} claims {self.size:,} bytes from {self._packed_nbytes:,}; "
+                "it is not read"
+            )
+
+    def _check_end(self, start: int) -> None:
+        if start + self._packed_nbytes > self._end:
+            raise CheckpointError(
+                f"{self.path} is truncated or corrupt: member {self.name!r} lies outside it, or overlaps another"
+            )
+
+    @cached_property
+    def start(self) -> int:
+        """Where its bytes begin in the file around it."""
+        header = self.file.read(self._header, _LOCAL_HEADER.size)
+        magic, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(header)
+        start = self._header + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
+        if magic != ZIP_MAGIC:
+            raise CheckpointError(f"{self.path} is truncated or corrupt: member {self.name!r} is not at its place")
+        self._check_end(start)
+        return start
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with its bytes from ``offset`` on, as they lie in the file."""
+        self.file.read_into(self.start + offset, buffer)
+
+    def read(self) -> bytes:
+        """All its bytes, as they lie in the file."""
+        return self.file.read(self.start, self._packed_nbytes)
+
+    def mapped(self) -> memoryview:
+        """The same as read-only memory."""
+        return memoryview(self.file.mapped())[self.start :]
 
 
 def open_zip(file: DataFile, start: int = 0, nbytes: int | None = None) -> zipfile.ZipFile:
@@ -86,51 +131,23 @@ def open_zip(file: DataFile, start: int = 0, nbytes: int | None = None) -> zipfi
 
 
 def read_directory(file: DataFile, start: int = 0, nbytes: int | None = None) -> dict[str, Member]:
-    """All members by name.
+    """All members by name; nothing but the directory at the end of the zip is read.
 
     Raises ``CheckpointError`` for duplicate names, members that overlap or lie outside, encryption,
     compression other than DEFLATE, and sizes that no compression could reach.
     """
-    stop = file.size if nbytes is None else start + nbytes
-    members: dict[str, Member] = {}
     with open_zip(file, start, nbytes) as archive:
-        for entry in archive.infolist():
-            if entry.filename in members:
-                raise CheckpointError(f"{file.path} is corrupt: it holds {entry.filename!r} twice")
-            members[entry.filename] = _member(file, start, stop, entry)
-    _refuse_overlaps(file, start, list(members.values()))
+        entries = archive.infolist()
+    stop = file.size if nbytes is None else start + nbytes
+    headers = sorted(start + entry.header_offset for entry in entries)
+    # Each ends where the next begins, and no two at the same place.
+    ends = dict(zip(headers, [*headers[1:], stop], strict=True))
+    members: dict[str, Member] = {}
+    for entry in entries:
+        if entry.filename in members:
+            raise CheckpointError(f"{file.path} is corrupt: it holds {entry.filename!r} twice")
+        members[entry.filename] = Member(file, start, ends.pop(start + entry.header_offset, 0), entry)
     return members
-
-
-def _member(file: DataFile, start: int, stop: int, entry: zipfile.ZipInfo) -> Member:
-    if entry.flag_bits & _ENCRYPTED or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise CheckpointError(
-            f"{file.path} is encrypted or compressed in a way that is not read: save it with plain DEFLATE or none"
-        )
-    header = start + entry.header_offset
-    magic, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(file.read(header, _LOCAL_HEADER.size))
-    offset = header + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
-    is_stored = entry.compress_type == zipfile.ZIP_STORED
-    if magic != ZIP_MAGIC or offset + entry.compress_size > stop:
-        raise CheckpointError(
-            f"{file.path} is truncated or corrupt: member {entry.filename!r} lies outside it"
-        )
-    if is_stored and entry.compress_size != entry.file_size:
-        raise CheckpointError(f"{file.path} is corrupt: member {entry.filename!r} has two different sizes")
-    if entry.file_size > _MAX_EXPANSION * (entry.compress_size + 1):
-        raise CheckpointError(
-            f"{file.path} is a zip bomb: {entry.filename!r} claims {entry.file_size:,} bytes "
-            f"from {entry.compress_size:,}; it is not read"
-        )
-    return Member(entry.filename, offset, entry.compress_size, entry.file_size, is_stored)
-
-
-def _refuse_overlaps(file: DataFile, start: int, members: list[Member]) -> None:
-    end = start
-    for member in sorted(members, key=lambda member: (member.offset, member.end)):
-        if member.offset < end:
-            raise CheckpointError(f"{file.path} is corrupt: member {member.name!r} overlaps another")
-        end = member.end
 
 
 # The format.
@@ -194,60 +211,67 @@ def load_archive(
     Objects of the classes whose full names are ``allowed`` are read as plain data.
     """
     members = read_directory(file, start, nbytes)
-    if any(name.endswith("/constants.pkl") for name in members):
+    archive = _Archive(file, next(iter(members), "").split("/", 1)[0], members)
+    if "constants.pkl" in archive:
         raise CheckpointError(
             f"{file.path} is a TorchScript archive, which is code: load it with torch.jit.load and save "
             f"its state_dict()"
         )
     if not all(member.is_stored for member in members.values()):
         raise CheckpointError(f"{file.path} was compressed after torch.save: save it again with torch.save")
-    for name, member in members.items():
-        if name.endswith("/byteorder") and file.read(member.offset, member.nbytes) != b"little":
-            raise CheckpointError(
-                f"{file.path} is big-endian: load it on the machine that wrote it and convert it"
-            )
-    prefix = next(iter(members), "").split("/", 1)[0]
-    archive = _Archive(file, {name.removeprefix(f"{prefix}/"): member for name, member in members.items()})
+    if "byteorder" in archive and archive.read("byteorder") != b"little":
+        raise CheckpointError(
+            f"{file.path} is big-endian: load it on the machine that wrote it and convert it"
+        )
     return archive.state(allowed), archive.stored
 
 
 class _Archive:
-    """The members of a torch archive; each region of the file has one ``StoredTensor``, so that ties are one object."""
+    """The members of a torch archive, below its name; each region of the file has one ``StoredTensor``, so that ties
+    are one object."""
 
-    def __init__(self, file: DataFile, members: Mapping[str, Member]) -> None:
-        self._file, self._members = file, members
-        self._regions: dict[SavedTensor, _base.StridedRegion] = {}
+    def __init__(self, file: DataFile, name: str, members: Mapping[str, Member]) -> None:
+        self._file, self._name, self._members = file, name, members
+        self._regions: dict[Place, _base.StridedRegion] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return f"{self._name}/{name}" in self._members
+
+    def read(self, name: str) -> bytes:
+        """A whole member."""
+        return self._members[f"{self._name}/{name}"].read()
 
     def state(self, allowed: Sequence[str]) -> Any:
         """The object that was saved."""
         try:
-            member = self._members["data.pkl"]
-            known = stand_ins((*allowed, *_safe_names()))
-            return unpickle(self._file.read(member.offset, member.nbytes), known, self._storage)
+            return unpickle(self.read("data.pkl"), stand_ins((*allowed, *_safe_names())))
         except ForbiddenName as error:
             raise _needs_code(self._file.path, error.names, error.has_module, error.has_tensors) from error
+        except CheckpointError:
+            raise
         except Exception as error:  # pickle lets whatever the damaged bytes provoke escape
             raise _damaged(self._file.path, str(error)[:200] or type(error).__name__) from error
-
-    def _storage(self, pid: Any) -> Storage:
-        kind, dtype, key, _, _ = pid
-        if kind != "storage" or f"data/{key}" not in self._members:
-            raise pickle.UnpicklingError(f"the data of storage {key!r:.50} are missing")
-        return Storage(f"data/{key}", dtype if isinstance(dtype, torch.dtype) else None)
 
     def stored(self, tensor: SavedTensor) -> StoredTensor:
         """The tensor in its place. Raises ``CheckpointError`` if it is of an unusual kind or has no such place."""
         if isinstance(tensor, SavedShard):
             raise _shard_error(self._file.path, tensor)
-        if tensor.storage is None or tensor.dtype is None:
+        try:
+            place = tensor.place
+        except Exception as error:
+            raise _damaged(self._file.path, str(error)) from error
+        if place is None:
             raise _unusual_error(self._file.path, tensor.shape)
-        if tensor not in self._regions:
-            member, info = self._members[tensor.storage.key], TensorInfo(tensor.shape, tensor.dtype)
-            begin = member.offset + tensor.offset * tensor.dtype.itemsize
-            self._regions[tensor] = _base.StridedRegion(
-                self._file, begin, info, tensor.stride, limit=member.end
-            )
-        return self._regions[tensor]
+        if place not in self._regions:
+            self._regions[place] = self._region(place)
+        return self._regions[place]
+
+    def _region(self, place: Place) -> _base.StridedRegion:
+        member = self._members.get(f"{self._name}/data/{place.storage}")
+        if member is None:
+            raise _damaged(self._file.path, f"the data of storage {place.storage!r:.50} are missing")
+        begin, info = place.offset * place.dtype.itemsize, TensorInfo(place.shape, place.dtype)
+        return _base.StridedRegion(member, begin, info, place.stride)
 
 
 class _Loaded:
