@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import translate
 from pathlib import Path
 
 __all__ = [
@@ -232,13 +232,18 @@ def key_rank(key: str) -> tuple[bool, int] | None:
 PIPELINE_FILES = ("model_index.json", "modules.json")
 
 
+_NO_WEIGHTS = re.compile(
+    "|".join(translate(pattern) for dialect in DIALECTS for pattern in dialect.no_weights)
+)
+
+
 def is_no_weights_file(name: str) -> bool:
     """Whether a file of this name in a tool's folder is known to hold no weights.
 
     >>> is_no_weights_file("rng_state_0.pth"), is_no_weights_file("opt-125m.pt")
     (True, False)
     """
-    return any(fnmatch(name, pattern) for dialect in DIALECTS for pattern in dialect.no_weights)
+    return _NO_WEIGHTS.fullmatch(name) is not None
 
 
 _RANKS = [re.compile(pattern) for dialect in DIALECTS for pattern in dialect.ranks]

@@ -12,7 +12,7 @@ import pickle
 import pickletools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -85,24 +85,23 @@ _TWO_LINES = frozenset(pickle.GLOBAL + pickle.INST)
 _MEMO_INDEX = frozenset(pickle.PUT + pickle.LONG_BINPUT)
 _STOP = ord(pickle.STOP)
 _EXTENSIONS = frozenset(pickle.EXT1 + pickle.EXT2 + pickle.EXT4)
-# A run of operations in which nothing has to be looked at: their arguments are numbers of a fixed length, and those
-# that are places in the memo are low.
-_PLAIN_NBYTES = {
+# Operations in which nothing has to be looked at, many in one match: their arguments are numbers of a fixed length,
+# low places in the memo, or short texts.
+_FIXED = {
     code: nbytes
     for code, nbytes in _ARGUMENT_NBYTES.items()
     if nbytes >= 0 and code not in _MEMO_INDEX | _EXTENSIONS | {_STOP}
 }
-_PLAIN_RUN = re.compile(
-    b"(?:%b|%b..\0\0)*+"
-    % (
-        b"|".join(
-            b"[%b].{%d}" % (re.escape(bytes(code for code in _PLAIN_NBYTES if _PLAIN_NBYTES[code] == nbytes)), nbytes)
-            for nbytes in sorted(set(_PLAIN_NBYTES.values()))
-        ),
-        pickle.LONG_BINPUT,
+_PLAIN = [
+    *(
+        b"[%b]%b" % (re.escape(bytes(code for code in _FIXED if _FIXED[code] == nbytes)), b"." * nbytes)
+        for nbytes in sorted(set(_FIXED.values()))
     ),
-    re.DOTALL,
-)
+    b"%b..\0\0" % pickle.LONG_BINPUT,
+    b"%b(?:%b)"
+    % (pickle.BINUNICODE, b"|".join(b"%b\0\0\0.{%d}" % (re.escape(bytes([n])), n) for n in range(64))),
+]
+_PLAIN_RUN = re.compile(b"(?:%b)*+" % b"|".join(_PLAIN), re.DOTALL)
 
 
 class ForbiddenName(pickle.UnpicklingError):
@@ -142,7 +141,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _operations(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Code and argument of the operations that are not plain, which are told apart as ``pickletools.genops`` does.
+    """Code and argument of the operations, told apart as ``pickletools.genops`` does; plain ones are passed over.
 
     Raises ``LookupError`` or ``ValueError`` for damaged data.
     """
@@ -253,7 +252,9 @@ class SavedTensor(_Fixed):
     shape: tuple[int, ...] = ()
     storage: Any = None
 
-    def __init__(self, storage, offset, size, stride, _grad=False, _hooks=None, flags=None, dtype=None) -> None:
+    def __init__(
+        self, storage, offset, size, stride, _grad=False, _hooks=None, flags=None, dtype=None
+    ) -> None:
         self.shape, self._offset, self._stride, self._dtype = tuple(size), offset, tuple(stride), dtype
         if not flags:  # conjugated or negated when it is looked at
             self.storage = storage
@@ -271,9 +272,8 @@ class SavedTensor(_Fixed):
         kind, dtype, key, *_ = self.storage
         dtype = self._dtype or dtype
         numbers = (self._offset, *self.shape, *self._stride)
-        is_possible = all(type(number) is int and 0 <= number <= _MOST_ELEMENTS for number in numbers)
-        is_possible = is_possible and math.prod(size or 1 for size in self.shape) <= _MOST_ELEMENTS
-        if kind != "storage" or not is_possible or len(self.shape) != len(self._stride):
+        are_whole = {int}.issuperset(map(type, numbers)) and len(self.shape) == len(self._stride)
+        if kind != "storage" or not are_whole or math.prod(size or 1 for size in self.shape) > _MOST_ELEMENTS:
             raise pickle.UnpicklingError(f"a tensor of shape {self.shape!r:.100}")
         if not isinstance(dtype, torch.dtype):  # a quantised one
             return None

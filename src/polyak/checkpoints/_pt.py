@@ -75,7 +75,9 @@ class Member:
         self._check(entry)
 
     def _check(self, entry: zipfile.ZipInfo) -> None:
-        if entry.flag_bits & _ENCRYPTED or not (self.is_stored or entry.compress_type == zipfile.ZIP_DEFLATED):
+        if entry.flag_bits & _ENCRYPTED or not (
+            self.is_stored or entry.compress_type == zipfile.ZIP_DEFLATED
+        ):
             raise CheckpointError(
                 f"{self.path} is encrypted or compressed in a way that is not read: save it with plain DEFLATE or none"
             )
@@ -101,7 +103,9 @@ class Member:
         magic, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(header)
         start = self._header + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
         if magic != ZIP_MAGIC:
-            raise CheckpointError(f"{self.path} is truncated or corrupt: member {self.name!r} is not at its place")
+            raise CheckpointError(
+                f"{self.path} is truncated or corrupt: member {self.name!r} is not at its place"
+            )
         self._check_end(start)
         return start
 

@@ -79,8 +79,7 @@ def read_file(file: DataFile) -> Contents:
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
     _check_coverage(path, spans, file.size - data_start)
     tree: dict[str, StoredTensor] = {
-        name: _base.StridedRegion(file, data_start + begin, info)
-        for name, (info, begin, _) in spans.items()
+        name: _base.StridedRegion(file, data_start + begin, info) for name, (info, begin, _) in spans.items()
     }
     ties = {tied: name for tied, name in metadata.items() if name in tree and tied not in {_FRAMEWORK, *tree}}
     tree.update({tied: tree[name] for tied, name in ties.items()})

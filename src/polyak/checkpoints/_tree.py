@@ -27,6 +27,8 @@ Named = dict[str, _Path]
 _NOT_WEIGHTS = re.compile(r"opt|.*optim.*|.*sched.*|.*scaler.*|.*rng.*|train_state|dataloader.*")
 # What optimizers keep for each parameter, in whatever their state is called.
 _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "acc_delta"}
+# Stands for all of them.
+_STATE = object()
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _MODULE = "module."
 # A damaged pickle may hold itself, or the same list many times over.
@@ -88,16 +90,15 @@ def find_weights(contents: Contents, key: str | None, path: Path) -> FoundWeight
     """
     if contents.exact:
         return FoundWeights(dict(contents.tree), None, ())
-    entries = dict(_walk(contents.tree, path))
-    optimizers = _optimizers(entries)
+    entries = dict(_walk(contents.tree, path, with_moments=key is not None))
     tensor_paths = [parts for parts, leaf in entries.items() if isinstance(leaf, contents.leaf_types)]
     if key is None:
-        tensor_paths = [parts for parts in tensor_paths if not _is_moment(parts, optimizers)]
-    found = _places(entries, tensor_paths)
+        tensor_paths = [parts for parts in tensor_paths if not _is_moment(parts)]
+    found = _places(contents.tree, tensor_paths)
     place, name_prefix = _chosen(key, tensor_paths, found, path)
     named = _named(tensor_paths, place, path)
     if not named:
-        raise _no_weights(contents, optimizers, path)
+        raise _no_weights(contents, entries, path)
     named, kind, prefix = _of_prefix(named, name_prefix)
     by_prefix = bool(kind)
     named, wrappers = _without_wrappers(named)
@@ -122,9 +123,11 @@ def find_weights(contents: Contents, key: str | None, path: Path) -> FoundWeight
     )
 
 
-def _no_weights(contents: Contents, optimizers: set[_Path], path: Path) -> NoWeightsError:
+def _no_weights(contents: Contents, entries: Mapping[_Path, Any], path: Path) -> NoWeightsError:
     there = name_list([*map(str, contents.tree)])
-    if optimizers or any(_NOT_WEIGHTS.fullmatch(str(entry)) for entry in contents.tree):
+    if any(leaf is _STATE for leaf in entries.values()) or any(
+        _NOT_WEIGHTS.fullmatch(str(entry)) for entry in contents.tree
+    ):
         return NoWeightsError(
             f"{path} holds the state of an optimizer and no weights; its entries are {there}: "
             "name the file that holds the model"
@@ -132,14 +135,17 @@ def _no_weights(contents: Contents, optimizers: set[_Path], path: Path) -> NoWei
     return NoWeightsError(f"{path} holds no weights; its entries are {there}")
 
 
-def _walk(tree: Mapping[Any, Any], path: Path) -> Iterator[tuple[_Path, Any]]:
-    stack: list[tuple[_Path, Any]] = [((), tree)]
+def _walk(tree: Mapping[Any, Any], path: Path, with_moments: bool) -> Iterator[tuple[_Path, Any]]:
+    """Every leaf. The state of an optimizer, the most of many files, is one leaf unless its moments are wanted."""
+    stack: list[tuple[_Path, Any]] = [((), dict(tree))]
     for _ in range(_MAX_ENTRIES):
         if not stack:
             return
         parts, node = stack.pop()
-        if isinstance(node, Mapping) and (node or not isinstance(node, Record)):
+        if isinstance(node, dict) and (node or not isinstance(node, Record)):
             children = list(node.items())
+            if not with_moments and "param_groups" in node:
+                children = [(name, _STATE if name == "state" else child) for name, child in children]
         elif isinstance(node, list | tuple):
             children = list(enumerate(node))
         else:
@@ -151,15 +157,8 @@ def _walk(tree: Mapping[Any, Any], path: Path) -> Iterator[tuple[_Path, Any]]:
     raise CheckpointError(f"{path} is nested too deeply or too widely to be a checkpoint: it is damaged")
 
 
-def _optimizers(entries: Mapping[_Path, Any]) -> set[_Path]:
-    """Where the state dicts of optimizers lie, whatever their key is called."""
-    return {parts[: parts.index("param_groups")] for parts in entries if "param_groups" in parts[:-1]}
-
-
-def _is_moment(parts: _Path, optimizers: set[_Path]) -> bool:
-    if len(parts) > 1 and (parts[-1] in _MOMENTS or parts[-1].rpartition(".")[2] in _MOMENTS):
-        return True
-    return any(parts[: len(place) + 1] == (*place, "state") for place in optimizers)
+def _is_moment(parts: _Path) -> bool:
+    return len(parts) > 1 and (parts[-1] in _MOMENTS or parts[-1].rpartition(".")[2] in _MOMENTS)
 
 
 # Which of several sets of weights.
@@ -173,18 +172,18 @@ class _Place:
     is_live: bool
 
 
-def _places(entries: Mapping[_Path, Any], tensor_paths: list[_Path]) -> list[_Place]:
+def _places(tree: Mapping[Any, Any], tensor_paths: list[_Path]) -> list[_Place]:
     """The places that hold tensors under keys that promise weights, the best first."""
     for dialect in DIALECTS:
-        if dialect.marks and all(_is_there(mark, entries) for mark in dialect.marks):
+        if dialect.marks and all(_is_there(mark, tree) for mark in dialect.marks):
             keys = [(key, False) for key in dialect.averaged] + [(key, True) for key in dialect.live]
             marked = [_Place(tuple(key.split(".")), is_live) for key, is_live in keys]
             return [place for place in marked if _holds(place.parts, tensor_paths)]
     ranked: dict[_Path, tuple[bool, int]] = {}
-    for parts in tensor_paths:
-        length, rank = _known_length(parts)
+    for above in dict.fromkeys(parts[:-1] for parts in tensor_paths):
+        length, rank = _known_length(above)
         if rank is not None:
-            ranked.setdefault(parts[:length], rank)
+            ranked.setdefault(above[:length], rank)
     order = sorted(_without_shells(ranked, tensor_paths), key=lambda place: (ranked[place], len(place)))
     return [_Place(place, ranked[place][0]) for place in order]
 
@@ -204,19 +203,22 @@ def _without_shells(places: Iterable[_Path], tensor_paths: list[_Path]) -> list[
     return kept
 
 
-def _is_there(key: str, entries: Mapping[_Path, Any]) -> bool:
-    parts = tuple(key.split("."))
-    return any(entry[: len(parts)] == parts for entry in entries)
+def _is_there(key: str, tree: Any) -> bool:
+    for part in key.split("."):
+        if not isinstance(tree, Mapping) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
 
 
 def _holds(place: _Path, tensor_paths: list[_Path]) -> bool:
     return any(len(parts) > len(place) and parts[: len(place)] == place for parts in tensor_paths)
 
 
-def _known_length(parts: _Path) -> tuple[int, tuple[bool, int] | None]:
+def _known_length(above: _Path) -> tuple[int, tuple[bool, int] | None]:
     """How many parts lead to the first known key, and on through those right below it, and the best of their ranks."""
     length, best = 0, None
-    for depth, part in enumerate(parts[:-1], 1):
+    for depth, part in enumerate(above, 1):
         rank = key_rank(part)
         if rank is not None:
             length, best = depth, rank if best is None else min(best, rank)
