@@ -145,7 +145,7 @@ def make_run(folder: Path) -> None:
     for number in range(N_PLANNED):
         weights = {f"layers.{n}.weight": torch.full((8, 8), float(number)) for n in range(PLANNED_TENSORS)}
         moments = {
-            n: {"step": number, "exp_avg": tensor, "exp_avg_sq": tensor}
+            n: {"step": number, "exp_avg": tensor.clone(), "exp_avg_sq": tensor.clone()}
             for n, tensor in enumerate(weights.values())
         }
         state = {"model": weights, "optimizer": {"state": moments, "param_groups": []}, "step": 10 * number}

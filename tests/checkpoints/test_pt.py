@@ -193,6 +193,18 @@ def test_damaged_archives_are_refused(tmp_path, archive, change, message):
         checkpoints.open(tmp_path / "bad.pt")
 
 
+def test_a_member_that_is_not_at_its_place_is_refused_when_it_is_read(tmp_path, archive):
+    data = archive.read_bytes()
+    with zipfile.ZipFile(archive) as members:
+        header = next(
+            entry.header_offset for entry in members.infolist() if entry.filename.endswith("data/0")
+        )
+    for place, message in ((header, "is not at its place"), (header + 29, "lies outside it, or overlaps")):
+        (tmp_path / "bad.pt").write_bytes(data[:place] + b"\xff" + data[place + 1 :])
+        with checkpoints.open(tmp_path / "bad.pt") as opened, pytest.raises(CheckpointError, match=message):
+            opened.read("w")
+
+
 def test_compressed_archives_are_refused(tmp_path, archive):
     rezip(archive, tmp_path / "bad.pt", compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match=r"compressed after torch\.save: save it again"):

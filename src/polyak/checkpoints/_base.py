@@ -192,10 +192,12 @@ class StridedRegion(StoredTensor):
             raise CheckpointError(f"{self._region.file.path} is corrupt: a tensor of shape {list(shape)}")
         if nbytes == 0:
             return
-        last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        end = self._offset + (last + 1) * self.info.dtype.itemsize
+        span_nbytes = nbytes
+        if not self._contiguous:
+            last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+            span_nbytes = (last + 1) * self.info.dtype.itemsize
         # A tensor expanded by zero strides could claim any size; real ones are no larger than their file.
-        if end > self._region.size or nbytes > self._region.file.size:
+        if self._offset + span_nbytes > self._region.size or nbytes > self._region.file.size:
             raise CheckpointError(
                 f"{self._region.file.path} is truncated or corrupt: a tensor of shape {list(shape)} "
                 f"reaches beyond its data"

@@ -266,9 +266,10 @@ class _Archive:
             raise _damaged(self._file.path, str(error)) from error
         if place is None:
             raise _unusual_error(self._file.path, tensor.shape)
-        if place not in self._regions:
-            self._regions[place] = self._region(place)
-        return self._regions[place]
+        region = self._regions.get(place)
+        if region is None:
+            region = self._regions[place] = self._region(place)
+        return region
 
     def _region(self, place: Place) -> _base.StridedRegion:
         member = self._members.get(f"{self._name}/data/{place.storage}")
