@@ -83,6 +83,12 @@ def test_prefixes_of_wrappers_are_left_out(names, plain):
         ({"ema": {"shadow_params": [torch.zeros(1)], "optimization_step": 9}}, 9),
         ({"w": torch.zeros(1), "step": "7"}, None),
         ({"w": torch.zeros(1), "step": True}, None),
+        ({"model": {"w": torch.zeros(1)}, "step": torch.tensor(7)}, 7),
+        ({"model": {"w": torch.zeros(1)}, "step": torch.tensor([7.0])}, 7),
+        ({"model": {"w": torch.zeros(1)}, "step": torch.tensor(7.5)}, None),
+        ({"model": {"w": torch.zeros(1)}, "step": torch.tensor(torch.inf)}, None),
+        ({"model": {"w": torch.zeros(1)}, "step": torch.tensor(True)}, None),
+        ({"w": torch.zeros(1), "step": torch.tensor(7)}, None),
         ({"w": torch.zeros(1), "step": -1}, None),
     ],
 )

@@ -218,6 +218,16 @@ def test_a_run_is_averaged_rank_by_rank(tmp_path, layout, capsys):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_the_files_of_one_rank_are_said_to_be_a_part(llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(llama)
+    assert main(["average", "step-*/consolidated.00.pth", "-o", "../average"]) == 0
+    assert "whose others are 'consolidated.01.pth'" in " ".join(capsys.readouterr().out.split())
+    for path in llama.glob("step-*/consolidated.0[12].pth"):
+        path.unlink()
+    assert main(["average", "step-*/consolidated.00.pth", "-o", "../alone"]) == 0
+    assert "one part" not in capsys.readouterr().out
+
+
 def test_folders_one_by_one_count_as_weights_say(llama, tmp_path):
     folders = [llama / "step-400", llama / "step-100"]
     report = polyak.average_checkpoints(folders, tmp_path / "out", weights=[3, 1])

@@ -342,6 +342,7 @@ def test_two_rates_in_one_file_are_refused(tmp_path):
         {"l.weight._data": torch.ones(2, 2, dtype=torch.int8), "l.weight._scale": torch.ones(2)},
         {"l.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "l.scale_weight": torch.ones(1)},
         {"l.weight": torch.ones(2, 2, dtype=torch.int8), "l.SCB": torch.ones(2)},
+        {"l.weight": torch.ones(2, 2, dtype=torch.int8), "l.bias": torch.ones(2)},
         {"l.weight": torch.ones(4, 1, dtype=torch.uint8), "l.weight.absmax": torch.ones(2)},
         {"l.up_proj_blocks": torch.ones(4, 1, dtype=torch.uint8), "l.up_proj_scales": torch.ones(2)},
     ],
@@ -352,7 +353,7 @@ def test_codes_are_refused(tmp_path, tensors):
     assert refusal is not None and "is quantised" in str(refusal) and "dequantise it first" in str(refusal)
 
 
-@pytest.mark.parametrize("mark", [" (1)", " - Copy", " copy 2", " (Ann's conflicted copy 2026-03-01)"])
+@pytest.mark.parametrize("mark", [" (1)", " - Copy", " copy 2", " 2", " (Ann's conflicted copy 2026-03-01)"])
 def test_copies_by_name_are_left_out_or_refused(tmp_path, mark):
     run_of(tmp_path, "step_{}.pt")
     copy = tmp_path / f"step_2{mark}.pt"
@@ -363,6 +364,18 @@ def test_copies_by_name_are_left_out_or_refused(tmp_path, mark):
     assert f"step_2{mark}.pt is, by its name, a copy of step_2.pt, and holds" in str(
         read_inputs(tmp_path).refusal
     )
+
+
+def test_a_run_saved_in_two_formats_counts_once(tmp_path):
+    run_of(tmp_path, "step_{}.pt")
+    for path in sorted(tmp_path.glob("*.pt")):
+        with checkpoints.open(path) as opened:
+            save_file({name: opened.read(name) for name in opened.tensors}, path.with_suffix(".safetensors"))
+    items = read_inputs(tmp_path).required().items
+    assert {item.path.suffix for item in items if item.taken} == {".safetensors"}
+    assert "the same weights as step_2.safetensors" in {item.why for item in items}
+    put(tmp_path / "step_2.pt", 50)
+    assert "step_2.pt and step_2.safetensors are both of step 2" in str(read_inputs(tmp_path).refusal)
 
 
 def test_numbered_folders_without_weights_are_named(tmp_path):

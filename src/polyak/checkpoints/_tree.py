@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from polyak.checkpoints._base import Contents, NoWeightsError, StoredTensor
 from polyak.checkpoints._dialects import DIALECTS, STEP_KEYS, STEP_PATHS, Dialect, key_rank
 from polyak.checkpoints._pickle import Record
@@ -107,7 +109,7 @@ def find_weights(contents: Contents, key: str | None, path: Path) -> FoundWeight
     if key is None and kind == "averaged" and not by_prefix:
         named, completed = _completed(named, tensor_paths, found, contents, entries)
     beside = {} if by_prefix else _beside(entries, tensor_paths, place, named)
-    step, step_key = _step(entries, place)
+    step, step_key = _step(entries, place, contents)
     return FoundWeights(
         tensors={name: contents.stored(entries[parts]) for name, parts in named.items()},
         key=".".join(place) or None,
@@ -460,15 +462,30 @@ def _ignored(entries: dict[_Path, Any], taken: set[_Path]) -> tuple[str, ...]:
     return tuple(tops)
 
 
-def _step(entries: dict[_Path, Any], place: _Path) -> tuple[int, str] | tuple[None, None]:
+def _step(
+    entries: Mapping[_Path, Any], place: _Path, contents: Contents
+) -> tuple[int, str] | tuple[None, None]:
     levels = [(*place[:depth], key) for depth in range(len(place) + 1) for key in STEP_KEYS]
     known = [tuple(path.split(".")) for path in STEP_PATHS]
     # Counts of epochs are coarser than those of steps, wherever these stand.
     for parts in sorted([*levels[: len(STEP_KEYS)], *known, *levels[len(STEP_KEYS) :]], key=_counts_epochs):
         value = entries.get(parts)
+        # A counter among the weights is one of the model's.
+        if isinstance(value, contents.leaf_types) and parts[:-1] != place:
+            value = _number(contents.stored(value))
         if type(value) is int and value >= 0:
             return value, ".".join(parts[-1:])
     return None, None
+
+
+def _number(stored: StoredTensor) -> int | None:
+    """The whole number in a tensor of one element; None for other tensors."""
+    if stored.info.shape not in ((), (1,)):
+        return None
+    out = torch.empty(1, dtype=stored.info.dtype)
+    stored.read_into(0, out)
+    value = out.item()
+    return int(value) if type(value) in (int, float) and value == value // 1 else None
 
 
 def _counts_epochs(parts: _Path) -> bool:

@@ -229,6 +229,7 @@ class Plan:
             notes=(
                 *_notes(self.opened),
                 *_single_note(counted),
+                *_ranks.part_notes(self.reading.taken),
                 *(_batchnorm_note(tensors, recalibrated) if counted > 1 or recalibrated else ()),
                 *self.output_notes,
                 *self._adapter_notes(),

@@ -29,6 +29,7 @@ from polyak.errors import CheckpointError, OptionError, name_list
 __all__ = [
     "RankFolder",
     "opened_parts",
+    "part_notes",
     "refuse_missing_parts",
     "refuse_parts",
     "refuse_ranks",
@@ -164,6 +165,25 @@ def _refuse_unlike(item: Item, opened: Mapping[str, Checkpoint]) -> None:
             "key",
             "--key",
         )
+
+
+def part_notes(items: Sequence[Item]) -> Iterator[str]:
+    """What to know where one rank's part is taken, and those of other ranks lie beside it."""
+    for item in items:
+        known = None if item.parts else _rank_part(item)
+        if known is None:
+            continue
+        folder = item.path.absolute().parent
+        near = [rank_part(path) for path in (*folder.iterdir(), *folder.parent.glob(f"*/{item.path.name}"))]
+        others = sorted(
+            {one[0] for one in near if one and one[1] == known[1].absolute() and one[0] != known[0]}
+        )
+        if others:
+            yield (
+                f"{item.name} is one part of a checkpoint, whose others are {name_list(others)}: what is written is "
+                "that part of the model alone; name the folders around the ranks to average all of it"
+            )
+            return
 
 
 # What is refused.

@@ -151,9 +151,9 @@ def leave_out_links(items: list[Item], all_count: bool) -> None:
 
 # What saving leaves behind when it is cut off: tmp-checkpoint-500, step_4.tmp.pt, and office programs' ~step_4.pt.
 _UNFINISHED = re.compile(r"^~|(?<![a-z])(?:tmp|incomplete|unfinished)(?![a-z])", re.IGNORECASE)
-# step_3 (1).pt, step_3 - Copy (2).pt, step_3 copy 2.pt, step_3 (Ann's conflicted copy 2026-03-01).pt.
+# step_3 (1).pt, step_3 - Copy (2).pt, step_3 copy 2.pt, step_3 2.pt, step_3 (Ann's conflicted copy 2026-03-01).pt.
 _COPY = re.compile(
-    r"(?: ?\(\d+\)|[ _]?-? ?copy(?: ?\(?\d+\)?)?| ?\([^()]*(?:conflict|copy)[^()]*\))(?=(?:\.[a-z]+)*$)",
+    r"(?: ?\(\d+\)|(?<=\d) [2-9]|[ _]?-? ?copy(?: ?\(?\d+\)?)?| ?\([^()]*(?:conflict|copy)[^()]*\))(?=(?:\.[a-z]+)*$)",
     re.IGNORECASE,
 )
 
@@ -167,13 +167,21 @@ def leave_out_unfinished(items: list[Item]) -> None:
 
 
 def leave_out_copies(items: list[Item]) -> None:
-    """Copies that a file manager or a browser named, or the cloud after a conflict; refused if they differ."""
+    """Copies that a file manager or a browser named, or the cloud after a conflict; refused if they differ.
+
+    And the same weights in two formats.
+    """
     by_path = {item.path: item for item in items}
     for item in items:
         mark = _COPY.search(item.path.name)
         name = mark and item.path.name[: mark.start()] + item.path.name[mark.end() :]
         twin = by_path.get(item.path.with_name(name)) if name and name != item.path.suffix else None
-        if item.given or twin is None:
+        if item.given:
+            continue
+        saved_twice = by_path.get(item.path.with_suffix(".safetensors"), item)
+        if saved_twice is not item and same_weights(saved_twice, item):
+            item.why = f"the same weights as {saved_twice.name}"
+        if twin is None or item.why:
             continue
         if not same_weights(twin, item):
             raise OptionError(
@@ -507,6 +515,11 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.path} is quantised: {name!r} holds codes, which mean something only with "
                 f"{name_list(scales)}; the average of codes and of scales is no average of weights: dequantise it first"
+            )
+        if not info.dtype.is_floating_point and len(info.shape) > 1 and name.rpartition(".")[2] == "weight":
+            raise CheckpointError(
+                f"{checkpoint.path} is quantised: {name!r} holds codes in {info.dtype}, and no scales are there that "
+                "say what they stand for: dequantise it first"
             )
 
 
