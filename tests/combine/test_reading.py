@@ -366,6 +366,13 @@ def test_copies_by_name_are_left_out_or_refused(tmp_path, mark):
     )
 
 
+def test_the_pattern_that_is_advised_tells_the_two_apart(tmp_path):
+    run_of(tmp_path, "step_{}.pt")
+    put(tmp_path / "step_2_old.pt", 50)
+    assert "by a pattern such as 'step_*[0-9].pt'" in str(read_inputs(tmp_path).refusal)
+    assert not read_inputs(sorted(tmp_path.glob("step_*[0-9].pt"))).required().left_out
+
+
 def test_a_run_saved_in_two_formats_counts_once(tmp_path):
     run_of(tmp_path, "step_{}.pt")
     for path in sorted(tmp_path.glob("*.pt")):

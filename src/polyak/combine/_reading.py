@@ -452,7 +452,7 @@ def _of_two_runs(items: list[Item], steps: Sequence[int], pair: tuple[int, int])
         else f"are of steps {at} and {end}, which overlap with each other's"
     )
     return _asking_for_steps(
-        f"{first} and {other} {how}, as of two runs, and a profile is about one: leave it out, or"
+        f"{first} and {other} {how}, as of two runs: name the files of one, or name each file and no profile, or"
     )
 
 
@@ -476,6 +476,8 @@ def _of_one_step(items: list[Item]) -> OptionError | None:
         other = first.setdefault((item.path.parent, number), item)
         if other is not item:
             pattern = re.sub(rf"(?<!\d)0*{number}(?!\d)", "*", other.path.name)
+            # The other one's too where its name is longer: step_*.pt is that of step_3_old.pt.
+            pattern = pattern.replace("*", "*[0-9]") if item.path.match(pattern) else pattern
             return _asking_for_steps(
                 f"{other.name} and {item.name} are both of step {number}, and differ in their names as different "
                 f"networks or runs do: choose one by a pattern such as {pattern!r}, or, where they are one run,"
