@@ -16,7 +16,6 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +71,7 @@ class Member:
         self.name, self.file, self.path, self.size = entry.filename, file, file.path, entry.file_size
         self.is_stored = entry.compress_type == zipfile.ZIP_STORED
         self._packed_nbytes, self._header, self._end = entry.compress_size, start + entry.header_offset, end
+        self._start: int | None = None
         self._check(entry)
 
     def _check(self, entry: zipfile.ZipInfo) -> None:
@@ -96,9 +96,14 @@ class Member:
                 f"{self.path} is truncated or corrupt: member {self.name!r} lies outside it, or overlaps another"
             )
 
-    @cached_property
+    @property
     def start(self) -> int:
         """Where its bytes begin in the file around it."""
+        if self._start is None:
+            self._start = self._find_start()
+        return self._start
+
+    def _find_start(self) -> int:
         header = self.file.read(self._header, _LOCAL_HEADER.size)
         magic, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(header)
         start = self._header + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
