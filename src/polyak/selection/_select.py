@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,6 +20,7 @@ from polyak.batchnorm import tracks_statistics
 from polyak.errors import OptionError
 from polyak.profiles import Profile, Tail, Weights, as_profile, registered
 from polyak.profiles._base import rounded
+from polyak.selection._line import can_blend, search_lines
 from polyak.selection._result import LIVE, RECALIBRATED, Candidate, HoldoutCheck, Selection, simplicity
 from polyak.trajectory import Explanation, Trajectory
 
@@ -279,6 +280,7 @@ def select(
             near = _distinct(trajectory, fine_grid(_best_average(scores, mode), steps), known=tried)
             scores |= try_all(near)
             tried += near
+            tried += _blends(trajectory, scores, mode, try_all)
         table = _ranked(scores, {one.profile: one for one in tried}, mode)
         check = None if holdout is None else _check(trials, table, holdout)
     return Selection(table, mode, check, trajectory, model, recalibrate)
@@ -312,12 +314,35 @@ def _distinct(
 
 
 def _rounded_weights(explained: Explanation) -> tuple[float, ...]:
-    return tuple(explained.coefficients.round(9).tolist())
+    return tuple([*explained.coefficients.round(9).tolist(), round(explained.live, 9)])
 
 
 def _best_average(scores: Scores, mode: Mode) -> Profile:
     averages = [profile for profile in scores if isinstance(profile, Profile)]
     return min(averages, key=lambda profile: _evaluate.badness(scores[profile].value, mode))
+
+
+def _blends(
+    trajectory: Trajectory,
+    scores: Scores,
+    mode: Mode,
+    try_all: Callable[[Sequence[Explanation]], Scores],
+) -> list[Explanation]:
+    """Blends of the live weights with averages, where there are any to try; their scores are put into ``scores``."""
+    if not can_blend(trajectory):
+        return []
+
+    def badness(keys: Iterable[Profile | str]) -> dict[Any, float]:
+        return {key: _evaluate.badness(scores[key].value, mode) for key in keys}
+
+    def try_some(blends: Sequence[Explanation]) -> dict[Profile, float]:
+        scores.update(try_all(blends))
+        return badness(blend.profile for blend in blends)
+
+    # The end of each line, as statistics are recomputed along it.
+    live = badness([RECALIBRATED if RECALIBRATED in scores else LIVE])
+    averages = badness(key for key in scores if isinstance(key, Profile))
+    return search_lines(trajectory, averages, *live.values(), try_some)
 
 
 def _ranked(scores: Scores, explained: Mapping[Profile, Explanation], mode: Mode) -> list[Candidate]:
