@@ -1,4 +1,4 @@
-"""The best that any linear average of a run could have done: combinations fitted on the test examples themselves."""
+"""The best that any linear average of a run could do: signed combinations of its blocks and its live weights, fitted."""
 
 from __future__ import annotations
 
@@ -7,67 +7,77 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import polyak
-from polyak.demo._tasks import Examples
 
-__all__ = ["lowest_loss"]
+__all__ = ["Combinations"]
 
 # Directions in which blocks differ by less than this part of the most are rounding.
 _LEAST_SCALE = 1e-6
 
 
-def lowest_loss(
-    trajectory: polyak.Trajectory,
-    model: nn.Module,
-    loss: Callable[[nn.Module], Tensor],
-    starts: Sequence[polyak.Profile | str],
-    iterations: int = 30,
-) -> float:
-    """The lowest ``loss`` of w = live + Σ_k a_k (block_k - live) over all real a_k, by L-BFGS.
+class Combinations:
+    """All w = live + Σ_k a_k (block_k - live) with real a_k: every signed combination whose weights sum to 1.
 
-    Every signed combination of blocks and live weights that sums to 1 is of this form. The a_k are moved along the
-    principal axes of the block_k - live, in units of their length, in which the problem is well scaled. It begins at
-    the start of the lowest loss, or at the live weights, and never ends above it. A local minimum: nothing says that
-    there is none below it, but no profile that was tried is.
+    Positions are coordinates along the principal axes of the block_k - live, in the unit of the weights, in which
+    descending is well scaled: the a_k themselves belong to vectors that are nearly parallel.
+
+    Args:
+        trajectory: a recorded run with its live weights.
+        model: of that run; all its parameters are averaged.
     """
-    live = _vector(model, trajectory.live())
-    units = [polyak.Weights([float(k == at) for k in range(len(trajectory))]) for at in range(len(trajectory))]
-    blocks = torch.stack([_vector(model, one) - live for one in trajectory.average_many(units)])  # [K, P]
-    _, scales, axes = torch.linalg.svd(blocks, full_matrices=False)
-    axes = axes[scales > _LEAST_SCALE * scales[0]]
-    shifts = [live - live, *(_vector(model, one) - live for one in trajectory.average_many(list(starts)))]
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    sizes = [shape.numel() for shape in shapes.values()]
-    objective = _Objective(model, loss)
 
-    def value(position: Tensor) -> Tensor:
-        parts = (live + position @ axes).split(sizes)
-        named = {f"model.{n}": p.view(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
-        return functional_call(objective, named, ())
+    def __init__(self, trajectory: polyak.Trajectory, model: nn.Module):
+        self._trajectory, self._model = trajectory, model
+        self._live = self._vector(trajectory.live())
+        count = len(trajectory)
+        alone = [polyak.Weights([float(k == at) for k in range(count)]) for at in range(count)]
+        shifts = [self._vector(one) - self._live for one in trajectory.average_many(alone)]
+        _, scales, axes = torch.linalg.svd(torch.stack(shifts), full_matrices=False)
+        self._axes = axes[scales > _LEAST_SCALE * scales[0]]
 
-    with torch.no_grad():
-        positions = [axes @ shift for shift in shifts]
-        best = min(positions, key=lambda position: value(position).item())
-    position = best.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [position], max_iter=iterations, history_size=iterations, line_search_fn="strong_wolfe"
-    )
-    lowest = [float("inf")]
+    def lowest(
+        self, loss: Callable[[nn.Module], Tensor], starts: Sequence[polyak.Profile], iterations: int
+    ) -> dict[str, Tensor]:
+        """The weights of the lowest ``loss`` that L-BFGS finds, name to tensor.
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        found = value(position)
-        found.backward()
-        lowest[0] = min(lowest[0], found.item())
-        trace.append(found.item())
-        return found
+        It begins at the best of the live weights and ``starts``, and ends nowhere above that. The minimum is a local
+        one: nothing says that there is none below it, only that no profile of ``starts`` is.
+        """
+        objective = _Objective(self._model, loss)
 
-    trace=[]
-    optimizer.step(closure)
-    print('   ', len(trace), [round(t,5) for t in trace[::5]])
-    return lowest[0]
+        def value(position: Tensor) -> Tensor:
+            weights = self._weights(position)
+            return functional_call(
+                objective, {f"model.{name}": tensor for name, tensor in weights.items()}, ()
+            )
+
+        with torch.no_grad():
+            averages = [self._vector(weights) for weights in self._trajectory.average_many(list(starts))]
+            positions = [self._axes @ (vector - self._live) for vector in (self._live, *averages)]
+            start = min(positions, key=lambda position: value(position).item())
+        position = start.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [position], max_iter=iterations, history_size=iterations, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            found = value(position)
+            found.backward()
+            return found
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            return self._weights(min((position, start), key=lambda each: value(each).item()))
+
+    def _weights(self, position: Tensor) -> dict[str, Tensor]:
+        parameters = dict(self._model.named_parameters())
+        parts = (self._live + position @ self._axes).split([p.numel() for p in parameters.values()])
+        return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
+
+    def _vector(self, weights: dict[str, Tensor]) -> Tensor:
+        return torch.cat([weights[name].reshape(-1) for name, _ in self._model.named_parameters()])
 
 
 class _Objective(nn.Module):
@@ -80,7 +90,3 @@ class _Objective(nn.Module):
 
     def forward(self) -> Tensor:
         return self._loss(self.model)
-
-
-def _vector(model: nn.Module, weights: dict[str, Tensor]) -> Tensor:
-    return torch.cat([weights[name].reshape(-1) for name, _ in model.named_parameters()])
