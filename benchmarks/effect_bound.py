@@ -1,4 +1,4 @@
-"""The best that any linear average of a run could do: signed combinations of its blocks and its live weights, fitted."""
+"""The best that any linear average of a run could do: fitted combinations of its blocks and its live weights."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_a_tiny_study_answers_all_three_questions(effect, monkeypatch, tmp_path)
     cells = found["bound"]["cells"]
     assert set(cells) == {"0.006, 0.0", "0.006, cosine"}
     for cell in (*cells.values(), found["bound"]["tuned_decay"]):
-        assert all(bound <= min(pair) for bound, *pair in zip(cell["bound"], cell["live"], cell["selected"]))
+        assert np.all(np.array(cell["bound"]) <= np.minimum(cell["live"], cell["selected"]))
     assert set(found["any_horizon"]["horizons"]) == {"60", "120"}
     assert found["any_horizon"]["training_of_decayed_runs_over_recorded"] == 1.5
     assert all(len(row["test"]) == 2 for row in found["fit"]["against"].values())

@@ -14,7 +14,15 @@ import numpy as np
 from polyak._checks import whole_within, within
 from polyak.errors import OptionError
 from polyak.profiles._base import (
-    Floats, Profile, Scheme, as_profile, parse, read_number, rounded, suggestion, written,
+    Floats,
+    Profile,
+    Scheme,
+    as_profile,
+    parse,
+    read_number,
+    rounded,
+    suggestion,
+    written,
 )  # fmt: skip
 
 # What a few hundred float64 operations may be off by, relative to their operands.

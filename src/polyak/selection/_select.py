@@ -314,7 +314,7 @@ def _distinct(
 
 
 def _rounded_weights(explained: Explanation) -> tuple[float, ...]:
-    return tuple([*explained.coefficients.round(9).tolist(), round(explained.live, 9)])
+    return (*explained.coefficients.round(9).tolist(), round(explained.live, 9))
 
 
 def _best_average(scores: Scores, mode: Mode) -> Profile:

@@ -148,9 +148,9 @@ class Trajectory:
     """The block means of a run, oldest first.
 
     The average under a profile F is Σ a_k · block_k with a_k = F(stop_k) - F(start_k), over optimizer steps or
-    samples, as the profile's unit says. The live weights that the recorder kept when it was closed are one more input
-    beside the blocks, which a :class:`polyak.Blend` counts. It is exact where F is straight within each block, as for any window
-    between borders of blocks; :meth:`explain` says how far it is from exact elsewhere.
+    samples, as the profile's unit says. It is exact where F is straight within each block, as for any window
+    between borders of blocks; :meth:`explain` says how far it is from exact elsewhere. The live weights that the
+    recorder kept when it was closed are one more input of the sum, which a :class:`polyak.Blend` counts.
 
     Args:
         directory: what a :class:`polyak.Recorder` wrote, or is still writing: blocks that come later are not
@@ -442,9 +442,9 @@ class Trajectory:
         inner, live = without_live(profile)
         if live and not self.has_live:
             raise NotStartedError(
-                f"{profile} counts the weights that the run ended with, and {self._place} held none when it was opened: "
-                f"its recorder writes them when it is closed. Close it, and open this again; or take {inner}, which "
-                "counts blocks alone"
+                f"{profile} counts the weights that the run ended with, and {self._place} held none when it was "
+                f"opened: its recorder writes them when it is closed. Close it, and open this again; or take {inner}, "
+                "which counts blocks alone"
             )
         return profile
 
