@@ -19,8 +19,8 @@ _FIRST_SHARE = 0.5
 # How far from the best share so far the next two lie.
 _DISTANCES = (0.25, 0.125)
 
-# Tries profiles, and gives the badness of each.
-Try = Callable[[Sequence[Explanation]], Mapping[Profile, float]]
+# Scores those profiles that are new on these blocks, and gives the badness of each.
+Try = Callable[[Sequence[Profile]], Mapping[Profile, float]]
 
 
 def can_blend(trajectory: Trajectory) -> bool:
@@ -29,43 +29,35 @@ def can_blend(trajectory: Trajectory) -> bool:
 
 
 def search_lines(
-    trajectory: Trajectory,
-    averages: Mapping[Profile, float],
-    live: float,
-    try_all: Try,
-) -> list[Explanation]:
-    """Blends of the live weights with averages of the run, each tried: coarse, then finer around the best.
+    averages: Sequence[Explanation], badness: Mapping[Profile, float], live: float, try_some: Try
+) -> None:
+    """Try blends of the live weights with averages of the run: coarse, then finer around the best.
 
     On a run that was decayed the averages worth blending with are longer than the best average. So half and half is
     tried with up to ten averages that differ in at least a fifth of their weight, better ones first. On the three
-    best lines two more shares follow around the best one so far, its ends included, and two more around that.
+    best lines two more shares follow around the best one so far, its ends included, and two more around that: 22
+    blends at most.
 
     Args:
-        trajectory: with live weights, see :func:`can_blend`.
-        averages: the badness of each that was tried.
+        averages: those that were tried.
+        badness: of each of their profiles.
         live: that of the live weights.
-        try_all: scores more profiles.
-
-    Returns:
-        What was tried, at most 22.
+        try_some: scores more profiles.
     """
-    explained = [trajectory.explain(profile) for profile in sorted(averages, key=averages.__getitem__)]
-    lines = {one.profile: {0.0: live, 1.0: averages[one.profile]} for one in _apart(explained)}
-    tried: list[Explanation] = []
+    better_first = sorted(averages, key=lambda one: badness[one.profile])
+    lines = {one.profile: {0.0: live, 1.0: badness[one.profile]} for one in _apart(better_first)}
 
     def try_on(points: Sequence[tuple[Profile, float]]) -> None:
         blends = {Blend(profile, share): (profile, share) for profile, share in points}
-        new = [trajectory.explain(blend) for blend in blends]
-        for blend, badness in try_all(new).items():
+        for blend, found in try_some(list(blends)).items():
             profile, share = blends[blend]
-            lines[profile][share] = badness
-        tried.extend(new)
+            lines[profile][share] = found
 
     try_on([(profile, _FIRST_SHARE) for profile in lines])
-    best = sorted(lines, key=lambda profile: lines[profile][_FIRST_SHARE])[:_BEST_LINES]
+    halves = {profile: line[_FIRST_SHARE] for profile, line in lines.items() if _FIRST_SHARE in line}
+    best = sorted(halves, key=halves.__getitem__)[:_BEST_LINES]
     for distance in _DISTANCES:
         try_on([(profile, share) for profile in best for share in _around(lines[profile], distance)])
-    return tried
 
 
 def _around(line: Mapping[float, float], distance: float) -> list[float]:

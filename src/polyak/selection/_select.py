@@ -225,7 +225,8 @@ def select(
             single number, or whole numbers such as zeros and ones, may be an accuracy and need it said.
         profiles: what to try, as profiles or as text; None: the ``candidates`` of every profile there is (tails,
             decays, EMAs and powers on a coarse grid, and those of your own), without those that the blocks cannot
-            resolve, then a finer grid around the best average.
+            resolve, then a finer grid around the best average, then blends of averages with the live weights, where
+            the trajectory has those.
         recalibrate: batches that can be gone through many times, for :func:`polyak.update_bn` before each
             average is scored.
         holdout: like ``score``, on data that nothing is chosen on.
@@ -280,7 +281,7 @@ def select(
             near = _distinct(trajectory, fine_grid(_best_average(scores, mode), steps), known=tried)
             scores |= try_all(near)
             tried += near
-            tried += _blends(trajectory, scores, mode, try_all)
+            tried += _blends(trajectory, tried, scores, mode, try_all)
         table = _ranked(scores, {one.profile: one for one in tried}, mode)
         check = None if holdout is None else _check(trials, table, holdout)
     return Selection(table, mode, check, trajectory, model, recalibrate)
@@ -324,25 +325,28 @@ def _best_average(scores: Scores, mode: Mode) -> Profile:
 
 def _blends(
     trajectory: Trajectory,
+    tried: Sequence[Explanation],
     scores: Scores,
     mode: Mode,
     try_all: Callable[[Sequence[Explanation]], Scores],
 ) -> list[Explanation]:
     """Blends of the live weights with averages, where there are any to try; their scores are put into ``scores``."""
-    if not can_blend(trajectory):
-        return []
+    blends: list[Explanation] = []
 
-    def badness(keys: Iterable[Profile | str]) -> dict[Any, float]:
-        return {key: _evaluate.badness(scores[key].value, mode) for key in keys}
+    def badness(key: Profile | str) -> float:
+        return _evaluate.badness(scores[key].value, mode)
 
-    def try_some(blends: Sequence[Explanation]) -> dict[Profile, float]:
-        scores.update(try_all(blends))
-        return badness(blend.profile for blend in blends)
+    def try_some(profiles: Sequence[Profile]) -> dict[Profile, float]:
+        new = _distinct(trajectory, profiles, known=[*tried, *blends])
+        scores.update(try_all(new))
+        blends.extend(new)
+        return {blend.profile: badness(blend.profile) for blend in new}
 
-    # The end of each line, as statistics are recomputed along it.
-    live = badness([RECALIBRATED if RECALIBRATED in scores else LIVE])
-    averages = badness(key for key in scores if isinstance(key, Profile))
-    return search_lines(trajectory, averages, *live.values(), try_some)
+    if can_blend(trajectory):
+        # The end of each line, as statistics are recomputed along it.
+        live = badness(RECALIBRATED if RECALIBRATED in scores else LIVE)
+        search_lines(tried, {one.profile: badness(one.profile) for one in tried}, live, try_some)
+    return blends
 
 
 def _ranked(scores: Scores, explained: Mapping[Profile, Explanation], mode: Mode) -> list[Candidate]:
