@@ -19,8 +19,8 @@ _FIRST_SHARE = 0.5
 # How far from the best share so far the next two lie.
 _DISTANCES = (0.25, 0.125)
 
-# Scores those profiles that are new on these blocks, and gives the badness of each.
-Try = Callable[[Sequence[Profile]], Mapping[Profile, float]]
+# Scores those blends that are new on these blocks, and gives the badness of each.
+Try = Callable[[Sequence[Blend]], Mapping[Blend, float]]
 
 
 def can_blend(trajectory: Trajectory) -> bool:

@@ -18,7 +18,7 @@ from polyak._evaluate import Mode, Score
 from polyak._mean import mean_dtype
 from polyak.batchnorm import tracks_statistics
 from polyak.errors import OptionError
-from polyak.profiles import Profile, Tail, Weights, as_profile, registered
+from polyak.profiles import Blend, Profile, Tail, Weights, as_profile, registered
 from polyak.profiles._base import rounded
 from polyak.selection._line import can_blend, search_lines
 from polyak.selection._result import LIVE, RECALIBRATED, Candidate, HoldoutCheck, Selection, simplicity
@@ -336,11 +336,11 @@ def _blends(
     def badness(key: Profile | str) -> float:
         return _evaluate.badness(scores[key].value, mode)
 
-    def try_some(profiles: Sequence[Profile]) -> dict[Profile, float]:
+    def try_some(profiles: Sequence[Blend]) -> dict[Blend, float]:
         new = _distinct(trajectory, profiles, known=[*tried, *blends])
         scores.update(try_all(new))
         blends.extend(new)
-        return {blend.profile: badness(blend.profile) for blend in new}
+        return {blend: badness(blend) for blend in profiles if blend in scores}
 
     if can_blend(trajectory):
         # The end of each line, as statistics are recomputed along it.
