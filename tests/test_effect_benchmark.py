@@ -52,6 +52,7 @@ def test_decays_and_rates_are_tuned_by_validation_of_what_they_are_for(effect, m
 
 def test_a_tiny_study_answers_all_three_questions(effect, monkeypatch, tmp_path):
     monkeypatch.setattr("polyak.demo._tasks._TEXT_SAMPLES", 300)
+    monkeypatch.setattr(import_module("effect_runs"), "BOUND_ITERATIONS", 3)
     decays = (0.0, "cosine")
     plan = effect.Plan((0, 1), (1000,), (6e-3,), decays, decays, (60, 120), fit_steps=3)
     parts = effect.Parts(tmp_path / "parts.jsonl")

@@ -35,16 +35,15 @@ def test_it_reaches_a_target_inside_the_hull(tmp_path):
     before = model.weight.detach().clone()
     generator = np.random.get_state()[1].copy()
     score = hits([0.3, 0.5], 1.0)
-    fitted = polyak.fit(trajectory, model, score=score, mode="max", start="uniform", evaluations=200)
+    fitted = polyak.fit(trajectory, model, score=score, mode="max", start="uniform", evaluations=150)
     assert fitted.profile.a == pytest.approx([0.2, 0.3, 0.5], abs=0.02)
-    assert len(fitted.scores) == 200 and fitted.groups == 3
+    assert len(fitted.scores) == 150 and fitted.groups == 3
     assert max(fitted.scores) > 0.97 > 0.9 > fitted.scores[0]
     assert torch.equal(model.weight, before) and np.array_equal(np.random.get_state()[1], generator)
-    assert "3 weights in 3 groups fitted in 200 evaluations" in str(fitted)
-    again = polyak.fit(trajectory, model, score=score, mode="max", start="uniform", evaluations=200)
-    assert again == fitted
-    other = polyak.fit(trajectory, model, score=score, mode="max", start="uniform", evaluations=200, seed=1)
-    assert other.scores[1:] != fitted.scores[1:]
+    assert "3 weights in 3 groups fitted in 150 evaluations" in str(fitted)
+    options = {"score": score, "mode": "max", "start": "uniform", "evaluations": 30}
+    again, other = (polyak.fit(trajectory, model, **options, seed=seed) for seed in (0, 1))
+    assert again.scores == fitted.scores[:30] and other.scores[1:] != again.scores[1:]
 
 
 def test_many_blocks_are_fitted_in_groups_that_keep_the_proportions_of_the_start(tmp_path):
