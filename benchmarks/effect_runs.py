@@ -17,22 +17,26 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import polyak
+from effect_bound import Combinations
 from polyak.demo._study import learning_rate_factor
 from polyak.demo._tasks import TASKS, Examples, Split, batches
 
-__all__ = ["COSINE", "FitRead", "Job", "Read", "RunRecord", "run"]
+__all__ = ["COSINE", "Bound", "FitRead", "Job", "Read", "RunRecord", "run"]
 
 TASK = TASKS["text"]
 COSINE = "cosine"
 RECORD_EVERY, BLOCK_STEPS = 10, 20
+# Passes over 10,000 examples each: three times as many bring the bound down by another 3% of the way to it.
+BOUND_ITERATIONS = 20
 
 
 @dataclass(frozen=True)
 class Job:
     """A run: ``decay`` is the share of it with a linearly falling learning rate, or "cosine" for all of it.
 
-    ``read_at`` are the optimizer steps at which averages are selected from what is recorded by then; with
-    ``fit_steps`` the weights of the blocks are fitted at the end as well, on that many more training batches.
+    ``read_at`` are the optimizer steps at which averages are selected from what is recorded by then, at the last of
+    all steps with blends among them; with ``fit_steps`` the weights of the blocks are fitted at the end as well, on
+    that many more training batches. With ``bound`` the best linear combination is fitted there, too.
     """
 
     seed: int
@@ -41,17 +45,32 @@ class Job:
     steps: int
     read_at: tuple[int, ...] = ()
     fit_steps: int = 0
+    bound: bool = False
 
 
 @dataclass(frozen=True)
 class Read:
-    """The live weights and the selected average at one step: NLL in nats per byte."""
+    """The live weights, the best average and what was selected at one step: NLL in nats per byte.
+
+    ``average`` is the best of the averages by validation, without blends and the live weights, ``selected`` the best
+    of all.
+    """
 
     live_validation: float
     live_test: float
+    average: str
+    average_test: float
     selected: str
     selected_validation: float
     selected_test: float
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Test NLL of the best linear combination for the test examples, and of that for the validation examples."""
+
+    test: float
+    fitted_on_validation: float
 
 
 @dataclass(frozen=True)
@@ -72,6 +91,7 @@ class RunRecord:
     test: float
     reads: dict[int, Read] = field(default_factory=dict)
     fit: FitRead | None = None
+    bound: Bound | None = None
 
 
 def run(job: Job) -> RunRecord:
@@ -105,8 +125,14 @@ class _Run:
         )
         if self.recorder is not None:
             self.recorder.close()
+            trajectory = self.recorder.trajectory
+            if self.job.steps in self.job.read_at:
+                choice = self._select(trajectory)
+                reads[self.job.steps] = self._read(trajectory, choice)
+                if self.job.bound:
+                    record.bound = self._bound(trajectory, choice)
             if self.job.fit_steps:
-                record.fit = self._fit(self.recorder.trajectory)
+                record.fit = self._fit(trajectory)
         return record
 
     def _train(self) -> dict[int, Read]:
@@ -119,24 +145,47 @@ class _Run:
             scheduler.step()
             if self.recorder is not None:
                 self.recorder.update()
-                if step in self.job.read_at:
-                    reads[step] = self._read(self.recorder.trajectory)
+                if step in self.job.read_at and step < self.job.steps:
+                    trajectory = self.recorder.trajectory
+                    reads[step] = self._read(trajectory, self._select(trajectory))
         return reads
 
     def _batches(self, steps: int) -> Iterator[Examples]:
         return batches(self.split.train, TASK.batch_size, steps, self.generator)
 
-    def _read(self, trajectory: polyak.Trajectory) -> Read:
-        choice = polyak.select(trajectory, self.model, score=self._validation_losses, progress=False)
-        chosen = deepcopy(self.model)
-        choice.apply(chosen)
+    def _select(self, trajectory: polyak.Trajectory) -> polyak.Selection:
+        return polyak.select(
+            trajectory, self.model, score=self._validation_losses, mode="min", progress=False
+        )
+
+    def _read(self, trajectory: polyak.Trajectory, choice: polyak.Selection) -> Read:
+        averages = [c.profile for c in choice.table if c.profile and not isinstance(c.profile, polyak.Blend)]
         return Read(
             live_validation=choice.live.score,
             live_test=_nll(self.model, self.split.test),
+            average=str(averages[0]),
+            average_test=self._test(trajectory.average(averages[0])),
             selected=choice.best.name,
             selected_validation=choice.best.score,
-            selected_test=_nll(chosen, self.split.test),
+            selected_test=self._test(choice.weights() or self.model.state_dict()),
         )
+
+    def _test(self, weights: dict[str, Tensor]) -> float:
+        model = deepcopy(self.model)
+        model.load_state_dict(weights)
+        return _nll(model, self.split.test)
+
+    def _bound(self, trajectory: polyak.Trajectory, choice: polyak.Selection) -> Bound:
+        combinations = Combinations(trajectory, self.model)
+        starts = [candidate.profile for candidate in choice.table[:3] if candidate.profile is not None]
+
+        def best_for(examples: Examples) -> float:
+            best = combinations.lowest(
+                lambda model: _batch_loss(model, examples), starts, iterations=BOUND_ITERATIONS
+            )
+            return self._test(best)
+
+        return Bound(best_for(self.split.test), best_for(self.split.validation))
 
     def _validation_losses(self, model: nn.Module) -> Tensor:
         return _losses(model, self.split.validation)

@@ -2,14 +2,14 @@
 
 from hypothesis import strategies as st
 
-from polyak import EMA, Decay, Polynomial, Power, Tail, Uniform, WarmupEMA, Weights, Window
+from polyak import EMA, Blend, Decay, Polynomial, Power, Tail, Uniform, WarmupEMA, Weights, Window
 
 fractions = st.floats(1e-9, 1)
 positive = st.floats(1e-3, 1e12)
 unit_open = st.floats(0, 1, exclude_min=True, exclude_max=True)
 counts = st.integers(1, 10**9)
 shapes = st.sampled_from(["linear", "sqrt", "1-sqrt", "cosine"])
-ANY_PROFILE = st.one_of(
+_UNBLENDED = st.one_of(
     st.just(Uniform()),
     st.builds(EMA, half_life=positive, debias=st.booleans()),
     st.builds(EMA, decay=unit_open, debias=st.booleans()),
@@ -25,3 +25,4 @@ ANY_PROFILE = st.one_of(
     st.builds(Decay, shapes, fractions),
     st.builds(Weights, st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8)),
 )
+ANY_PROFILE = st.one_of(_UNBLENDED, st.builds(Blend, _UNBLENDED, st.floats(0, 1)))

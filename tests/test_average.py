@@ -396,6 +396,39 @@ def test_batchnorm_statistics_recomputed_inside_are_undone():
     assert same(live(model), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_the_average_and_the_rest_of_the_live_weights(dtype, share, tmp_path):
+    """In the average's dtype, rounded once; what is saved inside is what was put in."""
+    model, average, _ = walked("uniform", model=mlp(dtype))
+    before, means = live(model), {n: t.double() for n, t in average.named_tensors().items()}
+    names = [name for name, _ in model.named_parameters()]
+    with average.applied(share=share):
+        put_in, named = live(model), average.named_tensors()
+        average.save(tmp_path / "blend.safetensors")
+        for name in names:
+            expected = share * means[name] + (1 - share) * before[name].double()
+            assert (named[name].double() - expected).abs().max() < 1e-6
+            assert torch.equal(put_in[name], named[name].to(dtype))
+        with pytest.raises(SwapError, match="cannot be nested"), average.applied(share=0.5):
+            pass
+    assert same(live(model), before)
+    again = average.named_tensors()
+    assert all(torch.equal(again[name].double(), means[name]) for name in names)
+    written = polyak.checkpoints.open(tmp_path / "blend.safetensors")
+    assert all(torch.equal(written.read(name), named[name]) for name in names)
+    assert json.loads(written.metadata["polyak"]).get("share", 1.0) == share
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, "half", float("nan")])
+def test_a_share_out_of_range_is_refused_before_anything_is_swapped(share):
+    model, average, _ = walked("uniform")
+    before = live(model)
+    with pytest.raises(OptionError, match=r"share must be a number in \[0, 1\]"):
+        average.swap_in(share)
+    assert same(live(model), before) and not average.swapped
+
+
 def test_misuse_while_swapped_is_refused():
     model, average, _ = walked(polyak.Uniform())
     other = polyak.Average(torch.compile(model, backend="eager"), polyak.EMA(decay=0.5))

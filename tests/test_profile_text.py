@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 
 import polyak
-from polyak import EMA, Decay, Polynomial, Power, Tail, Uniform, WarmupEMA, Weights, Window
+from polyak import EMA, Blend, Decay, Polynomial, Power, Tail, Uniform, WarmupEMA, Weights, Window
 from polyak.errors import OptionError
 from polyak.profiles import Profile, Scheme, parse, registered
 from profile_examples import ANY_PROFILE
@@ -27,6 +27,10 @@ from profile_examples import ANY_PROFILE
         ("decay:1-sqrt:1", Decay("1-sqrt", 1)),
         ("weights:1,2,3", Weights([1, 2, 3])),
         ("weights:-0.5,1.5", Weights([-0.5, 1.5])),
+        ("blend:0.4:decay:sqrt:0.4", Blend(Decay("sqrt", 0.4), 0.4)),
+        ("blend:0:uniform", Blend("uniform", 0)),
+        ("blend:0.25:ema:decay=0.9,debias=false", Blend(EMA(decay=0.9, debias=False), 0.25)),
+        ("blend:0.3:weights:-0.5,1.5", Blend("weights:-0.5,1.5", 0.3)),
     ],
 )
 def test_text_and_profile(text, profile):
@@ -45,6 +49,8 @@ def test_text_and_profile(text, profile):
         ("window:1000,stop=2000", "window:1000,2000"),
         ("decay:shape=sqrt,fraction=0.4", "decay:sqrt:0.4"),
         ("weights:a=1, 2", "weights:1,2"),
+        ("blend: .5 : tail:fraction=0.4", "blend:0.5:tail:0.4"),
+        ("blend:0.5:blend:0.5:tail:0.4", "blend:0.25:tail:0.4"),
     ],
 )
 def test_other_spellings(text, usual):
@@ -82,6 +88,11 @@ def test_text_round_trips(profile):
         ("decay:sqrt,0.4", "For example: decay:sqrt:0.4"),
         ("decay:sqt:0.4", "did you mean 'sqrt'"),
         ("weights:1,x", "'1,x' is not a list of numbers like 1,2,3"),
+        ("blend", r"it lacks a part in \[0, 1\], or the profile.*For example: blend:0.4:decay:sqrt:0.4"),
+        ("blend:0.4", "it lacks a part"),
+        ("blend:tail:0.4", "'tail' is not a number|no profile '0.4'"),
+        ("blend:1.5:uniform", r"part must be a number in \[0, 1\], got 1.5"),
+        ("blend:0.5:tial:0.4", "there is no profile 'tial'; did you mean 'tail'"),
     ],
 )
 def test_bad_text_is_refused(text, message):

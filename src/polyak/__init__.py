@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from polyak.posterior import SWAG
     from polyak.profiles import (
         EMA,
+        Blend,
         Decay,
         Polynomial,
         Power,
@@ -42,6 +43,7 @@ _HOMES = {
     "PolyakError": "errors",
     "attach": "_attach",
     "EMA": "profiles",
+    "Blend": "profiles",
     "Decay": "profiles",
     "Polynomial": "profiles",
     "Power": "profiles",
@@ -67,6 +69,7 @@ __all__ = [
     "EMA",
     "SWAG",
     "Average",
+    "Blend",
     "Decay",
     "PolyakError",
     "Polynomial",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from polyak import _torch
 from polyak._attach import Attachment
-from polyak._checks import Difference, refuse_other_state, whole_within
+from polyak._checks import Difference, refuse_other_state, whole_within, within
 from polyak._mean import Accumulator, CheckFinite
 from polyak._model import (
     Binding,
@@ -84,6 +84,8 @@ class Average:
     """
 
     _attachment: Attachment | None = None  # to the optimizer that calls update()
+    _blended: list[Tensor] | None = None  # what is in the model, where it is not the average alone
+    _share: float
 
     def __init__(
         self,
@@ -220,6 +222,7 @@ class Average:
 
         Averaged tensors are the average's own, in its dtype; the rest (frozen parameters, buffers) are the
         live model's, and inside :meth:`applied` all buffers are, as :func:`polyak.update_bn` may have left them.
+        Inside ``applied(share)`` the averaged tensors are what was put in, in the average's dtype.
         Buffers that are not part of a state dict are left out.
 
         Raises:
@@ -228,30 +231,49 @@ class Average:
         return self._persistent_tensors("named_tensors()")
 
     @contextmanager
-    def applied(self) -> Iterator[nn.Module]:
+    def applied(self, share: float = 1.0) -> Iterator[nn.Module]:
         """The averaged weights in the model; the live ones are back on leaving, however it is left.
 
         Buffers come back too, so BatchNorm statistics may be recomputed inside. Whether modules are in training
         or evaluation mode is the caller's and stays as it is set.
 
+        Args:
+            share: of the average, in [0, 1]; the rest is that of the live weights now, as in
+                :class:`polyak.Blend`. A blend is a copy of the average more, as long as it is in the model, and is
+                what :meth:`save`, :meth:`copy_to` and :meth:`named_tensors` take there.
+
         Raises:
             NotStartedError: before the first sample.
+            OptionError: a share out of range; nothing was changed.
             SwapError: averaged weights are in the model already.
+
+        >>> import torch, polyak
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> average = polyak.Average(model, polyak.Uniform())
+        >>> for value in (1.0, 3.0):
+        ...     _ = model.weight.data.fill_(value)
+        ...     average.update()
+        >>> with average.applied(share=0.25):
+        ...     print(model.weight.item())
+        2.75
         """
         self._refuse_while_swapped("applied() cannot be nested")
         with undoing(self._swap_out_if_swapped):
-            self.swap_in()
+            self.swap_in(share)
             yield self._binding.model
 
     @_torch.uncompiled
-    def swap_in(self) -> None:
-        """Put the averaged weights into the model until :meth:`swap_out`; raises as :meth:`applied` does."""
+    def swap_in(self, share: float = 1.0) -> None:
+        """Put the averaged weights into the model until :meth:`swap_out`; as :meth:`applied` does."""
         self._refuse_while_swapped("swap_in() was called twice")
+        share = within("[0, 1]", "share", share)
         accumulator = self._started("swap_in()")
         self._follow_model()
+        blended = None if share == 1 else _blended(self._binding.live, accumulator.means, share)
         # Kept before anything is copied: whatever interrupts the rest, the live weights can be brought back.
         self._swap = Swap.of(self._binding, self._device)
-        self._swap.put_in(accumulator.means)
+        self._swap.put_in(accumulator.means if blended is None else blended)
+        self._blended, self._share = blended, share
 
     @_torch.uncompiled
     def swap_out(self) -> None:
@@ -264,7 +286,7 @@ class Average:
             raise SwapError("swap_out() without swap_in(): the model holds its live weights")
         self._binding.tensors.reshard()
         self._swap.undo()
-        self._swap = None
+        self._swap = self._blended = None
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged model into ``model``, by name; for the live model this is for good.
@@ -364,6 +386,8 @@ class Average:
         entries = [e for e in ModelTensors(self._binding.model).values() if e.persistent]
         ties = {alias: e.name for e in entries for alias in e.aliases}
         about = {"scheme": str(self.scheme), "n_averaged": self.n_averaged, "polyak": __version__}
+        if self._blended:
+            about["share"] = self._share
         write = checkpoints.write_sharded if self._binding.sharded else checkpoints.write
         write(path, tensors, ties=ties, metadata={"polyak": json.dumps(about)}, overwrite=overwrite)
 
@@ -500,7 +524,8 @@ class Average:
     def _tensors(self, call: str) -> dict[str, Tensor]:
         """The averaged model; while swapped its buffers are those in the model, which may have been recomputed."""
         self._started(call)
-        means = self._named(self._follow_model().means)
+        accumulator = self._follow_model()
+        means = self._named(self._blended or accumulator.means)
         entries = list(ModelTensors(self._binding.model).values())
         others = [e.tensor for e in entries if e.name not in means]
         if not self.swapped:  # what is not averaged here must not be another average's
@@ -531,3 +556,9 @@ class Average:
                 f"the averaged weights are in the model: {why}. Leave applied() or call swap_out()"
             )
         refuse_swapped(self._binding.live)
+
+
+@torch.no_grad()
+def _blended(live: Sequence[Tensor], means: Sequence[Tensor], share: float) -> list[Tensor]:
+    """live + share · (mean - live) in the dtype and the place of each mean; equal ones stay as they are."""
+    return [w.detach().to(mean, copy=True).lerp_(mean, share) for w, mean in zip(live, means, strict=True)]

@@ -58,7 +58,8 @@ class SWAG:
             BatchNorm statistics. The rest is the mean's.
 
     Raises:
-        OptionError: an option is out of range, or the profile covers fewer than two blocks or has negative weights.
+        OptionError: an option is out of range, or the profile covers fewer than two blocks, has negative weights or
+            is a blend with the live weights of a recording.
         NotStartedError: the trajectory holds no block yet.
         CheckpointError: a block or checkpoint is damaged.
 
@@ -92,8 +93,9 @@ class SWAG:
         self.profile = as_profile(profile)
         self.rank = whole_within("[2, inf)", "rank", rank)
         self.scale = _scale(scale)
-        self._coefficients = trajectory.explain(self.profile).coefficients
-        self._refuse_coefficients()
+        explained = trajectory.explain(self.profile)
+        self._coefficients = explained.coefficients
+        self._refuse_coefficients(explained.live)
         self.mean = trajectory.average(self.profile, dtype=torch.float32)
         self.variance = self._variances()
 
@@ -162,7 +164,12 @@ class SWAG:
 
     # How it works inside.
 
-    def _refuse_coefficients(self) -> None:
+    def _refuse_coefficients(self, live: float) -> None:
+        if live:
+            raise OptionError(
+                f"{self.profile} counts the live weights, of which there is one sample: take the profile of its "
+                "average, as what scatters are the blocks"
+            )
         if (self._coefficients < 0).any():
             raise OptionError(
                 f"{self.profile} has negative weights, which have no variance: take another profile"

@@ -40,6 +40,7 @@ def weight(path):
         (["ckpts/*.pt"], 10),
         (["ckpts/step1?.pt", "ckpts/step9.pt", "ckpts/step9.pt"], 10.0),  # named twice, it counts once
         (["ckpts", "--profile", "tail:steps=1"], 11),
+        (["ckpts", "--profile", "blend:0.5:tail:steps=2"], 10.75),
         (["ckpts", "--weights", "0,0,1"], 11),
         (["ckpts/step11.pt", "ckpts/step9.pt", "--weights", "3,1"], 10.5),
         (["ckpts", "--key", "model", "--max-memory", "1GB", "--dtype", "bf16", "--hash"], 10),
@@ -214,7 +215,14 @@ def run_recording(tmp_path, monkeypatch):
     return polyak.Trajectory("recording")
 
 
-@pytest.mark.parametrize(("options", "profile"), [([], "uniform"), (["--profile", "tail:0.5"], "tail:0.5")])
+@pytest.mark.parametrize(
+    ("options", "profile"),
+    [
+        ([], "uniform"),
+        (["--profile", "tail:0.5"], "tail:0.5"),
+        (["--profile", "blend:0.25:tail:0.5"], "blend:0.25:tail:0.5"),
+    ],
+)
 def test_it_is_the_average_of_the_trajectory(run_recording, capsys, options, profile):
     assert main(["average", "recording", "-o", "out.safetensors", *options]) == 0
     said = capsys.readouterr()
@@ -231,7 +239,8 @@ def test_it_is_the_average_of_the_trajectory(run_recording, capsys, options, pro
 def test_a_dry_run_writes_nothing(run_recording, capsys, tmp_path):
     assert main(["average", "recording", "-o", "out.pt", "--profile", "tail:0.5", "--dry-run", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["coefficients"] == [0, 0, 0.5, 0.5] and said["dry_run"] and not said["warnings"]
+    assert said["coefficients"] == [0, 0, 0.5, 0.5] and said["live"] == 0
+    assert said["dry_run"] and not said["warnings"]
     assert not (tmp_path / "out.pt").exists()
 
 
@@ -241,6 +250,7 @@ def test_a_dry_run_writes_nothing(run_recording, capsys, tmp_path):
         (["--weights", "1,2"], "takes no --weights"),
         (["--dtype", "bf16", "--hash"], "takes no --dtype, --hash"),
         (["--profile", "tail:7"], "fraction"),
+        (["--profile", "blend:7:uniform"], "part must be a number in [0, 1], got 7.0"),
         (["recording"], "take averages of it alone"),
     ],
 )
@@ -248,6 +258,17 @@ def test_what_does_not_fit_is_one_line(run_recording, capsys, arguments, message
     assert main(["average", "recording", "-o", "out.pt", *arguments]) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+def test_a_blend_of_a_run_that_was_not_closed_says_what_to_do(tmp_path, capsys):
+    walk = RecordedWalk(tmp_path / "recording", block=10)
+    walk.run(20)
+    walk.recorder._writer.wait()
+    arguments = ["average", str(tmp_path / "recording"), "-o", str(tmp_path / "out.pt")]
+    assert main([*arguments, "--profile", "blend:0.5:uniform"]) == 2
+    said = capsys.readouterr()
+    assert "when it is closed" in said.err and "or take uniform" in said.err and said.err.count("\n") == 1
+    walk.recorder.close()
 
 
 USER_CODE = """

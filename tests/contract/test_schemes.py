@@ -45,6 +45,10 @@ EXTREMES = [
     "tail:1",
     "tail:steps=1",
     "decay:1-sqrt:0.01",
+    "blend:0:uniform",
+    "blend:1:ema:decay=0.9,debias=false",
+    "blend:0.3:window:1000,2000",
+    "blend:0.6:weights:-0.5,1.5",
 ]
 PROFILES = [parse(text) for text in [*(text for cls in CLASSES for text in cls.examples), *EXTREMES]]
 SCHEMES = [profile for profile in PROFILES if isinstance(profile, Scheme)]

@@ -100,6 +100,10 @@ def fsdp():
     reference = model_of()
     reference.load_state_dict(found[0])
     assert inside == pytest.approx(reference(x).item(), abs=1e-6)
+    with averages[0].applied(share=0.25):
+        blend = {n: full(p) for n, p in model.named_parameters()}
+    for name, value in blend.items():
+        torch.testing.assert_close(value, 0.25 * found[0][name] + 0.75 * live[name], rtol=0, atol=1e-6)
     model(x)  # leaves the root gathered
     averages[0].update()
     assert model(x).item() == before

@@ -71,7 +71,7 @@ def record(folder, build, steps=23, poisoned=(), **options):
 def recorded_by_ranks(folder, poisoned):
     record(folder, sharded, steps=70, poisoned=poisoned)
     trajectory = polyak.Trajectory(folder)
-    return trajectory.average("tail:0.5"), trajectory.live()
+    return trajectory.average("blend:0.7:tail:0.5"), trajectory.live()
 
 
 @pytest.mark.parametrize("poisoned", [(), (6, 42)], ids=["whole", "with NaNs on one rank"])
@@ -86,9 +86,9 @@ def test_a_sharded_run_is_recorded_as_a_whole_one(tmp_path, poisoned):
     assert sorted(p.name for p in (tmp_path / "plain").iterdir()) == sorted(
         p.name for p in (tmp_path / "sharded").iterdir()
     )
-    expected = plain.average("tail:0.5"), plain.live()
+    expected = plain.average("blend:0.7:tail:0.5"), plain.live()
     for weights, reference in zip(
-        [*found, (together.average("tail:0.5"), together.live())], [expected] * 3, strict=True
+        [*found, (together.average("blend:0.7:tail:0.5"), together.live())], [expected] * 3, strict=True
     ):
         for ours, theirs in zip(weights, reference, strict=True):
             assert list(ours) == list(theirs)
@@ -159,7 +159,7 @@ def previewed(folder, build, model, keep_in_memory):
     for done, steps in ((0, 7), (7, 43)):
         train(model, run, steps, after=done)
         before = [p.detach().clone() for p in model.parameters()]
-        for profile in ("uniform", "decay:sqrt:0.4", "tail:steps=3"):
+        for profile in ("uniform", "decay:sqrt:0.4", "blend:0.3:tail:steps=3"):
             with run.applied(profile):
                 weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
                 model(torch.ones(2, 3))

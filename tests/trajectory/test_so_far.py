@@ -46,6 +46,9 @@ def put_in(run: polyak.Recorder, profile: polyak.Profile | str) -> dict[str, Ten
 def expected(walk: RecordedWalk, profile: polyak.Profile | str) -> dict[str, Tensor]:
     """Each accepted sample weighs what the profile gives the steps since the one before, in float64."""
     profile = polyak.parse(profile) if isinstance(profile, str) else profile
+    if isinstance(profile, polyak.Blend):
+        average, live = expected(walk, profile.profile), walk.walk.visited[-1]
+        return {name: profile.part * average[name] + (1 - profile.part) * live[name] for name in live}
     now, every = len(walk.walk.visited), walk.recorder.every
     samples = [step for step in range(every, now + 1, every) if step not in walk.poisoned]
     edges = [0, *samples[:-1], now] if profile.unit == "steps" else range(len(samples) + 1)

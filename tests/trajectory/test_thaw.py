@@ -102,9 +102,8 @@ def test_the_tools_above_take_such_a_run(tmp_path):
     run.recorder.close()
     trajectory = polyak.Trajectory(tmp_path)
     x = torch.tensor([[1.0, -2.0]])
-    choice = polyak.select(
-        trajectory, model_of(), score=lambda m: m(x).square().sum().item(), profiles=PROFILES, progress=False
-    )
+    options = {"mode": "min", "profiles": PROFILES, "progress": False}
+    choice = polyak.select(trajectory, model_of(), score=lambda m: m(x).square().sum().item(), **options)
     for candidate in choice.table:
         if candidate.profile is not None:
             model = model_of()

@@ -138,6 +138,7 @@ def _as_dict(
         "profile": str(explanation.profile),
         "blocks": [str(block) for block in explanation.blocks],
         "coefficients": explanation.coefficients.tolist(),
+        "live": explanation.live,
         "misplaced_weight": explanation.misplaced_weight,
         "effective_samples": explanation.effective_samples,
         "warnings": notes,
@@ -203,6 +204,7 @@ def average(
     polyak average 'run/step-*.pt' -o average.pt --profile tail:0.4
     polyak average run/ -o average.pt --last 5               the newest five checkpoints
     polyak average run/ -o average.pt --profile ema:half_life=2000
+    polyak average run/ -o average.pt --profile blend:0.7:tail:0.4     and 30% of the last one
     polyak average a.pt b.pt -o average.pt --weights 3,1     three parts a, one part b
     polyak average run/ -o average.pt --dry-run              what would be read, written, averaged
     polyak average run/ -o average.safetensors --dtype bf16 --max-memory 1GB

@@ -19,7 +19,7 @@ from polyak._version import __version__
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo
 from polyak.checkpoints._io import sha256
 from polyak.errors import OptionError, StructureError
-from polyak.profiles import Profile
+from polyak.profiles import Profile, without_live
 
 __all__ = [
     "Budget",
@@ -64,7 +64,7 @@ def spans_of_steps(steps: Sequence[int]) -> list[Span]:
     return [Span(start, stop) for start, stop in zip(starts, steps, strict=True)]
 
 
-def coefficients(profile: Profile, spans: Sequence[Span]) -> list[float]:
+def coefficients(profile: Profile, spans: Sequence[Span], *, beside: bool = False) -> list[float]:
     """The coefficient of each span: a_k = F(stop_k) - F(start_k), divided by their sum.
 
     F is the profile's ``cumulative`` over optimizer steps, over samples, or over spans, as its unit says. Steps
@@ -74,9 +74,11 @@ def coefficients(profile: Profile, spans: Sequence[Span]) -> list[float]:
     Args:
         profile: any profile.
         spans: disjoint, in step order.
+        beside: whether the weights that the run ended with are one more input, beside the spans, which a `Blend`
+            counts. Otherwise they are those of the last span, as those of checkpoints are.
 
     Returns:
-        One number per span; they sum to 1.
+        One number per span, and one more at the end with ``beside``; they sum to 1.
 
     Raises ``OptionError`` if the profile does not fit the run, or has no weight on any span.
 
@@ -84,7 +86,17 @@ def coefficients(profile: Profile, spans: Sequence[Span]) -> list[float]:
     >>> spans = spans_of_steps([1000, 1500, 2500])
     >>> coefficients(polyak.Uniform(), spans[1:]), coefficients(polyak.Tail(steps=1500), spans)
     ([0.5, 0.5], [0.0, 0.333..., 0.666...])
+    >>> coefficients(polyak.Blend("uniform", 0.75), spans[1:], beside=True)
+    [0.375, 0.375, 0.25]
     """
+    inner, live = without_live(profile)
+    row = [(1 - live) * a for a in _of_spans(inner, spans)] if live else _of_spans(inner, spans)
+    if beside:
+        return [*row, live]
+    return [*row[:-1], row[-1] + live]
+
+
+def _of_spans(profile: Profile, spans: Sequence[Span]) -> list[float]:
     if profile.unit == "steps":
         starts, stops = [span.start for span in spans], [span.stop for span in spans]
     else:

@@ -15,6 +15,7 @@ class          written                                  known as
 `Tail`         ``tail:0.4``, ``tail:steps=2000``        LAWA, suffix average, last-k
 `Window`       ``window:1000,2000``                     PMA
 `Decay`        ``decay:sqrt:0.4``                       WSM: stands in for learning-rate decay
+`Blend`        ``blend:0.4:decay:sqrt:0.4``             a point between the live weights and an average
 `Weights`      ``weights:1,2,3``                        given or fitted, one weight per block
 =============  =======================================  ===================================================
 
@@ -24,6 +25,7 @@ The first five are schemes. :func:`parse` reads the written form and ``str`` giv
 from polyak.profiles._base import Profile, Scheme, as_profile, as_scheme, parse, registered
 from polyak.profiles._builtin import (
     EMA,
+    Blend,
     Decay,
     Polynomial,
     Power,
@@ -33,10 +35,12 @@ from polyak.profiles._builtin import (
     Weights,
     Window,
     decay_at_batch_size,
+    without_live,
 )
 
 __all__ = [
     "EMA",
+    "Blend",
     "Decay",
     "Polynomial",
     "Power",
@@ -52,4 +56,5 @@ __all__ = [
     "decay_at_batch_size",
     "parse",
     "registered",
+    "without_live",
 ]

@@ -148,6 +148,15 @@ class Profile(ABC):
             raise OptionError(f"share(t, total) of {self} must be finite and rise with t, which it does not")
         return weights if self.signed else np.maximum(weights, 0.0)
 
+    @classmethod
+    def from_text(cls, options: str | None) -> Self:
+        """The profile with the options that stand behind its name and a colon in text; None: there is no colon.
+
+        Raises:
+            ValueError: they cannot be read; :func:`polyak.parse` says so of the whole text.
+        """
+        return cls(**_read_options(cls, options))
+
     # Known by being defined, and written as its fields tell.
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -417,7 +426,7 @@ def parse(text: str) -> Profile:
     try:
         if known is None:
             raise ValueError(f"there is no profile {name!r}; {suggestion(name, _REGISTRY)}")
-        return known(**_read_options(known, rest if colon else None))
+        return known.from_text(rest if colon else None)
     except ValueError as error:
         texts = (
             known.examples if known else [e for cls in _REGISTRY.values() for e in cls.examples if ":" in e]
@@ -477,7 +486,7 @@ def _pieces(cls: type[Profile], rest: str) -> list[str]:
     return rest.split("," if "=" in rest and cls.separator not in rest else cls.separator)
 
 
-def _number(text: str) -> float:
+def read_number(text: str) -> float:
     return _converted(text, float, "a number")
 
 
@@ -513,7 +522,7 @@ def _converted(text: str, convert: Callable[[str], Any], kind: str) -> Any:
 
 _READERS: dict[Any, Callable[[str], object]] = {
     bool: _flag,
-    float: _number,
+    float: read_number,
     int: _whole,
     str: _word,
     tuple: _numbers,

@@ -7,13 +7,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from polyak._checks import whole_within, within
 from polyak.errors import OptionError
-from polyak.profiles._base import Floats, Profile, Scheme, rounded, suggestion
+from polyak.profiles._base import (
+    Floats,
+    Profile,
+    Scheme,
+    as_profile,
+    parse,
+    read_number,
+    rounded,
+    suggestion,
+    written,
+)  # fmt: skip
 
 # What a few hundred float64 operations may be off by, relative to their operands.
 _ROUNDING = 1e-12
@@ -614,6 +624,64 @@ class Weights(Profile):
                 f"there must be one weight for each of {total:.15g} blocks or inputs, got {blocks}"
             )
         return np.interp(t, np.arange(blocks + 1), sums / sums[-1])
+
+
+@dataclass(frozen=True)
+class Blend(Profile):
+    """A point between the weights that the run ended with, and an average of it; unit: that of the average.
+
+    F(t, T) = s · P(t, T) for t < T, and 1 at T: the share s of the weight lies as the profile P has it, and all the
+    rest on the live weights of the last step. Its text has s first: ``blend:0.4:decay:sqrt:0.4``.
+
+    In a recorded run the live weights are those that the recorder kept when it was closed, beside the blocks; of
+    checkpoints they are the last. A blend of a blend is one blend.
+
+    Args:
+        profile: P, or its text.
+        part: s, in [0, 1]. At 1 this is P, at 0 the live weights.
+
+    Raises:
+        OptionError: no profile, or a part out of range; or as P does.
+
+    >>> import polyak
+    >>> polyak.parse("blend:0.4:decay:sqrt:0.4")
+    Blend(Decay('sqrt', 0.4), 0.4)
+    >>> polyak.Blend("tail:0.5", 0.8).weights([0, 1, 2, 3, 4]).round(9).tolist()
+    [0.0, 0.0, 0.4, 0.6]
+    """
+
+    profile: Profile
+    part: float
+
+    examples = ("blend:0.4:decay:sqrt:0.4", "blend:0.25:tail:steps=2000")
+
+    def __post_init__(self) -> None:
+        inner, part = as_profile(self.profile), within("[0, 1]", "part", self.part)
+        if isinstance(inner, Blend):
+            inner, part = inner.profile, part * inner.part
+        self._set(profile=inner, part=part, unit=inner.unit, signed=inner.signed)
+
+    def share(self, t: Floats, total: float) -> Floats:
+        return self.part * self.profile.share(t, total)
+
+    @classmethod
+    def from_text(cls, options: str | None) -> Self:
+        part, colon, profile = (options or "").partition(":")
+        if not colon:
+            raise ValueError("it lacks a part in [0, 1], or the profile of the average")
+        return cls(parse(profile), read_number(part))
+
+    def __str__(self) -> str:
+        return f"{self.name}:{written(self.part)}:{self.profile}"
+
+
+def without_live(profile: Profile) -> tuple[Profile, float]:
+    """What a profile gives to the steps of a run, and the weight that it gives to the live weights beside them.
+
+    >>> without_live(Blend("uniform", 0.75)), without_live(Uniform())
+    ((Uniform(), 0.25), (Uniform(), 0.0))
+    """
+    return (profile.profile, 1 - profile.part) if isinstance(profile, Blend) else (profile, 0.0)
 
 
 def _part(fraction: float, total: float) -> float:

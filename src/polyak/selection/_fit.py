@@ -1,22 +1,23 @@
-"""`fit`: the weights of a run's blocks by gradient descent on given batches."""
+"""`fit`: the weights of a run's blocks, by gradient descent on given batches or by a search for a score."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from polyak._checks import whole_within
-from polyak._evaluate import matched, refuse_no_trajectory
+from polyak._evaluate import Mode, ScoreFunction, matched, refuse_no_trajectory
 from polyak._mean import mean_dtype
 from polyak._model import ModelTensors, bare_model
 from polyak.errors import BatchError, NonFiniteError, OptionError
-from polyak.profiles import Decay, Profile, Weights
+from polyak.profiles import Decay, Profile, Weights, as_profile
+from polyak.selection._fit_score import ScoreFit, fit_to_score
 from polyak.trajectory import Trajectory
 
 __all__ = ["Fit", "fit"]
@@ -60,6 +61,7 @@ class Fit:
         )
 
 
+@overload
 def fit(
     trajectory: Trajectory,
     model: nn.Module,
@@ -69,14 +71,47 @@ def fit(
     start: Profile | str | None = None,
     signed: bool = False,
     steps: int = 200,
-) -> Fit:
-    """Fit the weight of each block: minimise the loss of Σ a_k · block_k over a.
+) -> Fit: ...
+@overload
+def fit(
+    trajectory: Trajectory,
+    model: nn.Module,
+    *,
+    score: ScoreFunction,
+    mode: Mode,
+    start: Profile | str | None = None,
+    evaluations: int = 200,
+    recalibrate: Iterable[Any] | None = None,
+    seed: int = 0,
+) -> ScoreFit: ...
+def fit(
+    trajectory: Trajectory,
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    loss: LossFunction | None = None,
+    *,
+    start: Profile | str | None = None,
+    score: ScoreFunction | None = None,
+    **options: Any,
+) -> Fit | ScoreFit:
+    """Fit the weight of each block: minimise the loss of Σ a_k · block_k over a, or find the best score.
 
-    The weights are a softmax, a = exp(θ) / Σ exp(θ), or with ``signed`` any numbers that sum to 1; θ follows
-    Adam with a learning rate that falls linearly to zero. All K blocks are held in memory, beside the model.
+    **By gradients**, with ``batches`` and ``loss``. The weights are a softmax, a = exp(θ) / Σ exp(θ), or with
+    ``signed`` any numbers that sum to 1; θ follows Adam with a learning rate that falls linearly to zero. All K blocks
+    are held in memory, beside the model.
 
     Steps of this kind are not free, and as many more steps of training may do more good: compare. Weights
     fitted on training data are not evidence either; score them on validation data with :func:`polyak.select`.
+
+    **For a score without gradients**, such as an accuracy or BLEU, with ``score`` and ``mode``: a_k = s_k exp(θ_g),
+    divided by their sum, where s is the start and g one of at most ten groups of neighbouring blocks, of equal numbers
+    of blocks; θ is searched by CMA-ES. The best that was evaluated is given back, which is the start if nothing was
+    better; its score is optimistic, as the best of many. Ten models are held in memory. It needs
+    ``pip install 'polyak[fit]'``.
+
+    It is worth its evaluations where what counts has no gradient and what has one does not follow it, and the score is
+    of many examples: differences below its noise are fitted like any others. :func:`polyak.select` comes first, with
+    fewer evaluations, and what is fitted here is one more candidate for it, on other data.
 
     Args:
         trajectory: a recorded run, or a folder of checkpoints.
@@ -85,11 +120,22 @@ def fit(
         loss: ``loss(model, batch)`` returns a scalar tensor.
         start: the profile to start from, or its text; None: ``Decay("sqrt", 0.4)``.
         signed: allow negative weights; the average may then leave the hull of the blocks.
-        steps: forward and backward passes.
+        steps: forward and backward passes, 200 if not given.
+        score: ``score(model)`` returns a number, or one for each example, whose mean counts.
+        mode: "min" if lower scores are better, "max" if higher ones are.
+        evaluations: calls of ``score``, 200 if not given.
+        recalibrate: batches for :func:`polyak.update_bn` before each call.
+        seed: of the search, 0 if not given.
+
+    Returns:
+        A ``Fit``, or with ``score`` a ``ScoreFit``; the weights are its ``profile``.
 
     Raises:
-        OptionError: ``steps`` is not a whole number of at least 1, the first arguments are no trajectory and no
-            model, or the loss is no scalar with a gradient.
+        OptionError: ``steps``, ``evaluations`` or ``seed`` is out of range, ``mode`` is missing, the first arguments
+            are no trajectory and no model, the start is a blend with the live weights of a recording, or the loss is
+            no scalar with a gradient.
+        TypeError: options of the one kind were given for the other.
+        MissingExtraError: cma is not installed, and ``score`` needs it.
         NotStartedError: the trajectory holds no block yet.
         BatchError: there are no batches.
         NonFiniteError: a loss was NaN or infinite.
@@ -112,11 +158,36 @@ def fit(
     (200, 3.0)
     >>> folder.cleanup()
     """
-    steps = whole_within("[1, inf)", "steps", steps)
     refuse_no_trajectory(trajectory)
+    start = Decay("sqrt", 0.4) if start is None else as_profile(start)
+    if trajectory.explain(start).live:
+        raise OptionError(
+            f"{start} counts the live weights, and what is fitted are the weights of blocks: start from the profile of "
+            "its average, and blend what was fitted"
+        )
+    if score is not None:
+        if batches is not None or loss is not None:
+            raise TypeError("fit takes either batches and a loss, or a score")
+        return fit_to_score(trajectory, model, score, start, **options)
+    if batches is None or loss is None:
+        raise TypeError("fit needs batches and a loss, or a score")
+    return _fit_to_batches(trajectory, model, batches, loss, start, **options)
+
+
+def _fit_to_batches(
+    trajectory: Trajectory,
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: LossFunction,
+    start: Profile,
+    *,
+    signed: bool = False,
+    steps: int = 200,
+) -> Fit:
+    steps = whole_within("[1, inf)", "steps", steps)
     network = bare_model(model)
-    begin = trajectory.explain(Decay("sqrt", 0.4) if start is None else start).coefficients
-    coefficients = (_Signed if signed else _Softmax)(torch.tensor(begin, dtype=torch.float64))
+    begin = torch.tensor(trajectory.explain(start).coefficients, dtype=torch.float64)
+    coefficients = (_Signed if signed else _Softmax)(begin)
     stacks = _stacked_blocks(trajectory, model)
     losses = _descend(coefficients, stacks, _Objective(network, loss), _endless(batches), steps)
     run_steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,8 +18,9 @@ from polyak._evaluate import Mode, Score
 from polyak._mean import mean_dtype
 from polyak.batchnorm import tracks_statistics
 from polyak.errors import OptionError
-from polyak.profiles import Profile, Tail, Weights, as_profile, registered
+from polyak.profiles import Blend, Profile, Tail, Weights, as_profile, registered
 from polyak.profiles._base import rounded
+from polyak.selection._line import can_blend, search_lines
 from polyak.selection._result import LIVE, RECALIBRATED, Candidate, HoldoutCheck, Selection, simplicity
 from polyak.trajectory import Explanation, Trajectory
 
@@ -224,7 +225,8 @@ def select(
             single number, or whole numbers such as zeros and ones, may be an accuracy and need it said.
         profiles: what to try, as profiles or as text; None: the ``candidates`` of every profile there is (tails,
             decays, EMAs and powers on a coarse grid, and those of your own), without those that the blocks cannot
-            resolve, then a finer grid around the best average.
+            resolve, then a finer grid around the best average, then blends of averages with the live weights, where
+            the trajectory has those.
         recalibrate: batches that can be gone through many times, for :func:`polyak.update_bn` before each
             average is scored.
         holdout: like ``score``, on data that nothing is chosen on.
@@ -279,6 +281,7 @@ def select(
             near = _distinct(trajectory, fine_grid(_best_average(scores, mode), steps), known=tried)
             scores |= try_all(near)
             tried += near
+            tried += _blends(trajectory, tried, scores, mode, try_all)
         table = _ranked(scores, {one.profile: one for one in tried}, mode)
         check = None if holdout is None else _check(trials, table, holdout)
     return Selection(table, mode, check, trajectory, model, recalibrate)
@@ -312,12 +315,38 @@ def _distinct(
 
 
 def _rounded_weights(explained: Explanation) -> tuple[float, ...]:
-    return tuple(explained.coefficients.round(9).tolist())
+    return (*explained.coefficients.round(9).tolist(), round(explained.live, 9))
 
 
 def _best_average(scores: Scores, mode: Mode) -> Profile:
     averages = [profile for profile in scores if isinstance(profile, Profile)]
     return min(averages, key=lambda profile: _evaluate.badness(scores[profile].value, mode))
+
+
+def _blends(
+    trajectory: Trajectory,
+    tried: Sequence[Explanation],
+    scores: Scores,
+    mode: Mode,
+    try_all: Callable[[Sequence[Explanation]], Scores],
+) -> list[Explanation]:
+    """Blends of the live weights with averages, where there are any to try; their scores are put into ``scores``."""
+    blends: list[Explanation] = []
+
+    def badness(key: Profile | str) -> float:
+        return _evaluate.badness(scores[key].value, mode)
+
+    def try_some(profiles: Sequence[Blend]) -> dict[Blend, float]:
+        new = _distinct(trajectory, profiles, known=[*tried, *blends])
+        scores.update(try_all(new))
+        blends.extend(new)
+        return {blend: badness(blend) for blend in profiles if blend in scores}
+
+    if can_blend(trajectory):
+        # The end of each line, as statistics are recomputed along it.
+        live = badness(RECALIBRATED if RECALIBRATED in scores else LIVE)
+        search_lines(tried, {one.profile: badness(one.profile) for one in tried}, live, try_some)
+    return blends
 
 
 def _ranked(scores: Scores, explained: Mapping[Profile, Explanation], mode: Mode) -> list[Candidate]:

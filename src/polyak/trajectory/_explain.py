@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from polyak.combine import Span, coefficients
 from polyak.errors import OptionError
-from polyak.profiles import Profile, Scheme
+from polyak.profiles import Profile, Scheme, without_live
 from polyak.trajectory._blocks import Block
 
 __all__ = ["Explanation", "block_coefficients", "explain"]
@@ -37,7 +37,9 @@ class Explanation:
     Attributes:
         profile: what was asked for.
         blocks: oldest first.
-        coefficients: float64, one per block; they sum to 1.
+        coefficients: float64, one per block; they sum to 1, together with ``live``.
+        live: the weight of the weights that the run ended with, where those are no block; see
+            :class:`polyak.Blend`.
         exact: whether no weight is misplaced.
         misplaced_weight: the part of the weight that lies on other samples than the profile asks for. An
             averaged number is off by at most this part of the widest range that the number runs through within
@@ -50,21 +52,24 @@ class Explanation:
     profile: Profile
     blocks: Sequence[Block]
     coefficients: Floats
+    live: float = 0.0
 
     # Each is worked out when it is asked for: choosing among many profiles looks at few.
 
     @cached_property
     def misplaced_weight(self) -> float:
-        return _misplaced(self.profile, self.blocks)
+        inner, live = without_live(self.profile)
+        return (1 - live) * _misplaced(inner, self.blocks)
 
     @cached_property
     def partly_covered_weight(self) -> float:
-        return float(np.abs(self.coefficients[_are_partly_covered(self.profile, self.blocks)]).sum())
+        inner, _ = without_live(self.profile)
+        return float(np.abs(self.coefficients[_are_partly_covered(inner, self.blocks)]).sum())
 
     @cached_property
     def effective_samples(self) -> float:
         counts = np.array([block.count for block in self.blocks])
-        return float(1 / (self.coefficients**2 / counts).sum())
+        return float(1 / ((self.coefficients**2 / counts).sum() + self.live**2))
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -96,11 +101,18 @@ class Explanation:
             for block, coefficient in zip(self.blocks, self.coefficients, strict=True)
             if coefficient
         ]
+        if self.live:
+            rows.append(f"  {'live':>24}  {1:>9} sample   {self.live:10.6f}")
         return "\n".join([head, facts, *rows, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def explain(profile: Profile, blocks: Sequence[Block]) -> Explanation:
+def explain(profile: Profile, blocks: Sequence[Block], *, beside: bool = False) -> Explanation:
     """The coefficients of ``profile`` on ``blocks``, and what is lost by them.
+
+    Args:
+        profile: any profile.
+        blocks: oldest first.
+        beside: whether the live weights are one more input beside the blocks, or those of the last of them.
 
     Raises:
         OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
@@ -110,29 +122,26 @@ def explain(profile: Profile, blocks: Sequence[Block]) -> Explanation:
     >>> found.coefficients.round(3).tolist(), found.exact, round(found.misplaced_weight, 3)
     ([0.2, 0.8], False, 0.167)
     """
-    explanation = Explanation(profile, blocks, _fractions(profile, blocks))
-    _refuse_unresolved(profile, blocks, explanation.misplaced_weight)
-    return explanation
+    row = block_coefficients(profile, blocks, beside=beside)
+    return Explanation(profile, blocks, np.array(row[: len(blocks)]), row[-1] if beside else 0.0)
 
 
-def block_coefficients(profile: Profile, blocks: Sequence[Block]) -> Floats:
-    """One coefficient per block, which sum to 1.
+def block_coefficients(profile: Profile, blocks: Sequence[Block], *, beside: bool = False) -> list[float]:
+    """One coefficient per block, with ``beside`` one more for the live weights; they sum to 1.
 
     Raises:
         OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
     """
-    if isinstance(profile, Scheme):
-        _refuse_unresolved(profile, blocks, _misplaced(profile, blocks))
-    return _fractions(profile, blocks)
+    inner, _ = without_live(profile)
+    if isinstance(inner, Scheme):
+        _refuse_unresolved(inner, blocks)
+    return coefficients(profile, [Span(b.start, b.stop, b.count) for b in blocks], beside=beside)
 
 
-def _fractions(profile: Profile, blocks: Sequence[Block]) -> Floats:
-    return np.array(coefficients(profile, [Span(b.start, b.stop, b.count) for b in blocks]))
-
-
-def _refuse_unresolved(scheme: Profile, blocks: Sequence[Block], misplaced: float) -> None:
+def _refuse_unresolved(scheme: Scheme, blocks: Sequence[Block]) -> None:
     """Profiles that are no schemes say themselves what part of a run they cover, and are warned about."""
-    if misplaced <= _MOST_MISPLACED or not isinstance(scheme, Scheme):
+    misplaced = _misplaced(scheme, blocks)
+    if misplaced <= _MOST_MISPLACED:
         return
     raise OptionError(
         f"the blocks cannot give {scheme}: {misplaced:.0%} of its weight would lie on other samples than it asks "

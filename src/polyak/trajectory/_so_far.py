@@ -222,6 +222,8 @@ class BlockMeans:
     ) -> list[Tensor]:
         """Σ a_k · block_k for the tensors of ``binding``, on the host; on ranks this one's part of each.
 
+        The live weights of a blend are those of the model now.
+
         Args:
             profile: gives the a_k for a run that ends now.
             blocks: those that are recorded.
@@ -234,7 +236,7 @@ class BlockMeans:
             CheckpointError: a block that counts is damaged; the message names it.
         """
         *earlier, newest = [*blocks, filling[0]] if filling else blocks
-        row = block_coefficients(profile, [*earlier, replace(newest, stop=step)]).tolist()
+        *row, live = block_coefficients(profile, [*earlier, replace(newest, stop=step)], beside=True)
         counted = [block for block, a in zip(blocks, row, strict=False) if a]
         if self._group.size > 1:
             self._refuse_damaged(counted)
@@ -243,9 +245,12 @@ class BlockMeans:
             inputs = [self._input(block, files.get(block.file_name), binding) for block in counted]
             if filling and row[-1]:
                 inputs.append(_in_memory(self._folder, filling[1]))
+            if live:
+                now = dict(zip(binding.names, (tensor.detach() for tensor in binding.live), strict=True))
+                inputs.append(_in_memory(self._folder, now))
             # Who checks a file while it is read does so on one thread.
             try:
-                means = _combined(inputs, [a for a in row if a], workers=1 if files else None)
+                means = _combined(inputs, [a for a in (*row, live) if a], workers=1 if files else None)
             except NonFiniteError:
                 self._refuse_other_checksums(counted, files)  # where it comes from
                 raise

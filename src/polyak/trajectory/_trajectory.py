@@ -18,7 +18,7 @@ from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
 from polyak.combine import MemoryWriter, _inputs, batchnorm_statistics, combine, common_layout, is_averaged
 from polyak.combine._reading import Reading, read_inputs
 from polyak.errors import CheckpointError, NotStartedError, OptionError, name_list
-from polyak.profiles import Profile, Weights, as_profile
+from polyak.profiles import Profile, Weights, as_profile, without_live
 from polyak.trajectory._blocks import (
     FROZEN_NAME,
     Block,
@@ -149,7 +149,8 @@ class Trajectory:
 
     The average under a profile F is Σ a_k · block_k with a_k = F(stop_k) - F(start_k), over optimizer steps or
     samples, as the profile's unit says. It is exact where F is straight within each block, as for any window
-    between borders of blocks; :meth:`explain` says how far it is from exact elsewhere.
+    between borders of blocks; :meth:`explain` says how far it is from exact elsewhere. The live weights that the
+    recorder kept when it was closed are one more input of the sum, which a :class:`polyak.Blend` counts.
 
     Args:
         directory: what a :class:`polyak.Recorder` wrote, or is still writing: blocks that come later are not
@@ -175,6 +176,7 @@ class Trajectory:
     blocks: tuple[Block, ...]
     damaged: dict[int, str]
     _live: Path | Weights | None
+    _live_beside: Checkpoint | None = None  # opened for a sum that counts it
 
     def __init__(self, directory: str | PathLike[str]):
         folder = Path(directory)
@@ -281,7 +283,7 @@ class Trajectory:
     ) -> dict[str, Tensor]:
         """The averaged model under ``profile``: name to tensor on the host, tied names sharing one.
 
-        Tensors that are not averaged are those of the newest block that counts.
+        Tensors that are not averaged are those of the newest block that counts, or the live ones of a blend.
 
         Args:
             profile: any profile, or its text such as ``"tail:0.4"``.
@@ -292,7 +294,7 @@ class Trajectory:
         Raises:
             OptionError: the profile does not fit the run, or looks back less far than the blocks resolve.
             CheckpointError: a block that counts is damaged; the message names it.
-            NotStartedError: there are no blocks yet.
+            NotStartedError: there are no blocks yet, or the live weights that a blend counts were not kept.
         """
         return self.average_many([profile], dtype=dtype, max_memory=max_memory)[0]
 
@@ -335,7 +337,8 @@ class Trajectory:
         """
         row = self._coefficients(profile)
         layout = replace(self._assembly.layout(row), metadata={"polyak.profile": str(profile)})
-        n_samples = sum(block.count for block, a in zip(self.blocks, row, strict=True) if a)
+        counts = [*(block.count for block in self.blocks), 1]
+        n_samples = sum(count for count, a in zip(counts, row, strict=False) if a)
         if n_samples > 1 and (statistics := batchnorm_statistics(layout.tensors)):
             warnings.warn(
                 f"{name_list(statistics)} in {path} are BatchNorm statistics of other weights than the average: "
@@ -351,11 +354,9 @@ class Trajectory:
         """Where the weight of ``profile`` lies, and how far the blocks are from what it asks for.
 
         Raises:
-            OptionError: as for :meth:`average`.
-            NotStartedError: there are no blocks yet.
+            OptionError, NotStartedError: as for :meth:`average`.
         """
-        self._refuse_empty()
-        return explain(as_profile(profile), self.blocks)
+        return explain(self._fitting(profile), self.blocks, beside=self._has_live_beside)
 
     @property
     def averaged_names(self) -> frozenset[str]:
@@ -404,13 +405,8 @@ class Trajectory:
             )
         if isinstance(self._live, Weights):
             return self.average(self._live)
-        try:
-            refuse_damaged(self._live, self._live_checksum, "the live weights")
-        except CheckpointError:
-            self._refuse_outdated()
-            raise
+        live = self._open_live(self._live)
         self._check_frozen()
-        live = open_stored(self._live)
         if self._frozen is not None:
             live.take_in([name for name in self._frozen.tensors if name not in live.tensors], self._frozen)
         return {name: live.read(name) for name in live.tensors}
@@ -432,12 +428,30 @@ class Trajectory:
             raise CheckpointError(
                 f"no block of {self._place} can be read: {next(iter(self.damaged.values()))}"
             )
-        return self._assembly.layout([float(index == readable[-1]) for index in range(len(self))])
+        return self._assembly.layout([float(index == readable[-1]) for index in range(len(self) + 1)])
+
+    @property
+    def _has_live_beside(self) -> bool:
+        """Whether the live weights are an input of their own, and not the last block: those of a recording are."""
+        return isinstance(self._live, Path)
+
+    def _fitting(self, profile: Profile | str) -> Profile:
+        """The profile, refused where it counts what there is not."""
+        self._refuse_empty()
+        profile = as_profile(profile)
+        inner, live = without_live(profile)
+        if live and not self.has_live:
+            raise NotStartedError(
+                f"{profile} counts the weights that the run ended with, and {self._place} held none when it was "
+                f"opened: its recorder writes them when it is closed. Close it, and open this again; or take {inner}, "
+                "which counts blocks alone"
+            )
+        return profile
 
     def _coefficients(self, profile: Profile | str) -> list[float]:
-        self._refuse_empty()
-        found = block_coefficients(as_profile(profile), self.blocks).tolist()
-        used = [index for index, a in enumerate(found) if a]
+        """One for each block, and one for the live weights where they lie beside the blocks."""
+        found = block_coefficients(self._fitting(profile), self.blocks, beside=self._has_live_beside)
+        used = [index for index, a in enumerate(found[: len(self.blocks)]) if a]
         self._check(used)
         self._check_frozen()
         broken = [index for index in used if index in self.damaged]
@@ -449,7 +463,25 @@ class Trajectory:
                 ": trajectory.usable leaves the damaged ones out",
                 ", by a profile that does not reach it",
             )
+        if isinstance(self._live, Path) and found[-1] and self._live_beside is None:
+            self._live_beside = self._as_block(self._open_live(self._live))
         return found
+
+    def _open_live(self, path: Path) -> Checkpoint:
+        try:
+            refuse_damaged(path, self._live_checksum, "the live weights")
+        except CheckpointError:
+            self._refuse_outdated()
+            raise
+        return open_stored(path)
+
+    def _as_block(self, live: Checkpoint) -> Checkpoint:
+        """The live weights, with what blocks hold and in their dtypes, to be summed with them."""
+        blocks = [block for block in self._inputs if block is not None]
+        complete([*blocks, live], self._frozen)
+        dtypes = {name: info.dtype for block in blocks for name, info in block.tensors.items()}
+        live.widen(dtypes)
+        return live
 
     def _fill(self, rows: list[list[float]], writers: Sequence[Writer], max_memory: int | str) -> None:
         try:
@@ -498,7 +530,8 @@ class Trajectory:
 
     @property
     def _assembly(self) -> Assembly:
-        return Assembly(self._inputs, self._frozen)
+        beside = [self._live_beside] if self._has_live_beside else []
+        return Assembly([*self._inputs, *beside], self._frozen)
 
     def _refuse_empty(self) -> None:
         if not self.blocks:
