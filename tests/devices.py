@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from polyak import _host_kernel, _torch
+from polyak import _host_kernel, _offload, _torch
 
 DEVICES = ("host", "compiled", "accelerator")
 
@@ -57,3 +59,43 @@ class Tape(TorchDispatchMode):
             for old, new in zip(before, tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+class Copied:
+    """Stands for an event: it comes when the copies are done."""
+
+    def __init__(self, copies: Future[None]) -> None:
+        self._copies = copies
+
+    def synchronize(self) -> None:
+        self._copies.result()
+
+
+class SlowStream:
+    """Stands for a stream beside the one that computes, which is the calling thread here: a copy takes its time."""
+
+    seconds = 5e-4  # before each tensor
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = ThreadPoolExecutor(1, "side-stream")
+
+    def copy(self, targets: list[Tensor], sources: list[Tensor]) -> Copied:
+        def run() -> None:
+            for target, source in zip(targets, sources, strict=True):
+                time.sleep(self.seconds)
+                target.copy_(source)
+
+        return Copied(self._pool.submit(run))
+
+    def hold_back(self, copied: Copied) -> None:
+        copied.synchronize()  # the host does not wait on an accelerator; here it computes itself
+
+
+@contextmanager
+def as_if_offloaded(is_there: Callable[[Tensor], bool]) -> Iterator[None]:
+    """CPU tensors count as an accelerator's where ``is_there`` says so, and are copied to the host by slow streams."""
+    with (
+        mock.patch.object(_torch, "on_host", lambda tensor: not is_there(tensor)),
+        mock.patch.object(_offload, "SideStream", SlowStream),
+    ):
+        yield

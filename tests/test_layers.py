@@ -27,6 +27,7 @@ LAYERS = [
         "_host_kernel",
         "_host_loops",
         "_batches",
+        "_offload",
         "_module",
         "_swap",
         "_distributed",

@@ -132,9 +132,14 @@ class Batch:
 
 
 def allocate(
-    tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], devices: Sequence[torch.device]
+    tensors: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    devices: Sequence[torch.device],
+    pinned: bool = False,
 ) -> list[Tensor]:
     """Zeros in the shapes of ``tensors``; the small ones of one dtype and device share a buffer.
+
+    ``pinned`` memory of the host is what accelerators copy to by themselves; RuntimeError where there is none.
 
     >>> big, small, other = allocate([torch.ones(200, 100), torch.ones(2), torch.ones(3)],
     ...                              [torch.float32] * 3, [torch.device("cpu")] * 3)
@@ -142,22 +147,24 @@ def allocate(
     True
     """
     with torch.inference_mode(False):  # means made in inference mode could not be updated outside it
-        return _allocate(tensors, list(zip(dtypes, devices, strict=True)))
+        return _allocate(tensors, list(zip(dtypes, devices, strict=True)), pinned)
 
 
-def _allocate(tensors: Sequence[Tensor], kinds: list[_Kind]) -> list[Tensor]:
+def _allocate(tensors: Sequence[Tensor], kinds: list[_Kind], pinned: bool) -> list[Tensor]:
     numels: dict[_Kind, list[int]] = {}
     for tensor, kind in zip(tensors, kinds, strict=True):
         if tensor.numel() < _SMALL_NUMEL:
             numels.setdefault(kind, []).append(tensor.numel())
     parts = {
-        (dtype, device): iter(torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes))
+        (dtype, device): iter(
+            torch.zeros(sum(sizes), dtype=dtype, device=device, pin_memory=pinned).split(sizes)
+        )
         for (dtype, device), sizes in numels.items()
     }
     return [
         next(parts[kind]).view(tensor.shape)
         if is_small(tensor)
-        else torch.zeros_like(tensor, dtype=kind[0], device=kind[1], requires_grad=False)
+        else torch.zeros_like(tensor, dtype=kind[0], device=kind[1], requires_grad=False, pin_memory=pinned)
         for tensor, kind in zip(tensors, kinds, strict=True)
     ]
 

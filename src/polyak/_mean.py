@@ -10,7 +10,8 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from polyak import _torch
 from polyak._batches import Batch, Tensors, allocate, are_mostly_small, lie_alike, plan_batches, with_sources
 from polyak._device_mean import DeviceMean, all_finite
 from polyak._host_kernel import HostKernel, loops_are_ready
+from polyak._offload import Offload
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import Scheme
 
@@ -63,6 +65,7 @@ class Accumulator:
         agree: takes a 0-dim tensor, 1 where this rank refuses the sample and 0 elsewhere, and makes it 1 in place if
             any rank does; a collective call.
         means: memory for them, with the values it is to begin with; None: zeros of their own.
+        offload: how samples of an accelerator come to means on the host; accumulators that take turns may share it.
 
     Where the means live on an accelerator nothing is read back to the host: verdict, coefficient and counters stay
     there until somebody asks, see :mod:`polyak._device_mean`.
@@ -88,6 +91,7 @@ class Accumulator:
         check_finite: CheckFinite = True,
         agree: Callable[[Tensor], object] | None = None,
         means: Sequence[Tensor] | None = None,
+        offload: Offload | None = None,
     ):
         if check_finite not in (True, False, "raise"):
             raise OptionError(f"check_finite must be True, False or 'raise', got {check_finite!r}")
@@ -100,6 +104,8 @@ class Accumulator:
         self.compensated = compensated
         self.check_finite = check_finite
         self._agree = agree
+        self._offload = offload or Offload()
+        self._comes_over = False
         self._dtype, self._device = dtype, device
         self._means: list[Tensor] = list(means or ())
         self.residuals: list[Tensor] = []
@@ -116,6 +122,7 @@ class Accumulator:
         With other ``names`` a tensor that was averaged before keeps its mean. One that was not stands there as it is
         now for all samples so far, as a parameter that was frozen until now does: that value is its mean.
         """
+        self._join()
         if names is not None and list(names) != self.names:
             self._choose(tensors, names)
         dtypes = [self._dtype_for(i, tensor) for i, tensor in enumerate(tensors)]
@@ -127,16 +134,17 @@ class Accumulator:
                 self.residuals = _moved(self.residuals, allocate(tensors, dtypes, devices))
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         counters = (self.n_averaged, self.n_skipped, self.position, self.clock)
+        # Where only some are on an accelerator the operations take them from there.
+        self._comes_over = all(map(_torch.on_host, self._means)) and not any(map(_torch.on_host, tensors))
         if any(map(_torch.on_host, self._means)):
             self._counts = _HostCounts()
-            self._plan_on_host(tensors)
+            self._plan_on_host(self._offload.staging(tensors) if self._comes_over else tensors)
         else:
             check = self.check_finite is not False
             self._counts = DeviceMean(tensors, self._means, self.residuals, check=check, agree=self._agree)
         self._counts.set(*counters)
 
     def _plan_on_host(self, tensors: Sequence[Tensor]) -> None:
-        self._come_over = not any(map(_torch.on_host, tensors))
         batches = plan_batches(tensors, self._means, self.residuals)
         # What compiled loops can take comes first, so that one number says where torch's operations begin.
         self._kernel = HostKernel(tensors, self._means, () if self.compensated else batches)
@@ -183,6 +191,15 @@ class Accumulator:
             return _complex_like(self._dtype) if tensor.is_complex() else self._dtype
         return mean_dtype(tensor.dtype)
 
+    def _join(self) -> None:
+        """Wait for the sample that is on its way, if any is."""
+        if self._comes_over:
+            self._offload.join()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._join()
+        return self.__dict__
+
     @property
     def backend(self) -> str:
         """What folds samples in at present: "numba", "triton" or "torch"; where they share the work not the last."""
@@ -191,24 +208,29 @@ class Accumulator:
         return "numba" if self._kernel.covered and loops_are_ready() else "torch"
 
     @property
+    def _settled(self) -> _HostCounts | DeviceMean:
+        self._join()
+        return self._counts
+
+    @property
     def n_averaged(self) -> int:
         """Samples in the means; on an accelerator reading it waits for the device."""
-        return int(self._counts.averaged)
+        return int(self._settled.averaged)
 
     @property
     def n_skipped(self) -> int:
         """Samples left out because they were not finite."""
-        return int(self._counts.skipped)
+        return int(self._settled.skipped)
 
     @property
     def position(self) -> float:
         """Where the last accepted sample was taken, in the steps given to :meth:`add`."""
-        return float(self._counts.position)
+        return float(self._settled.position)
 
     @property
     def clock(self) -> float:
         """Where the last sample was taken, accepted or not; samples that a CUDA graph replayed count."""
-        return float(self._counts.clock)
+        return float(self._settled.clock)
 
     def replayed(self) -> float:
         """How much farther a CUDA graph came that replayed :meth:`add`, since this was last asked.
@@ -226,6 +248,7 @@ class Accumulator:
 
         ``clock`` is the position of the last sample, if that was not an accepted one.
         """
+        self._join()
         self._last_position = position if clock is None else clock
         self._counts.set(n_averaged, n_skipped, position, self._last_position)
         self._attempts = n_averaged
@@ -242,12 +265,14 @@ class Accumulator:
         After a sample that is not finite they are then the same, to the bit, whether one goes on or loads what was
         saved.
         """
+        self._join()
         self._look_anew()
         return self._means
 
     @property
     def memory(self) -> list[Tensor]:
         """The means, for one who shares their memory and saves nothing."""
+        self._join()
         return self._means
 
     def _look_anew(self) -> None:
@@ -258,17 +283,22 @@ class Accumulator:
         self._sizes = [-1.0] * len(self._batches)
 
     @torch.no_grad()
-    def add(self, tensors: Sequence[Tensor], position: float | None = None) -> None:
+    def add(
+        self, tensors: Sequence[Tensor], position: float | None = None, *, overlaps: bool = False
+    ) -> None:
         """Fold one sample in.
 
         Args:
             tensors: the values now, in the order and with the shapes that the means have.
             position: where the sample lies, in optimizer steps since the first block began; None: one step
                 further than the last. Only schemes that count steps look at it.
+            overlaps: whether a sample that comes from an accelerator to the host may be on its way when this returns,
+                see :mod:`polyak._offload`; an error on the way is raised by the next call. Not with ``"raise"``.
 
         Raises:
             NonFiniteError: with ``check_finite="raise"``, naming the tensor; the means are as they were.
         """
+        self._join()
         if position is None:
             position = self._last_position + 1
         gap = position - self._last_position
@@ -282,6 +312,9 @@ class Accumulator:
             return
         coefficient = self._coefficient(self._counts, position)
         self._warn_if_stalling(coefficient)
+        if self._comes_over:
+            self._send(tensors, coefficient, position, overlaps)
+            return
         accepted = self._fold_in(tensors, coefficient)
         self._counts.count(accepted, position)
         if not accepted and self.check_finite == "raise":
@@ -308,17 +341,45 @@ class Accumulator:
             stacklevel=5,
         )
 
+    # From an accelerator to the host.
+
+    def _send(self, tensors: Sequence[Tensor], coefficient: float, position: float, overlaps: bool) -> None:
+        """The sample is looked at where it is, and the verdict comes over with it: nobody waits for that."""
+        refused = self._refused_there(tensors) if self.check_finite else None
+        raises = self.check_finite == "raise"
+        fold = partial(self._take_over, coefficient, position)
+        self._offload.send(tensors, refused, fold, overlaps=overlaps and not raises)
+        if raises and bool(refused):
+            self._raise_non_finite(tensors)
+
+    def _refused_there(self, tensors: Sequence[Tensor]) -> Tensor:
+        device = tensors[0].device
+        finite = all_finite([(t, m.dtype) for t, m in zip(tensors, self._means, strict=True)], device)
+        refused = torch.zeros((), device=device) if finite is None else finite.logical_not().float()
+        if self._agree is not None:
+            self._agree(refused)
+        return refused
+
+    def _take_over(self, coefficient: float, position: float, sample: list[Tensor], refused: bool) -> None:
+        if not refused:
+            self._choose_loops(sample)
+            self._fold_all(sample, coefficient)
+        if isinstance(self._counts, _HostCounts):
+            self._counts.count(not refused, position)
+
     # On the host.
 
-    def _fold_in(self, tensors: Sequence[Tensor], coefficient: float) -> bool:
+    def _choose_loops(self, tensors: Sequence[Tensor]) -> None:
         covered = self._kernel.covered
         self._n_compiled = len(covered) if covered and self._kernel.take(tensors) else 0
+
+    def _fold_in(self, tensors: Sequence[Tensor], coefficient: float) -> bool:
+        self._choose_loops(tensors)
         if not self.check_finite:
             self._fold_all(tensors, coefficient)
             return True
-        # A sample that takes half or more leaves too little of the mean to undo; see _fold_while_finite. What
-        # comes from an accelerator is looked at there, so that it comes over once.
-        if coefficient >= 0.5 or self._agree is not None or self._come_over:
+        # A sample that takes half or more leaves too little of the mean to undo; see _fold_while_finite.
+        if coefficient >= 0.5 or self._agree is not None:
             finite = self._all_finite(tensors)
             if finite:
                 self._fold_all(tensors, coefficient)
@@ -376,22 +437,15 @@ class Accumulator:
         self._fold_batches(batches, tensors, -coefficient / (1 - coefficient))
 
     def _all_finite(self, tensors: Sequence[Tensor]) -> bool:
-        refused = self._refused_there(tensors) if self._come_over else self._refused_here(tensors)
-        if self._agree is not None:
-            self._agree(refused)
-        return not refused
-
-    def _refused_there(self, tensors: Sequence[Tensor]) -> Tensor:
-        device = tensors[0].device
-        finite = all_finite([(t, m.dtype) for t, m in zip(tensors, self._means, strict=True)], device)
-        return torch.zeros((), device=device) if finite is None else finite.logical_not().float()
-
-    def _refused_here(self, tensors: Sequence[Tensor]) -> Tensor:
         sizes = self._sizes_of(tensors)
         finite = all(map(math.isfinite, sizes))
-        if finite and self._agree is None:
-            self._sizes = sizes
-        return torch.tensor(float(not finite))
+        if self._agree is None:
+            if finite:
+                self._sizes = sizes
+            return finite
+        refused = torch.tensor(float(not finite))
+        self._agree(refused)
+        return not refused
 
     def _sizes_of(self, tensors: Sequence[Tensor]) -> list[float]:
         compiled = self._kernel.sizes() if self._n_compiled else []

@@ -53,6 +53,7 @@ __all__ = [
     "on_one_core",
     "optimizer_hooks",
     "parameters_of",
+    "queued_for",
     "reason_not_loaded",
     "refuse_flattened",
     "refuse_unseen_conversions",
@@ -247,6 +248,19 @@ def widest_float(device: torch.device) -> torch.dtype:
     except (TypeError, RuntimeError):
         return torch.float32
     return torch.float64
+
+
+def queued_for(tensors: Iterable[Tensor]) -> list[torch.Event]:
+    """An event for each accelerator that holds any of them, which comes when all that it was given so far is done.
+
+    For another thread to wait for before it reads them: its own stream is not the one that they are computed on.
+
+    >>> queued_for([torch.zeros(1)])
+    []
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    devices = {t.device for t in tensors if accelerator is not None and t.device.type == accelerator.type}
+    return [torch.accelerator.current_stream(device).record_event() for device in devices]
 
 
 def device_of_collectives() -> torch.device:

@@ -460,9 +460,15 @@ class Average:
         self._take_up_thawed()
         if (origin := self._origin) is None:
             origin = self._origin = self.start if self._step > self.start else self._step - (self.every or 1)
-        accumulator.add(self._binding.live, self._step - origin)
+        accumulator.add(self._binding.live, self._step - origin, overlaps=self._overlaps)
         if self._modules is not None:
             self._modules.follow(self._binding, accumulator, with_buffers=True)
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether training may go on while a sample is copied to the host: where only an optimizer's steps write it."""
+        attached = self._attachment is not None and self._attachment.holds
+        return attached and self._buffers == "copy"
 
     def _count_replayed(self, accumulator: Accumulator) -> None:
         """Steps for which a CUDA graph replayed :meth:`update` were counted on the device alone."""

@@ -421,7 +421,9 @@ class Recorder:
     def _sample(self) -> None:
         block = self._follow_model()
         self._take_up_thawed()
-        block.sample(self._step)
+        # Averaged buffers are written by forward passes too, of which nobody tells.
+        attached = self._attachment is not None and self._attachment.holds
+        block.sample(self._step, overlaps=attached and self._options["buffers"] == "copy")
         # A block without an accepted sample goes on until it has one.
         if self._step >= self._stop and block.count:
             self._hand_over(block)
@@ -434,10 +436,15 @@ class Recorder:
         filled, means = block.take()
         snapshot = Snapshot.of(self._binding, means)
         edges = frozenset(self._kept_edges)
-        self._writer.submit(partial(self._write, filled, snapshot, edges))
+        queued = _torch.queued_for([*means, *snapshot.copied.values()])
+        self._writer.submit(partial(self._write, filled, snapshot, edges, queued))
         self._plan_stop()
 
-    def _write(self, block: Block, snapshot: Snapshot, kept_edges: frozenset[int]) -> None:
+    def _write(
+        self, block: Block, snapshot: Snapshot, kept_edges: frozenset[int], queued: list[torch.Event]
+    ) -> None:
+        for event in queued:
+            event.synchronize()
         self._folder.commit(block, snapshot, self.max_blocks, kept_edges)
         self._means.keep(block, snapshot.averaged)
         self._means.follow(self._folder.manifest.blocks)

@@ -16,6 +16,7 @@ from polyak._checks import whole_within
 from polyak._distributed import RankGroup, held_runs
 from polyak._mean import Accumulator
 from polyak._model import Binding, is_sharded, local, sharded_like
+from polyak._offload import Offload
 from polyak._swap import copy_into
 from polyak.checkpoints import Checkpoint, TensorInfo, _safetensors
 from polyak.checkpoints._base import Contents, LoadedTensor, StoredTensor
@@ -45,10 +46,10 @@ class OpenBlock:
 
     def __init__(self, binding: Binding, dtype: torch.dtype | None, device: torch.device | str | None):
         self._binding = binding
+        options = {"dtype": dtype, "device": device, "offload": Offload()}
         agree = binding.agree if binding.sharded else None
         self._filling, self._resting = (
-            Accumulator(binding.live, binding.names, Uniform(), dtype=dtype, device=device, agree=agree)
-            for _ in range(2)
+            Accumulator(binding.live, binding.names, Uniform(), agree=agree, **options) for _ in range(2)
         )
         self.begin(0)
 
@@ -82,9 +83,9 @@ class OpenBlock:
         if lr is not None:
             self._lr.add({"lr": lr})
 
-    def sample(self, step: int) -> None:
-        """Take the weights as they are after ``step``."""
-        self._filling.add(self._binding.live)
+    def sample(self, step: int, *, overlaps: bool = False) -> None:
+        """Take the weights as they are after ``step``; see :meth:`Accumulator.add`."""
+        self._filling.add(self._binding.live, overlaps=overlaps)
         self.last_sample = step
 
     @property

@@ -1,0 +1,441 @@
+"""Means on the host of an accelerator's weights, copied while training goes on, with stand-ins for streams."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import threading
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import polyak
+from devices import SlowStream, as_if_offloaded
+from polyak import _offload
+from polyak.errors import NonFiniteError, NotStartedError
+
+
+class Writing(torch.optim.Optimizer):
+    """An optimizer whose step writes the numbers that it is given."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, seed, bad=False):
+        generator = torch.Generator().manual_seed(seed)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        if bad:
+            self.param_groups[-1]["params"][-1].view(-1)[0] = float("nan")
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 150), nn.Linear(150, 150))
+
+
+@pytest.fixture(autouse=True)
+def offloaded():
+    """Parameters are on an accelerator, all else is on the host."""
+    with as_if_offloaded(lambda tensor: isinstance(tensor, nn.Parameter)):
+        yield
+
+
+def attached(scheme="ema:decay=0.9", model=None, **options):
+    model = model or network()
+    average = polyak.Average(model, scheme, device="cpu", **options)
+    optimizer = Writing(model.parameters())
+    polyak.attach(optimizer, average)
+    return model, optimizer, average
+
+
+def bits(average):
+    return {name: tensor.clone() for name, tensor in average.named_tensors().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def expected(seeds, scheme="ema:decay=0.9", bad=()):
+    """What the same samples give with nothing under way."""
+    model = network()
+    average, optimizer = polyak.Average(model, scheme, device="cpu"), Writing(model.parameters())
+    for seed in seeds:
+        optimizer.step(seed, bad=seed in bad)
+        average.update()
+    return bits(average)
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+def test_a_copy_slower_than_the_next_step_is_torn_without_the_fence(monkeypatch, fenced):
+    if not fenced:
+        monkeypatch.setattr(SlowStream, "hold_back", lambda self, copied: None)
+    _, optimizer, average = attached()
+    for seed in range(12):
+        optimizer.step(seed)
+    assert average.n_averaged == 12
+    assert same(bits(average), expected(range(12))) == fenced
+
+
+def test_training_goes_on_while_a_sample_is_copied(monkeypatch):
+    _, optimizer, average = attached()
+    optimizer.step(0)
+    optimizer.step(1)
+    let_go = threading.Event()
+    copying = SlowStream.copy
+
+    def copy_later(self, targets, sources):
+        self._pool.submit(let_go.wait)
+        return copying(self, targets, sources)
+
+    monkeypatch.setattr(SlowStream, "copy", copy_later)
+    optimizer.step(2)  # returns although nothing is copied yet
+    reading = threading.Thread(target=lambda: average.n_averaged)
+    reading.start()
+    reading.join(0.05)
+    assert reading.is_alive()
+    let_go.set()
+    reading.join()
+    assert same(bits(average), expected(range(3)))
+
+
+@pytest.mark.parametrize("options", [{}, {"check_finite": "raise"}, {"buffers": "average"}], ids=str)
+def test_without_attach_nothing_is_under_way_when_an_update_returns(options):
+    model = network()
+    if options:
+        _, optimizer, average = attached(model=model, **options)
+        if "check_finite" not in options:
+            assert not average._overlaps
+    else:
+        average, optimizer = polyak.Average(model, "ema:decay=0.9", device="cpu"), Writing(model.parameters())
+    for seed in range(4):
+        optimizer.step(seed)
+        if not options:
+            average.update()
+        job = average._accumulator._offload._job
+        assert job is None or job._work is None
+    assert same(bits(average), expected(range(4)))
+
+
+# Whatever is called in between.
+
+
+def read_counts(average, state):
+    return average.n_averaged, average.n_skipped, repr(average), average.backend
+
+
+def read_state(average, state):
+    return {k: v for k, v in average.state_dict().items() if k != "average"}
+
+
+def read_means(average, state):
+    return bits(average)
+
+
+def swap(average, state):
+    with average.applied() as model:
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def copy_out(average, state):
+    other = network()
+    average.copy_to(other)
+    return {name: p.detach().clone() for name, p in other.named_parameters()}
+
+
+def twin(average, state):
+    return bits(copy.deepcopy(average))
+
+
+def pickled(average, state):
+    other = pickle.loads(pickle.dumps(average))
+    other.update_now()
+    return bits(other)
+
+
+def resume(average, state):
+    average.load_state_dict(copy.deepcopy(average.state_dict()))
+
+
+def other_scheme(average, state):
+    average.scheme = "ema:decay=0.5" if str(average.scheme) == "uniform" else "uniform"
+
+
+def widen(average, state):
+    average._binding.model.double()
+
+
+def narrow(average, state):
+    average._binding.model.float()
+
+
+def as_module(average, state):
+    state.append(average.module())
+
+
+def read_modules(average, state):
+    return {f"{n}.{name}": p.clone() for n, m in enumerate(state) for name, p in m.named_parameters()}
+
+
+def sample_now(average, state):
+    average.update_now()
+
+
+def thaw(average, state):
+    average._binding.model[0].bias.requires_grad_(True)
+
+
+CALLS = [
+    read_counts, read_state, read_means, swap, copy_out, twin, pickled, resume, other_scheme, widen, narrow, as_module,
+    read_modules, sample_now, thaw,
+]  # fmt: skip
+STEPS = st.tuples(st.just("step"), st.integers(0, 99), st.sampled_from([False, False, False, True]))
+
+
+@pytest.mark.parametrize("examples", [20, pytest.param(500, marks=pytest.mark.slow)])
+def test_the_mean_is_the_same_bit_for_bit_whatever_is_called_in_between(examples):
+    calls = st.lists(STEPS | st.sampled_from(CALLS), max_size=14)
+    settings(max_examples=examples, deadline=None)(given(calls, st.sampled_from([1, 2]))(is_the_same))()
+
+
+def is_the_same(calls, every):
+    with mock.patch.object(SlowStream, "seconds", 1e-4):
+        models = [network() for _ in range(2)]
+        for model in models:
+            model[0].bias.requires_grad_(False)
+        averages = [polyak.Average(m, "ema:half_life=3", every=every, device="cpu") for m in models]
+        optimizers = [Writing(model.parameters()) for model in models]
+        polyak.attach(optimizers[0], averages[0])
+        for optimizer in optimizers:
+            optimizer.step(
+                0
+            )  # which the second average does not see, nor the copies a model that was never written
+        averages[1].update()
+        states = [], []
+
+        def outcome(call, average, state):
+            try:
+                return call(average, state)
+            except NotStartedError as error:
+                return str(error)
+
+        for call in [*calls, read_counts, read_state, read_means]:
+            if isinstance(call, tuple):
+                for optimizer in optimizers:
+                    optimizer.step(*call[1:])
+                averages[1].update()
+                continue
+            first, second = (outcome(call, a, s) for a, s in zip(averages, states, strict=True))
+            if isinstance(first, dict) and all(isinstance(v, torch.Tensor) for v in first.values()):
+                assert first.keys() == second.keys()
+                for name in first:
+                    torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, equal_nan=True)
+            else:
+                assert first == second
+
+
+def test_other_optimizers_and_other_averages_wait_for_the_copy_too():
+    model, optimizer, average = attached()
+    other, second = polyak.Average(model, "uniform"), Writing(model[1].parameters())
+    other.update_now()
+    for seed in range(4):
+        optimizer.step(seed)
+        with other.applied():
+            pass
+        optimizer.step(10 + seed)
+        second.step(20 + seed)
+    seeds = [seed for n in range(4) for seed in (n, 10 + n)]
+    assert average.n_averaged == 8 and average._accumulator._offload._only_optimizers_write
+    model = network()
+    sync, optimizer = polyak.Average(model, "ema:decay=0.9", device="cpu"), Writing(model.parameters())
+    second = Writing(model[1].parameters())
+    for seed in seeds:
+        optimizer.step(seed)
+        sync.update()
+    assert same(bits(average), bits(sync))
+
+
+# Weights that something else than an optimizer writes.
+
+
+def clip(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.clamp_(-0.1, 0.1)
+
+
+def test_where_weights_are_clipped_after_each_step_every_copy_is_waited_for():
+    model, optimizer, average = attached()
+    for seed in range(6):
+        optimizer.step(seed)
+        clip(model)
+    assert same(bits(average), expected(range(6)))
+
+
+def test_a_later_change_is_warned_of_and_ends_it():
+    model, optimizer, average = attached()
+    for seed in range(3):
+        optimizer.step(seed)
+    clip(model)
+    with pytest.warns(UserWarning, match="each update waits for its copy"):
+        optimizer.step(3)
+    for seed in range(4, 7):
+        optimizer.step(seed)
+        clip(model)
+    assert average.n_averaged == 7 and not average._accumulator._offload._only_optimizers_write
+
+
+# Samples that are refused, and failures.
+
+
+def test_a_refused_sample_stays_refused():
+    _, optimizer, average = attached()
+    for seed in range(6):
+        optimizer.step(seed, bad=seed in (0, 3))
+    assert (average.n_averaged, average.n_skipped) == (4, 2)
+    assert same(bits(average), expected(range(6), bad=(0, 3)))
+
+
+def test_raise_names_the_tensor_at_once():
+    _, optimizer, average = attached(check_finite="raise")
+    optimizer.step(0)
+    optimizer.step(1)
+    with pytest.raises(NonFiniteError, match=r"2\.bias"):
+        optimizer.step(2, bad=True)
+    assert (average.n_averaged, average.n_skipped) == (2, 1)
+
+
+def test_an_error_on_the_thread_is_raised_by_the_next_call_and_once():
+    _, optimizer, average = attached()
+    optimizer.step(0)
+    optimizer.step(1)
+    _offload._settle_all()
+    accumulator = average._accumulator
+    with mock.patch.object(accumulator, "_fold_all", side_effect=MemoryError("no memory")):
+        optimizer.step(2)
+        _offload._settle_all()
+    with pytest.raises(MemoryError, match="no memory"):
+        average.state_dict()
+    assert average.n_averaged == 2
+    optimizer.step(3)
+    assert same(bits(average), expected([0, 1, 3]))
+
+
+def test_an_interrupt_while_it_is_waited_for_loses_nothing():
+    _, optimizer, average = attached()
+    optimizer.step(0)
+    optimizer.step(1)
+    optimizer.step(2)
+    with (
+        mock.patch.object(_offload._Job, "run", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        average.named_tensors()
+    optimizer.step(3)
+    assert same(bits(average), expected(range(4)))
+
+
+def test_where_no_thread_begins_any_more_reading_does_it():
+    _, optimizer, average = attached()
+    for seed in range(2):
+        optimizer.step(seed)
+    average._accumulator._offload._pool.shutdown()
+    for seed in range(2, 4):
+        optimizer.step(seed)
+    assert same(bits(average), expected(range(4)))
+
+
+# Threads and processes.
+
+
+def test_the_thread_ends_with_the_average():
+    model, optimizer, average = attached()
+    for seed in range(3):
+        optimizer.step(seed)
+    [thread] = average._accumulator._offload._pool._threads
+    assert thread.is_alive()
+    del model, optimizer, average
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_child_that_was_forked_has_the_sample_and_goes_on():
+    model, optimizer, average = attached()
+    for seed in range(3):
+        optimizer.step(seed)
+    child = os.fork()
+    if child == 0:
+        with mock.patch.object(
+            SlowStream, "copy", lambda self, targets, sources: copied_now(targets, sources)
+        ):
+            right = same(bits(average), expected(range(3)))
+            for seed in range(3, 5):
+                optimizer.step(seed)
+            right = right and same(bits(average), expected(range(5)))
+        os._exit(0 if right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    optimizer.step(3)
+    assert same(bits(average), expected(range(4)))
+
+
+def copied_now(targets, sources):
+    torch._foreach_copy_(targets, sources)
+    return mock.Mock()
+
+
+# Recordings.
+
+
+@pytest.mark.parametrize("bad", [(), (2, 3, 9)])
+def test_a_recording_is_the_same_bit_for_bit(tmp_path, bad):
+    recordings = []
+    for name, follows in (("under way", True), ("waited for", False)):
+        model = network()
+        optimizer = Writing(model.parameters())
+        recorder = polyak.Recorder(model, tmp_path / name, block=3, device="cpu")
+        if follows:
+            polyak.attach(optimizer, recorder)
+        for seed in range(13):
+            optimizer.step(seed, bad=seed in bad)
+            if not follows:
+                recorder.update()
+            if seed == 7:
+                recorder.average("uniform")
+        recorder.close()
+        recordings.append(recorder.trajectory)
+        if follows:
+            assert recorder._open_block._filling._offload._only_optimizers_write
+    one, other = recordings
+    assert one.blocks == other.blocks and sum(block.skipped for block in one.blocks) == len(bad)
+    for profile in ("uniform", "tail:0.5"):
+        assert same(one.average(profile), other.average(profile))
+
+
+def test_a_block_is_read_by_its_writer_once_it_is_computed(tmp_path, monkeypatch):
+    """Its thread computes on another stream than training does, which knows nothing of what that queued."""
+    written, log = [], []
+
+    class Event:
+        def synchronize(self):
+            log.append("computed")
+
+    monkeypatch.setattr(polyak._torch, "queued_for", lambda tensors: [Event() for _ in tensors][:1])
+    model = network()
+    recorder = polyak.Recorder(model, tmp_path / "run", block=1)
+    commit = recorder._folder.commit
+    monkeypatch.setattr(recorder._folder, "commit", lambda *given: (log.append("written"), commit(*given)))
+    recorder.update()
+    recorder.update()
+    recorder.close()
+    assert log == ["computed", "written"] * 2 and not written
