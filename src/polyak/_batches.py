@@ -284,6 +284,8 @@ def with_sources(
     All views are made first: between two trips to memory, which leave nothing else in the cache, one takes
     five times as long.
     """
+    if not batches:
+        return
     parts = [batch.parts(tensors) for batch in batches]
     copied = [batch.copy is None and (owned or not batch.alike) for batch in batches]
     scratch = _buffers((b.kind, b.numel) for b, is_copied in zip(batches, copied, strict=True) if is_copied)

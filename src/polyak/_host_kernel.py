@@ -82,6 +82,7 @@ class HostKernel:
             return
         pieces = [piece for batch in self.covered for piece in batch.pieces]
         self._owners = sorted({piece.index for piece in pieces if tensors[piece.index].numel()})
+        self._owns_all = len(self._owners) == len(tensors)
         owned = self._pick(tensors)
         self._layout = _torch.Layout(owned)
         roots: dict[int, tuple[int, Tensor]] = {}
@@ -98,8 +99,8 @@ class HostKernel:
         """Copies and pickles cover nothing: their means lie elsewhere."""
         return HostKernel, ((), (), ())
 
-    def _pick(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensors[index] for index in self._owners]
+    def _pick(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return tensors if self._owns_all else [tensors[index] for index in self._owners]
 
     def _rows(
         self, tensors: Sequence[Tensor], means: Sequence[Tensor], roots: dict[int, tuple[int, Tensor]]

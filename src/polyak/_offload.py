@@ -38,8 +38,10 @@ class SideStream:
     def __init__(self, device: torch.device):
         self._device = device
         self._stream: torch.Stream | None = None
-        with suppress(RuntimeError, NotImplementedError, TypeError):
-            self._stream = torch.Stream(device)
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and accelerator.type == device.type:
+            with suppress(RuntimeError):
+                self._stream = torch.Stream(device)
 
     def copy(self, targets: list[Tensor], sources: list[Tensor]) -> Any:
         """Queue copies behind what the device was given to compute so far; an event, None where they are done."""

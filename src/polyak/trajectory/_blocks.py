@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -112,13 +112,25 @@ class Metrics:
 
     def summaries(self) -> dict[str, Summary]:
         """Name to summary, of the numbers that had a finite value."""
-        for name, value in self._waiting:
-            number = float(value)
+        for name, number in zip((name for name, _ in self._waiting), self._numbers(), strict=True):
             if math.isfinite(number):
                 one = Summary.of(number)
                 self._summaries[name] = self._summaries[name] + one if name in self._summaries else one
         self._waiting.clear()
         return dict(self._summaries)
+
+    def _numbers(self) -> list[float]:
+        """The values that wait; those on a device are read at once, as each read waits for it."""
+        numbers = [value for _, value in self._waiting]
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for n, value in enumerate(numbers):
+            if isinstance(value, Tensor):
+                groups.setdefault((value.device, value.dtype), []).append(n)
+        for group in groups.values():
+            values = torch.stack([cast(Tensor, numbers[n]).view(()) for n in group]).tolist()
+            for n, value in zip(group, values, strict=True):
+                numbers[n] = value
+        return list(map(float, numbers))
 
     def to_json(self) -> dict[str, dict[str, float]]:
         """The summaries as plain values."""
