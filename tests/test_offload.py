@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import os
 import pickle
 import threading
+from importlib import import_module
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -19,6 +22,8 @@ import polyak
 from devices import SlowStream, as_if_offloaded
 from polyak import _offload
 from polyak.errors import NonFiniteError, NotStartedError
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 class Writing(torch.optim.Optimizer):
@@ -44,7 +49,7 @@ def network():
 @pytest.fixture(autouse=True)
 def offloaded():
     """Parameters are on an accelerator, all else is on the host."""
-    with as_if_offloaded(lambda tensor: isinstance(tensor, nn.Parameter)):
+    with as_if_offloaded(lambda tensor: isinstance(tensor, nn.Parameter) or tensor.is_meta):
         yield
 
 
@@ -439,3 +444,28 @@ def test_a_block_is_read_by_its_writer_once_it_is_computed(tmp_path, monkeypatch
     recorder.update()
     recorder.close()
     assert log == ["computed", "written"] * 2 and not written
+
+
+# The benchmark, which waits for a GPU.
+
+
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks come with a checkout only")
+def test_the_benchmark_runs_to_its_end(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    accelerator = import_module("accelerator")
+    shapes = import_module("shapes")
+    monkeypatch.setattr(accelerator, "_MATRIX_WIDTH", 8)
+    monkeypatch.setattr(accelerator, "UPDATES_PER_ROUND", 3)
+    small = accelerator.Case(lambda: [(3, 4), (5,), *[(2,)] * 9])
+    monkeypatch.setattr(accelerator, "MODELS", {"small": small})
+    monkeypatch.setattr(accelerator, "CASES", {"small": small})
+    assert shapes.number_of_elements(small.shapes()) == 35
+    accelerator.main(["--device", "cpu", "--rounds", "1", "--only", "small"])
+    found = json.loads(capsys.readouterr().out)["cases"]["small"]
+    assert {"polyak EMA", "polyak EMA, checked", "ema-pytorch foreach"} <= found["contenders"].keys()
+    assert found["graph"] == {"averaged": 4, "skipped": 1, "largest_error": 0}
+    assert found["offload"]["same_bits"] and found["offload"]["step_microseconds"].keys() == {
+        "none", "waits", "meanwhile"
+    }  # fmt: skip
+    with pytest.raises(SystemExit):
+        accelerator.main(["--device", "cpu", "--output", "figures.json"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,6 +110,24 @@ def test_learning_rate_and_metrics(tmp_path: Path) -> None:
     assert second.metrics["loss"].mean == 3.5 and second.metrics["accuracy"].mean == 1
     both = first + second
     assert both.metrics["loss"].mean == 3 and both.metrics["accuracy"].count == 1
+
+
+def test_metrics_on_a_device_are_read_once_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read waits for the device: all values of a dtype come over together, and are what each was."""
+    reads: list[torch.Size] = []
+    as_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (reads.append(t.shape), as_list(t))[1])
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda t: pytest.fail("one value is read by itself"))
+    with polyak.Recorder(small_model(), tmp_path, block=4) as run:
+        for step in range(4):
+            run.update(loss=torch.tensor([[0.1 * step]]), plain=0.5, tokens=torch.tensor(2**40 + step))
+        run.note(loss=torch.tensor(float("inf")))
+    [block] = run.trajectory.blocks
+    values = np.float32(0.1 * np.arange(4)).astype(float)
+    assert (block.metrics["loss"].min, block.metrics["loss"].max) == (0.0, values[3])
+    assert block.metrics["loss"].mean == pytest.approx(values.mean(), rel=1e-15)
+    assert block.metrics["tokens"].mean == 2**40 + 1.5 and block.metrics["plain"].count == 4
+    assert sorted(map(tuple, reads)) == [(4,), (4,)]
 
 
 def test_attached(tmp_path: Path) -> None:
