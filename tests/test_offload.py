@@ -7,7 +7,9 @@ import gc
 import json
 import os
 import pickle
+import signal
 import threading
+import time
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
@@ -20,7 +22,8 @@ from torch import nn
 
 import polyak
 from devices import SlowStream, as_if_offloaded
-from polyak import _offload
+from polyak import _offload, _torch
+from polyak._offload import SideStream
 from polyak.errors import NonFiniteError, NotStartedError
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -368,35 +371,33 @@ def test_the_thread_ends_with_the_average():
     [thread] = average._accumulator._offload._pool._threads
     assert thread.is_alive()
     del model, optimizer, average
-    gc.collect()
-    thread.join(timeout=10)
-    assert not thread.is_alive()
+    for _ in range(200):  # while it folds the last sample it holds on to all of them
+        gc.collect()
+        thread.join(timeout=0.05)
+        if not thread.is_alive():
+            return
+    pytest.fail("the thread goes on")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_child_that_was_forked_has_the_sample_and_goes_on():
-    model, optimizer, average = attached()
+def test_a_child_that_was_forked_has_the_sample_that_was_under_way():
+    wanted = expected(range(3))
+    _, optimizer, average = attached()
     for seed in range(3):
         optimizer.step(seed)
     child = os.fork()
     if child == 0:
-        with mock.patch.object(
-            SlowStream, "copy", lambda self, targets, sources: copied_now(targets, sources)
-        ):
-            right = same(bits(average), expected(range(3)))
-            for seed in range(3, 5):
-                optimizer.step(seed)
-            right = right and same(bits(average), expected(range(5)))
-        os._exit(0 if right else 1)
-    assert os.waitpid(child, 0)[1] == 0
+        os._exit(0 if average.n_averaged == 3 and same(bits(average), wanted) else 1)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
     optimizer.step(3)
     assert same(bits(average), expected(range(4)))
-
-
-def copied_now(targets, sources):
-    torch._foreach_copy_(targets, sources)
-    return mock.Mock()
 
 
 # Recordings.
@@ -444,6 +445,67 @@ def test_a_block_is_read_by_its_writer_once_it_is_computed(tmp_path, monkeypatch
     recorder.update()
     recorder.close()
     assert log == ["computed", "written"] * 2 and not written
+
+
+# What is asked of an accelerator's streams.
+
+
+class Stream:
+    """Notes what is asked of it."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for what {other.name} has")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self):
+        self.log.append(f"event of {self.name}")
+        return f"the event of {self.name}"
+
+    def __enter__(self):
+        self.log.append(f"{self.name} is asked")
+
+    def __exit__(self, *error):
+        self.log.append(f"{self.name} was asked")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    log = []
+    monkeypatch.setattr(torch, "Stream", lambda device: Stream("the side stream", log))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Stream("training", log))
+    return log
+
+
+def test_a_copy_comes_after_what_was_computed_and_before_what_is_written(streams, monkeypatch):
+    targets, sources = [torch.zeros(3)], [torch.ones(3)]
+    copying = _torch.foreach_copy_
+
+    def copy_noted(targets, sources, non_blocking):
+        streams.append(f"copies with non_blocking={non_blocking}")
+        copying(targets, sources, non_blocking)
+
+    monkeypatch.setattr(_torch, "foreach_copy_", copy_noted)
+    stream = SideStream(torch.device("cpu"))
+    stream.hold_back(stream.copy(targets, sources))
+    assert targets[0].tolist() == [1, 1, 1]
+    assert streams == [
+        "the side stream waits for what training has",
+        "the side stream is asked",
+        "copies with non_blocking=True",
+        "the side stream was asked",
+        "event of the side stream",
+        "training waits for the event of the side stream",
+    ]
+
+
+def test_a_writer_waits_for_each_device_once(streams):
+    assert _torch.queued_for([torch.ones(1), torch.ones(2)]) == ["the event of training"]
 
 
 # The benchmark, which waits for a GPU.

@@ -107,6 +107,9 @@ class Offload:
             overlaps: whether to come back before it was; what it raises is then raised by :meth:`join`.
         """
         self.join()
+        meanwhile = overlaps and self._only_optimizers_write is not False
+        if meanwhile:
+            self._be_held_back()
         places = self._staging[:-1] or self.staging(tensors)
         pairs = list(zip(places, tensors, strict=True))
         verdict = None
@@ -114,21 +117,22 @@ class Offload:
             verdict = self._staging[-1]
             pairs.append((verdict, refused))
         self._sources = [source.detach() for _, source in pairs]
+        self._versions, self._is_watched = _torch.versions(self._sources), meanwhile
         self._copies = list(self._copied([place for place, _ in pairs]))
-        self._job = _Job(partial(_fold_copied, [copied for _, copied in self._copies], verdict, places, fold))
-        if not overlaps or self._only_optimizers_write is False:
-            self.join()
+        job = _Job(partial(_fold_copied, [copied for _, copied in self._copies], verdict, places, fold))
+        self._job = job
+        if meanwhile and self._only_optimizers_write:
+            self._begin(job)
             return
-        self._versions, self._is_watched = _torch.versions(self._sources), True
+        job.run()
+        if not meanwhile or job.error is not None:
+            self.join()
+
+    def _be_held_back(self) -> None:
+        """Before there is anything: an interrupt must leave no copy that nobody waits for."""
         _hook_into_optimizers()
         with _gate:
             under_way.add(self)
-        if not self._only_optimizers_write:
-            self.settle()
-            if self._job.error is not None:
-                self.join()  # which raises it
-            return
-        self._begin(self._job)
 
     def _begin(self, job: _Job) -> None:
         if self._pool is None or self._process_id != os.getpid():  # a child that was forked has no threads
@@ -141,7 +145,9 @@ class Offload:
     def _copied(self, targets: list[Tensor]) -> Iterator[tuple[SideStream, Any]]:
         for device in {source.device for source in self._sources}:
             here = [n for n, source in enumerate(self._sources) if source.device == device]
-            stream = self._streams.setdefault(device, SideStream(device))
+            if device not in self._streams:
+                self._streams[device] = SideStream(device)
+            stream = self._streams[device]
             copied = stream.copy([targets[n] for n in here], [self._sources[n] for n in here])
             if copied is not None:
                 yield stream, copied

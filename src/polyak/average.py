@@ -55,7 +55,9 @@ class Average:
         every: optimizer steps between samples: they are taken after steps start + every, start + 2·every, …; None:
             only :meth:`update_now` takes them.
         dtype: of the average; None: that of each parameter, but at least fp32.
-        device: where the average and the backup of a swap are kept; None: beside each parameter.
+        device: where the average and the backup of a swap are kept; None: beside each parameter. With "cpu", samples of
+            an accelerator's model are copied to the host, and while training goes on where :func:`polyak.attach` calls
+            :meth:`update`; the copy takes pinned memory there, as much as the weights in their dtype.
         buffers: "copy" takes buffers from the live model; "average" averages the floating ones.
         include: names or glob patterns of the tensors to average, frozen ones too; None: every trainable one, and
             those that thaw, for which all samples before have the value that they had while frozen.

@@ -66,7 +66,7 @@ class Recorder:
             fiftieth of the time of training it. Then the borders depend on the machine's speed.
         max_blocks: blocks kept, at least 8.
         dtype: of the blocks: float32, float64, or None for that of each parameter but at least float32.
-        device: where both copies are kept; None: beside each parameter.
+        device: where both copies are kept; None: beside each parameter; "cpu" as for :class:`polyak.Average`.
         buffers: "copy" stores them as they are at the end of each block; "average" averages the floating ones.
         optimizer: whose learning rate is kept with each block, the largest where parameter groups differ.
         keep_in_memory: how much of the host's memory, on each rank, block means may take that are kept beside their
