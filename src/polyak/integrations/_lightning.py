@@ -33,6 +33,7 @@ __all__ = [
     "batch_runner",
     "callbacks_of",
     "chosen_optimizer",
+    "ends_within_epoch",
     "keep_sharded",
     "kept_sharded",
     "load_live",
@@ -242,6 +243,12 @@ def run_length(trainer: Trainer) -> RunLength:
     elif batches != inf:
         epochs = ceil(steps / ceil(batches / trainer.accumulate_grad_batches))
     return RunLength(int(steps), epochs)
+
+
+def ends_within_epoch(trainer: Trainer) -> bool:
+    """Whether the run ends before the last batch of the epoch, whose hooks Lightning calls all the same."""
+    is_over = trainer.should_stop or -1 < trainer.max_steps <= trainer.global_step
+    return is_over and not trainer.is_last_batch
 
 
 def _nothing(*_: Any, **__: Any) -> None:
