@@ -71,6 +71,20 @@ def test_a_validation_sees_the_sample_of_the_epoch_before_it(tmp_path):
     torch.testing.assert_close(model.validated[-1], mean(model.stepped[3::4]))
 
 
+class Leaving(Net):
+    def on_train_batch_start(self, batch, index):
+        return -1 if (self.trainer.current_epoch, index) == (1, 2) else None
+
+
+@pytest.mark.parametrize(
+    ("model", "max_steps", "ends"), [(Net, 6, [3]), (Net, 8, [3, 7]), (Leaving, -1, [3, 5, 9])]
+)
+def test_an_epoch_that_the_run_ends_within_does_not_count(tmp_path, model, max_steps, ends):
+    """As under the Trainer of transformers; one that is left early, while the run goes on, does."""
+    model, _ = fit(tmp_path, Averaging("uniform", every_epochs=1), model=model(), max_steps=max_steps)
+    torch.testing.assert_close(weights(model), mean([model.stepped[step] for step in ends]))
+
+
 @EARLY
 @pytest.mark.parametrize(("options", "n_averaged"), [({}, 5), ({"max_steps": 6}, 3)])
 def test_a_share_knows_how_much_later_epochs_accumulate(tmp_path, options, n_averaged):

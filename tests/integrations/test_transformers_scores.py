@@ -106,6 +106,14 @@ def test_the_units_of_start_and_every(tmp_path, options, steps):
     torch.testing.assert_close(average.named_tensors()["body.0.weight"], mean([seen[step] for step in steps]))
 
 
+def test_an_epoch_that_the_run_ends_within_does_not_count(tmp_path):
+    trainer, steps = trainer_for(tmp_path, eval_strategy="no", max_steps=6)
+    averaging = Averaging(trainer, "uniform", every_epochs=1)
+    trainer.train()
+    assert averaging.average.n_averaged == 1
+    assert torch.equal(weights(trainer.model), steps.weights[3])
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         while True:

@@ -70,7 +70,7 @@ class Averaging(Watching):
         forward: how :func:`polyak.update_bn` runs such a batch, if not by ``model(**batch)`` or ``model(batch[0])``.
         apply: False: only follow; evaluations and the final model are the live weights.
         save_average: put the averaged model into each checkpoint as well, as a folder ``average`` that
-            ``from_pretrained`` loads, in the model's dtype, once there is a sample.
+            ``from_pretrained`` loads, in the model's dtype, once there is a sample; not for sharded adapters.
         change_scheme: go on from the average of a checkpoint that was made under another scheme; see
             :attr:`polyak.Average.scheme`.
         dtype: as for :class:`polyak.Average`, like all that follow.
@@ -218,6 +218,11 @@ class Averaging(Watching):
         # Where the data have no length the Trainer counts epochs without end.
         epochs = state.num_train_epochs if state.num_train_epochs < sys.maxsize else None
         self._following.begin(model, optimizer, self._run, RunLength(state.max_steps, epochs))
+        if self._save_average and self._adapters and self._following.sharded:
+            raise OptionError(
+                "save_average=True does not write the folder of a sharded adapter: leave it out, and have all "
+                "processes call averaging.average.save('average.safetensors') when training is over"
+            )
         self._epoch = int(state.epoch or 0)
         if resumed_from is not None:
             self._resume(resumed_from)
