@@ -400,7 +400,7 @@ trainer:
     - class_path: polyak.integrations.lightning.Recording
       init_args:
         directory: {tmp_path}/run
-        block: 2
+        block: 1
         dtype: float64
         keep_in_memory: 1MB
         preview: [decay:sqrt:0.4, "tail:0.5"]
@@ -414,5 +414,5 @@ trainer:
     assert cli.trainer.callback_metrics.keys() == {
         f"loss{w}" for w in ("", "/average", "/decayed", "/tail:0.5")
     }
-    assert recording.trajectory.blocks[0].stop == 2
+    assert recording.trajectory.blocks[0].stop == 1
     assert isinstance(polyak.parse("ema:decay=0.9"), polyak.EMA)
