@@ -240,7 +240,9 @@ def test_blocks_that_are_too_long_for_a_profile_are_told_of_once(tmp_path: Path)
         for value in range(1, 25):
             model.weight.data.fill_(value)
             run.update()
-        too_long = r"tail:steps=4: 50% of its weight.*up to 8 optimizer steps.*shorter block=.*larger max_blocks="
+        too_long = (
+            r"tail:steps=4: 50% of its weight.*up to 8 optimizer steps.*shorter block=.*larger max_blocks="
+        )
         with pytest.warns(UserWarning, match=too_long) as found:
             assert run.average("tail:steps=4")["weight"].item() == 20.5  # and not 22.5
         assert found[0].filename == __file__
