@@ -95,6 +95,7 @@ def test_previews_are_compared_with_the_decayed_runs_of_their_seed_and_step(prev
     assert emas == pytest.approx({"50%": 0.41, "75%": 0.21, "100%": -0.09})
 
 
+@pytest.mark.filterwarnings("ignore:the blocks are too long")
 def test_a_short_study_of_previews_logs_all_losses_beside_runs_that_are_the_same_until_they_decay(preview):
     outcomes = []
 

@@ -271,7 +271,10 @@ def test_a_full_device_is_not_taken_for_one_without_float64(monkeypatch):
 
 
 def test_models_whose_parameters_are_nowhere_whole_are_refused_by_name():
-    """FSDP1 flattens, ZeRO-3 takes apart; DeepSpeed is not among what tests need, so its mark stands for it."""
+    """FSDP1 flattens, ZeRO-3 takes apart.
+
+    DeepSpeed is not among what tests need, so its mark stands for it; 0.19.8's own ``zero.Init`` was refused on a CPU.
+    """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     flattened = FullyShardedDataParallel.__new__(FullyShardedDataParallel)

@@ -1,12 +1,14 @@
 """What is refused everywhere in the same words: numbers out of range, other names and shapes, other states, and
-extras that are not installed.
+extras that are not installed. Warnings, which point at the user's own line.
 
 It needs no torch, so that profiles are checked without waiting for it.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +21,24 @@ from polyak.errors import MissingExtraError, OptionError, StateError, name_list
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Difference", "refuse_other_state", "require", "whole_within", "within"]
+__all__ = ["Difference", "refuse_other_state", "require", "warn_user", "whole_within", "within"]
+
+# What lies between a line of a user's and what it makes polyak do.
+_BETWEEN = {"polyak", "contextlib", "functools", "torch", "lightning", "pytorch_lightning"} | {
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+}
+
+
+def warn_user(message: str) -> None:
+    """A ``UserWarning`` at the line that called polyak, through whatever framework it did."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
 
 # Numbers and their range.
 

@@ -7,7 +7,6 @@ tensors, walked in the batches of :mod:`polyak._batches`.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from polyak import _torch
 from polyak._batches import Batch, Tensors, allocate, are_mostly_small, lie_alike, plan_batches, with_sources
+from polyak._checks import warn_user
 from polyak._device_mean import DeviceMean, all_finite
 from polyak._host_kernel import HostKernel, loops_are_ready
 from polyak._offload import Offload
@@ -334,11 +334,9 @@ class Accumulator:
         if self._warned or self.compensated or coefficient >= _STALL_EPS * self._eps:
             return
         self._warned = True
-        warnings.warn(
+        warn_user(
             f"the average takes in {coefficient:.1e} of each new sample, which its precision (eps {self._eps:.1e}) "
-            "starts to round away; pass compensated=True, a wider dtype, or a larger every",
-            UserWarning,
-            stacklevel=5,
+            "starts to round away; pass compensated=True, a wider dtype, or a larger every"
         )
 
     # From an accelerator to the host.

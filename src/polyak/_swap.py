@@ -6,7 +6,6 @@ sharded models, optimizers and CUDA graphs all see the swap, and copied back fro
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import _torch
+from polyak._checks import warn_user
 from polyak._model import Binding, Place, note_swapped, note_unswapped
 from polyak._offload import fence, under_way
 from polyak.errors import StructureError, SwapError
@@ -111,11 +111,9 @@ class Swap:
                 for place, key, tensor in self._places
             )
         if changed:
-            warnings.warn(
+            warn_user(
                 "the model's weights were changed while averaged weights were in it; those changes are gone, "
-                "as the live weights are back. Train, load or step outside applied()",
-                UserWarning,
-                stacklevel=4,
+                "as the live weights are back. Train, load or step outside applied()"
             )
 
     def _restore(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from polyak import _torch
 from polyak._attach import Attachment
-from polyak._checks import Difference, refuse_other_state, whole_within, within
+from polyak._checks import Difference, refuse_other_state, warn_user, whole_within, within
 from polyak._mean import Accumulator, CheckFinite
 from polyak._model import (
     Binding,
@@ -379,11 +378,9 @@ class Average:
 
         tensors = self._persistent_tensors("save()")
         if tracks_statistics(self._binding.model) and not self.swapped:
-            warnings.warn(
+            warn_user(
                 "the BatchNorm statistics in this file are not those of the averaged weights; save inside "
-                "applied(), after polyak.update_bn(loader, model)",
-                UserWarning,
-                stacklevel=2,
+                "applied(), after polyak.update_bn(loader, model)"
             )
         entries = [e for e in ModelTensors(self._binding.model).values() if e.persistent]
         ties = {alias: e.name for e in entries for alias in e.aliases}

@@ -13,7 +13,7 @@ from torch import nn
 
 import polyak
 from polyak.batchnorm import call_model
-from polyak.errors import OptionError, StateError
+from polyak.errors import NotStartedError, OptionError, StateError
 from polyak.integrations._following import Following, validates_both
 from polyak.integrations._recorded import RecordedRun, preview_names
 from polyak.integrations._sampling import RunLength, Sampling, SWARate
@@ -157,7 +157,7 @@ def test_another_schedule_in_steps_is_refused_on_resuming():
 def test_the_rate_is_that_of_torch():
     run = Run()
     scheduler = SWARate([0.25], anneal_epochs=2, anneal_strategy="linear").scheduler(
-        run.optimizer, steps_per_epoch=2
+        run.optimizer, "StepLR", steps_per_epoch=2
     )
     rates = []
     for _ in range(6):
@@ -166,7 +166,7 @@ def test_the_rate_is_that_of_torch():
         scheduler.step()
     assert rates == pytest.approx([1.0, 0.8125, 0.625, 0.4375, 0.25, 0.25])
     with pytest.raises(OptionError, match="2 learning rates, and the optimizer 1 "):
-        SWARate([0.1, 0.2]).scheduler(run.optimizer)
+        SWARate([0.1, 0.2]).scheduler(run.optimizer, "StepLR")
     assert SWARate.of(None, 10, "cos") is None
     assert SWARate.of(0.1, 10, "cos") == SWARate(0.1)
 
@@ -215,6 +215,19 @@ def test_previews_are_called_by_what_they_are():
         "decay:linear:0.2",
     ]
     assert preview_names(None) == {}
+
+
+def test_what_is_due_is_told_before_a_run_where_it_does_not_depend_on_one():
+    def following(**options):
+        return Following("uniform", None, {}, sampling=Sampling(**options))
+
+    every = following(start=6, every=5)
+    assert [step for step in range(20) if every.is_due(step_idx=step)] == [10, 15]
+    by_epochs = following(start_epoch=2, every_epochs=1)
+    assert [epoch for epoch in range(5) if by_epochs.is_due(epoch_idx=epoch)] == [2, 3, 4]
+    for options in ({"start": 0.5}, {"start": 0.5, "every_epochs": 1}, {"start_epoch": 2}):
+        with pytest.raises(NotStartedError, match="when training begins"):
+            following(**options).is_due(step_idx=9)
 
 
 def test_it_pickles_and_copies_between_runs():

@@ -126,7 +126,7 @@ def run(folder, strategy):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return folder, run_on_ranks(run_both, str(folder))
+    return folder, run_on_ranks(run_both, str(folder), timeout_seconds=180)
 
 
 @pytest.fixture(params=["ddp", "fsdp2"])

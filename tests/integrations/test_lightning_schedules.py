@@ -71,6 +71,20 @@ def test_a_validation_sees_the_sample_of_the_epoch_before_it(tmp_path):
     torch.testing.assert_close(model.validated[-1], mean(model.stepped[3::4]))
 
 
+class Leaving(Net):
+    def on_train_batch_start(self, batch, index):
+        return -1 if (self.trainer.current_epoch, index) == (1, 2) else None
+
+
+@pytest.mark.parametrize(
+    ("model", "max_steps", "ends"), [(Net, 6, [3]), (Net, 8, [3, 7]), (Leaving, -1, [3, 5, 9])]
+)
+def test_an_epoch_that_the_run_ends_within_does_not_count(tmp_path, model, max_steps, ends):
+    """As under the Trainer of transformers; one that is left early, while the run goes on, does."""
+    model, _ = fit(tmp_path, Averaging("uniform", every_epochs=1), model=model(), max_steps=max_steps)
+    torch.testing.assert_close(weights(model), mean([model.stepped[step] for step in ends]))
+
+
 @EARLY
 @pytest.mark.parametrize(("options", "n_averaged"), [({}, 5), ({"max_steps": 6}, 3)])
 def test_a_share_knows_how_much_later_epochs_accumulate(tmp_path, options, n_averaged):
@@ -386,7 +400,7 @@ trainer:
     - class_path: polyak.integrations.lightning.Recording
       init_args:
         directory: {tmp_path}/run
-        block: 2
+        block: 1
         dtype: float64
         keep_in_memory: 1MB
         preview: [decay:sqrt:0.4, "tail:0.5"]
@@ -400,5 +414,5 @@ trainer:
     assert cli.trainer.callback_metrics.keys() == {
         f"loss{w}" for w in ("", "/average", "/decayed", "/tail:0.5")
     }
-    assert recording.trajectory.blocks[0].stop == 2
+    assert recording.trajectory.blocks[0].stop == 1
     assert isinstance(polyak.parse("ema:decay=0.9"), polyak.EMA)

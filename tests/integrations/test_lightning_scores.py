@@ -6,7 +6,7 @@ import csv
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 import polyak
@@ -107,6 +107,24 @@ def test_training_and_random_numbers_are_as_without(tmp_path):
     torch.testing.assert_close(weights(both), mean(both.stepped))
 
 
+def test_a_progress_bar_is_in_reach_of_its_thread_and_sees_one_validation(tmp_path):
+    class Bar(ProgressBar):
+        validated = 0
+
+        def on_validation_start(self, trainer, pl_module):
+            self.validated += 1
+
+    class Looking(Scored):
+        def validation_step(self, batch, index):
+            super().validation_step(batch, index)
+            self.seen.append(self.trainer.progress_bar_callback)
+
+    bar, model = Bar(), Looking()
+    fit(tmp_path, Averaging("uniform", validate="both"), bar, model=model, enable_progress_bar=True)
+    assert len(model.seen) > 12 and set(model.seen) == {bar}
+    assert bar.validated == 3 + 1 and not {"on_validation_start", "on_train_end"} & vars(bar).keys()
+
+
 def test_averages_that_only_follow_are_scored_under_their_schemes(tmp_path):
     saving = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss/ema:decay=0.5")
     follows = Averaging("ema:decay=0.5", apply=False, validate="both")
@@ -130,7 +148,8 @@ def test_statistics_are_those_of_the_weights_that_are_scored(tmp_path):
 def test_a_run_is_scored_as_if_it_ended_now(tmp_path):
     previews = ["decay:sqrt:0.5", "tail:steps=2"]
     recording = Recording(tmp_path / "run", block=2, preview=previews)
-    model, run = fit(tmp_path, recording, model=FirstLayer())
+    with pytest.warns(UserWarning, match=r"too long for decay:sqrt:0\.5"):  # early on
+        model, run = fit(tmp_path, recording, model=FirstLayer())
     average = recording.trajectory.average("decay:sqrt:0.5")["body.0.weight"]
     assert run.callback_metrics["val_loss/decayed"].item() == pytest.approx(loss(average, model), rel=1e-5)
     tail = mean(model.stepped[-2:])

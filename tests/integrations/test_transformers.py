@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import shutil
+
 import pytest
 import torch
+from accelerate.state import GradientState
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import polyak
@@ -17,8 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(pin_memory|generation|lr_sche
 def test_it_follows_stands_in_and_becomes_the_model(tmp_path):
     trainer, steps = trainer_for(tmp_path)
     averaging = Averaging(trainer, polyak.Uniform(), start=4)
-    with pytest.warns(UserWarning, match="no sample yet"):
+    with pytest.warns(UserWarning, match="no sample yet") as found:
         trainer.train()
+    assert found[-1].filename == __file__
     first, second, third = trainer.model.evaluated
     assert torch.equal(first, steps.weights[3])
     torch.testing.assert_close(second, mean(steps.weights[4:8]))
@@ -320,6 +326,34 @@ def test_a_recording_is_whole_when_training_fails(tmp_path):
         trainer.train()
     assert recording.trajectory.blocks[-1].stop == 4
     assert torch.equal(recording.trajectory.live()["body.0.weight"], steps.weights[-1])
+
+
+# What callbacks are before and after a run.
+
+
+def test_callbacks_pickle_and_copy_with_their_trainer(tmp_path):
+    GradientState._reset_state()  # where accelerate keeps what another Trainer of this process left
+    trainer, _ = trainer_for(tmp_path / "out")
+    averaging = Averaging(trainer, polyak.Uniform(), validate="both", recalibrate=[torch.randn(4, 3)])
+    recording = Recording(trainer, tmp_path / "run", block=2)
+    before = weights(trainer.model)
+    for again in (pickle.loads(pickle.dumps(trainer)), copy.deepcopy(trainer)):
+        again.train()
+        theirs = again.callback_handler.callbacks
+        average = next(callback.average for callback in theirs if isinstance(callback, Averaging))
+        assert average.n_averaged == 12
+        torch.testing.assert_close(weights(again.model), average.named_tensors()["body.0.weight"])
+        assert "eval_loss/average" in again.state.log_history[0]
+        shutil.rmtree(tmp_path / "run")
+        assert torch.equal(weights(trainer.model), before)
+    trainer.train()
+    assert averaging.average.n_averaged == 12
+    for callback in (averaging, recording):
+        copied = copy.deepcopy(callback)
+        other, _ = trainer_for(tmp_path / "out")
+        other.add_callback(pickle.loads(pickle.dumps(copied)))
+        with pytest.raises(PolyakError, match="Make the callback for the Trainer that trains"):
+            other.train()
 
 
 # Releases of transformers that lack what is not documented.

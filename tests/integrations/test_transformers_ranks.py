@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import polyak
+from polyak.errors import OptionError
 from polyak.integrations.transformers import Averaging, Recording
 from ranks import run_on_ranks
 from sharded_accelerate import as_torchrun, sharding_on_cpu
@@ -134,21 +136,22 @@ def test_ddp_and_fsdp_of_transformers_itself(tmp_path):
         assert first[-1][name] == pytest.approx(model(tokens, labels=tokens).loss.item(), abs=1e-5)
 
 
-def fsdp_trainer(folder, name):
+def sharded_trainer(folder, model, **options):
     config = {
         "version": 2,
         "state_dict_type": "SHARDED_STATE_DICT",
         "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
     }
-    best = {
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss/average",
-        "greater_is_better": False,
-    }
     with sharding_on_cpu():
-        trainer, visited = trainer_for(
-            folder / "out", language_model(), fsdp=True, fsdp_config=config, **best
-        )
+        return trainer_for(folder / "out", model, fsdp=True, fsdp_config=config, **options)
+
+
+def best_by(metric):
+    return {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
+
+
+def fsdp_trainer(folder, name):
+    trainer, visited = sharded_trainer(folder, language_model(), **best_by("eval_loss/average"))
     averaging = Averaging(trainer, polyak.EMA(half_life=2), validate="both", save_average=True)
     recording = Recording(trainer, folder / name, block=2, preview="decay:sqrt:0.4")
     return trainer, visited, averaging, recording
@@ -175,6 +178,33 @@ def resumed_by_fsdp(folder):
     trainer, _, averaging, recording = fsdp_trainer(folder, "run")
     trainer.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-3"))
     return results(trainer, averaging, recording)
+
+
+def recorded_by_fsdp(folder):
+    trainer, _ = sharded_trainer(Path(folder), language_model(), **best_by("eval_loss/tail:steps=2"))
+    Recording(trainer, Path(folder) / "run", block=1, preview="tail:steps=2")
+    trainer.train()
+    return trainer.state.best_model_checkpoint
+
+
+def adapted_by_fsdp(folder):
+    adapted = get_peft_model(language_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer, _ = sharded_trainer(Path(folder), adapted, save_strategy="no")
+    Averaging(trainer, "uniform", save_average=True)
+    with pytest.raises(OptionError, match="save_average"):
+        trainer.train()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_ranks_that_record_alone_agree_on_the_best_checkpoint(tmp_path):
+    assert run_on_ranks(recorded_by_fsdp, str(tmp_path)) == [str(tmp_path / "out" / "checkpoint-6")] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_a_folder_of_a_sharded_adapter_is_refused(tmp_path):
+    run_on_ranks(adapted_by_fsdp, str(tmp_path))
 
 
 @pytest.mark.slow

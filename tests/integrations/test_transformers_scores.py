@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -104,6 +105,14 @@ def test_the_units_of_start_and_every(tmp_path, options, steps):
     seen, average = sampled(tmp_path, **options)
     assert average.n_averaged == len(steps)
     torch.testing.assert_close(average.named_tensors()["body.0.weight"], mean([seen[step] for step in steps]))
+
+
+def test_an_epoch_that_the_run_ends_within_does_not_count(tmp_path):
+    trainer, steps = trainer_for(tmp_path, eval_strategy="no", max_steps=6)
+    averaging = Averaging(trainer, "uniform", every_epochs=1)
+    trainer.train()
+    assert averaging.average.n_averaged == 1
+    assert torch.equal(weights(trainer.model), steps.weights[3])
 
 
 class Endless(IterableDataset):
@@ -241,6 +250,31 @@ def test_checkpoints_have_the_averaged_model_and_take_it_with_them(tmp_path):
     assert averaged.lm_head.weight is averaged.transformer.wte.weight and averaged.dtype == torch.bfloat16
     for name, tensor in averaging.average.named_tensors().items():
         assert torch.equal(averaged.state_dict()[name], tensor.bfloat16())
+
+
+def test_a_run_with_averages_in_its_checkpoints_is_averaged_afterwards(tmp_path):
+    """The folder of the run means the live weights; the averages are taken where they are named."""
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8)
+    run = tmp_path / "run"
+    trainer, _ = trainer_for(
+        run, GPT2LMHeadModel(config), save_strategy="steps", save_steps=4, eval_strategy="no"
+    )
+    trainer.callback_handler.callbacks.pop()  # that looks at a layer which this model has not
+    trainer.train_dataset = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(16)]
+    Averaging(trainer, polyak.EMA(half_life=2), save_average=True)
+    trainer.train()
+    trainer.save_model()
+    for given, within in (([run], "."), (sorted(run.glob("checkpoint-*/average")), "average")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model above the checkpoints is left out
+            report = polyak.average_checkpoints(given, tmp_path / f"{within}-averaged")
+        assert report.steps == (4, 8, 12)
+        models = [GPT2LMHeadModel.from_pretrained(run / f"checkpoint-{step}" / within) for step in (4, 8, 12)]
+        averaged = GPT2LMHeadModel.from_pretrained(tmp_path / f"{within}-averaged")
+        for name, parameter in averaged.named_parameters():
+            torch.testing.assert_close(
+                parameter, mean([dict(m.named_parameters())[name].detach() for m in models])
+            )
 
 
 def test_another_half_life_is_taken_up_only_if_asked_for(tmp_path):

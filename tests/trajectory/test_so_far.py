@@ -19,6 +19,7 @@ PROFILES = [
     text for cls in registered().values() if cls.__module__.startswith("polyak.") for text in cls.examples
 ]
 STATISTICS = pytest.mark.filterwarnings("ignore:the model has BatchNorm")
+COARSE = pytest.mark.filterwarnings("ignore:the blocks are too long")
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -74,6 +75,7 @@ def test_every_profile_weighs_the_samples_so_far(tmp_path: Path, text: str, ever
 
 @pytest.mark.parametrize("keep_in_memory", [0, 1000, "1MB"])
 @STATISTICS
+@COARSE
 def test_the_open_block_counts_and_blocks_merge_in_memory_as_they_do_on_disk(
     tmp_path: Path, keep_in_memory: int | str
 ) -> None:
@@ -172,6 +174,7 @@ def test_before_a_sample_and_for_what_does_not_fit_it_is_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[-3] ^ 1, lambda data: 0xFF], ids=["a bit", "a NaN"])
+@COARSE
 def test_a_damaged_block_is_named_where_it_counts(tmp_path: Path, damage: Callable[[bytearray], int]) -> None:
     model = nn.Linear(3, 1)
     run = polyak.Recorder(model, tmp_path, block=2)
@@ -229,6 +232,25 @@ def test_statistics_may_be_recomputed_inside_and_a_warning_says_where_they_were_
     walk.run(3)
     with walk.recorder, walk.recorder.applied("uniform"):
         pass
+
+
+def test_blocks_that_are_too_long_for_a_profile_are_told_of_once(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    with polyak.Recorder(model, tmp_path, block=8) as run:
+        for value in range(1, 25):
+            model.weight.data.fill_(value)
+            run.update()
+        too_long = (
+            r"tail:steps=4: 50% of its weight.*up to 8 optimizer steps.*shorter block=.*larger max_blocks="
+        )
+        with pytest.warns(UserWarning, match=too_long) as found:
+            assert run.average("tail:steps=4")["weight"].item() == 20.5  # and not 22.5
+        assert found[0].filename == __file__
+        assert put_in(run, "tail:steps=4")["weight"].item() == 20.5
+        with pytest.warns(UserWarning, match="decay:sqrt:0.1") as found, run.applied("decay:sqrt:0.1"):
+            pass
+        assert found[0].filename == __file__
+        assert put_in(run, "tail:steps=16")["weight"].item() == 16.5
 
 
 @STATISTICS

@@ -207,14 +207,14 @@ def is_special(name: str) -> bool:
     return is_bare or bool(_SPECIAL & _words(name))
 
 
-_HALF = re.compile(r"(?<![a-z0-9])(?:b?fp?16|float16|bfloat16|half)(?![a-z0-9])", re.IGNORECASE)
+_HALF = re.compile(r"(?<![a-z0-9])(?:b?fp?16|float16|bfloat16|half(?!_life))(?![a-z0-9])", re.IGNORECASE)
 
 
 def _is_half_precision(name: str) -> bool:
     """Whether a file's name says that it holds weights in half precision.
 
-    >>> _is_half_precision("model.fp16.safetensors"), _is_half_precision("halfway.pt")
-    (True, False)
+    >>> [_is_half_precision(name) for name in ("model.fp16.safetensors", "halfway.pt", "ema-half_life-2000.pt")]
+    [True, False, False]
     """
     return _HALF.search(name) is not None
 

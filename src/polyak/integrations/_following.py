@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak._attach import AttachHandle, attach
-from polyak._checks import Difference
+from polyak._checks import Difference, warn_user
 from polyak._evaluate import refuse_one_pass
 from polyak._model import ModelTensors, is_sharded
 from polyak._swap import copy_into, modes, undoing
@@ -97,11 +96,9 @@ class Recalibration:
         """Refresh those of ``model``, whose batches ``forward`` runs; warn if they will not fit unless averaged."""
         self._model, self._forward, self._found, self._training = model, forward, None, set()
         if self._batches is None and tracks_statistics(model) and not is_averaged:
-            warnings.warn(
+            warn_user(
                 "the model has BatchNorm, whose statistics do not fit averaged weights: pass recalibrate=loader, "
-                "or its evaluations are worthless",
-                UserWarning,
-                stacklevel=3,
+                "or its evaluations are worthless"
             )
 
     def update(self) -> None:
@@ -170,7 +167,7 @@ class Following:
         self._average: Average | None = None
         self._handle: AttachHandle | None = None
         self._model: nn.Module | None = None
-        self._first_epoch = 0
+        self._first_epoch = self._sampling.start_epoch or 0
         self._ended_epoch = -1
 
     @property
@@ -301,14 +298,18 @@ class Following:
                 self._sample_if_due(epoch_idx=epoch)
 
     def is_due(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether the sampling takes the weights after a step, or an epoch, both counted from 0."""
+        """Whether the sampling takes the weights after a step, or an epoch, both counted from 0.
+
+        Raises:
+            NotStartedError: that depends on a run, and none has begun.
+        """
         sampling = self._sampling
-        if not self.begun:
-            return False
+        average = None if self._average is None and sampling.says_all else self.average
         if sampling.every_epochs is not None:
             past = 0 if epoch_idx is None else epoch_idx + 1 - self._first_epoch
-            return past > 0 and past % sampling.every_epochs == 0
-        past = 0 if step_idx is None else step_idx + 1 - self.average.start
+            return past > 0 and past % sampling.every_epochs == 0 and (average is None or self.begun)
+        start = sampling.start if average is None else average.start
+        past = 0 if step_idx is None else step_idx + 1 - start
         return past > 0 and past % sampling.every == 0
 
     def _sample_if_due(self, step_idx: int | None = None, epoch_idx: int | None = None) -> None:
@@ -348,10 +349,8 @@ class Following:
         if self._average is None or self.swapped:
             return
         if not self._average.n_averaged:
-            warnings.warn(
-                f"the average ({self._average.scheme}) has no sample yet, so the live weights stand in for it",
-                UserWarning,
-                stacklevel=2,
+            warn_user(
+                f"the average ({self._average.scheme}) has no sample yet, so the live weights stand in for it"
             )
             return
         try:

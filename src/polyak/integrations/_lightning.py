@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from math import ceil, inf
@@ -33,6 +33,7 @@ __all__ = [
     "batch_runner",
     "callbacks_of",
     "chosen_optimizer",
+    "ends_within_epoch",
     "keep_sharded",
     "kept_sharded",
     "load_live",
@@ -89,6 +90,7 @@ def _replaced(owner: object, **values: Any) -> Iterator[None]:
 
 # Where Lightning's logger connector collects a validation's metrics, and by what it names the three kinds.
 _METRICS = {"_callback_metrics": "callback", "_progress_bar_metrics": "pbar", "_logged_metrics": "log"}
+_HOOKS = [name for name in dir(Callback) if name.startswith("on_")]
 
 
 class Validation:
@@ -150,11 +152,14 @@ class Validation:
             if name in vars(loop)
         }
         device = self._trainer.lightning_module.device
+        # A progress bar draws on a thread of its own, which looks for it among the callbacks.
+        bar = self._trainer.progress_bar_callback
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             scored.applied() as is_applied,
             _replaced(loop, **as_it_was),
-            _replaced(self._trainer, callbacks=[]),
+            _replaced(self._trainer, callbacks=[bar] if bar else []),
+            _replaced(bar, **dict.fromkeys(_HOOKS, _nothing)) if bar else nullcontext(),
             _replaced(connector, log_metrics=_nothing, **{name: {} for name in _METRICS}),
         ):
             if not is_applied:
@@ -242,6 +247,12 @@ def run_length(trainer: Trainer) -> RunLength:
     elif batches != inf:
         epochs = ceil(steps / ceil(batches / trainer.accumulate_grad_batches))
     return RunLength(int(steps), epochs)
+
+
+def ends_within_epoch(trainer: Trainer) -> bool:
+    """Whether the run ends before the last batch of the epoch, whose hooks Lightning calls all the same."""
+    is_over = trainer.should_stop or -1 < trainer.max_steps <= trainer.global_step
+    return is_over and not trainer.is_last_batch
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from polyak._attach import AttachHandle, attach
+from polyak._checks import warn_user
 from polyak._distributed import RankGroup
 from polyak._model import ModelTensors
 from polyak._swap import Swap, undoing
@@ -201,8 +202,8 @@ class RecordedRun:
             try:
                 step = group.first(partial(self._enter, stack, name))
             except (NotStartedError, OptionError) as error:
-                warnings.warn(
-                    f"the live weights stand in for {name}: {error}", UserWarning, stacklevel=2
+                warn_user(
+                    f"the live weights stand in for {name}: {error}"
                 )  # early in a run, or for as long as its blocks are too long for a scheme
                 yield False
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from polyak._checks import whole_within, within
 from polyak.errors import OptionError
 
 __all__ = ["NOT_YET", "UNKNOWN", "RunLength", "SWARate", "Sampling", "ShouldUpdate"]
+
+_log = logging.getLogger("polyak")
 
 # The start of an average that has not begun, in optimizer steps.
 NOT_YET = sys.maxsize
@@ -73,6 +76,11 @@ class Sampling:
         """Whether the step at which averaging begins is known whatever the run."""
         return self.start_epoch is None and not isinstance(self.start, float)
 
+    @property
+    def says_all(self) -> bool:
+        """Whether what is sampled is known whatever the run."""
+        return self.is_fixed or (self.start_epoch is not None and self.every_epochs is not None)
+
     def begins(self, run: RunLength) -> tuple[int, int]:
         """The optimizer step, and the epoch counted from 0, after which averaging begins in a run.
 
@@ -131,8 +139,8 @@ class SWARate:
             raise OptionError("anneal_epochs and anneal_strategy say how to get to swa_lr: give it too")
         return None
 
-    def scheduler(self, optimizer: Optimizer, *, steps_per_epoch: int = 1) -> SWALR:
-        """A new one, to be stepped ``steps_per_epoch`` times an epoch from now on.
+    def scheduler(self, optimizer: Optimizer, before: object, *, steps_per_epoch: int = 1) -> SWALR:
+        """A new one in the place of those ``before``, to be stepped ``steps_per_epoch`` times an epoch from now on.
 
         Raises:
             OptionError: the optimizer has another number of parameter groups than there are rates.
@@ -143,6 +151,9 @@ class SWARate:
             raise OptionError(
                 f"swa_lr has {len(rates)} learning rates, and the optimizer {groups} parameter groups"
             )
+        _log.info(
+            "averaging begins, and SWALR takes the learning rate to %s in the place of %s", rates, before
+        )
         anneal = self.anneal_epochs * steps_per_epoch
         return SWALR(optimizer, rates, anneal, self.anneal_strategy)  # pyright: ignore[reportArgumentType]
 

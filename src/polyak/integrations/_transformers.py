@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ __all__ = [
     "AVERAGE",
     "Annealed",
     "Watching",
-    "agree_on_best",
     "callbacks_of",
     "refuse_upside_down",
     "save_swapped",
@@ -36,23 +35,63 @@ def callbacks_of(trainer: Trainer) -> list[TrainerCallback]:
     return undocumented("transformers", trainer, "callback_handler").callbacks
 
 
-def _watch_training(trainer: Trainer, watched: Callable[[Path | None], AbstractContextManager[None]]) -> None:
-    """Enter ``watched``, given the checkpoint that training resumes from, around each run of the training loop."""
-    loop = undocumented("transformers", trainer, "_inner_training_loop")
+class _Around:
+    """A method of a Trainer, with the callbacks that watch it; it is copied and pickled with the Trainer."""
 
-    @wraps(loop)
-    def inner_training_loop(*args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        with watched(Path(resume_from_checkpoint) if resume_from_checkpoint else None):
-            return loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    name: str
 
-    trainer._inner_training_loop = inner_training_loop
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._before: Callable[..., Any] | None = vars(trainer).get(self.name)
+        self.goes_through_polyak = True  # as functools.wraps tells of whatever is put around this
+
+    @classmethod
+    def put(cls, trainer: Trainer) -> None:
+        """Once a Trainer."""
+        method = undocumented("transformers", trainer, cls.name)
+        if not hasattr(method, "goes_through_polyak"):
+            setattr(trainer, cls.name, cls(trainer))
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The method itself, by whose signature the Trainer calls it."""
+        return self._before or getattr(type(self._trainer), self.name).__get__(self._trainer)
+
+    def watching(self) -> list[Watching]:
+        """The callbacks, which belong to this Trainer, be it a copy."""
+        found = [callback for callback in callbacks_of(self._trainer) if isinstance(callback, Watching)]
+        for callback in found:
+            callback._trainer = self._trainer
+        return found
+
+
+class _TrainingLoop(_Around):
+    name = "_inner_training_loop"
+
+    def __call__(self, *args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        with ExitStack() as stack:
+            for callback in self.watching():
+                stack.enter_context(callback._watched(checkpoint))
+            return self.__wrapped__(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+class _EvaluationLoop(_Around):
+    """Around the loop, not at its events: those know no exception, and one of them ends each of several data sets."""
+
+    name = "evaluation_loop"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        watching = [callback for callback in self.watching() if callback._is_watched]
+        return _evaluated(partial(self.__wrapped__, *args, **kwargs), watching)
 
 
 def _refuse_unwatched(is_watched: bool) -> None:
     if not is_watched:
         raise PolyakError(
-            "this transformers does not train by Trainer._inner_training_loop(), so whether it resumes is not seen; "
-            "use a newer polyak or an older transformers"
+            "the training loop of this Trainer is not watched, so whether it resumes is not seen: it is another than "
+            "the callback was made for, or one of a transformers that does not train by "
+            "Trainer._inner_training_loop(). Make the callback for the Trainer that trains"
         )
 
 
@@ -79,8 +118,12 @@ class Watching(TrainerCallback):
         self._adapters = _adapters_of(trainer)
         self._checkpoint: Path | None = None
         self._is_watched = False
-        _watch_training(trainer, self._watched)
-        _watch_evaluations(trainer)
+        _TrainingLoop.put(trainer)
+        _EvaluationLoop.put(trainer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled between runs, perhaps without the Trainer, which says who it is when it trains.
+        return vars(self) | {"_trainer": None, "_checkpoint": None, "_is_watched": False}
 
     @property
     def _resumed_from(self) -> Path | None:
@@ -123,35 +166,13 @@ class Watching(TrainerCallback):
     ) -> Path | None:
         """Put a state into the checkpoint that was just written, all ranks alike; its folder, None where it is gone."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if sharded:
+            _agree_on_best(args, state)
         if not RankGroup.of_all().first(folder.is_dir):
             return None
         if sharded or args.should_save:
             save_state(folder / self.file_name, what, sharded)
         return folder
-
-
-def _watch_evaluations(trainer: Trainer) -> None:
-    """Have evaluations during training go through :func:`_evaluated`; once a Trainer."""
-    # Around the loop, not at its events: those know no exception, and one of them ends each of several data sets.
-    loop = trainer.evaluation_loop
-    if hasattr(loop, "goes_through_polyak"):
-        return
-    inside = False
-
-    @wraps(loop)
-    def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
-        nonlocal inside
-        watching = [callback for callback in callbacks_of(trainer) if isinstance(callback, Watching)]
-        if inside or not any(callback._is_watched for callback in watching):
-            return loop(*args, **kwargs)
-        inside = True
-        try:
-            return _evaluated(lambda: loop(*args, **kwargs), watching)
-        finally:
-            inside = False
-
-    vars(evaluation_loop)["goes_through_polyak"] = True
-    trainer.evaluation_loop = evaluation_loop
 
 
 def _evaluated(loop: Callable[[], Any], watching: list[Watching]) -> Any:
@@ -185,7 +206,7 @@ def refuse_upside_down(args: TrainingArguments, names: Iterable[str]) -> None:
         )
 
 
-def agree_on_best(args: TrainingArguments, state: TrainerState) -> None:
+def _agree_on_best(args: TrainingArguments, state: TrainerState) -> None:
     """Have all ranks know the same best checkpoint, now that the last one is there.
 
     The Trainer has each rank look for its folder, where shards are saved before it is made. Ranks that come to another

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from typing import Any, Literal
 
 import torch
 
-from polyak._checks import require, whole_within
+from polyak._checks import require, warn_user, whole_within
 from polyak._mean import CheckFinite
 from polyak.average import Average
 from polyak.errors import OptionError, StateError, name_list
@@ -198,11 +197,9 @@ class Averaging(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if a run goes on without its average; begin."""
         if trainer.global_step and not self._resumed:
-            warnings.warn(
+            warn_user(
                 f"training goes on from step {trainer.global_step} without a saved {self.state_key}: the average "
-                "begins anew",
-                UserWarning,
-                stacklevel=2,
+                "begins anew"
             )
 
         self._put_in_rate(trainer)
@@ -221,8 +218,9 @@ class Averaging(Callback):
         self._put_in_rate(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample, where the epoch ended before its last batch."""
-        self._following.epoch_ended(trainer.current_epoch)
+        """Sample, where the epoch ended before its last batch, and the run did not."""
+        if not _lightning.ends_within_epoch(trainer):
+            self._following.epoch_ended(trainer.current_epoch)
 
     # Standing in.
 
@@ -341,9 +339,9 @@ class Averaging(Callback):
         optimizer, configs = _lightning.chosen_optimizer(trainer, self._index), trainer.lr_scheduler_configs
         own = [k for k, config in enumerate(configs) if config.scheduler.optimizer is optimizer]
         place = own[0] if own else len(configs)
-        for k in reversed(own):
-            del configs[k]
-        configs.insert(place, LRSchedulerConfig(rate.scheduler(optimizer), interval="epoch"))
+        before = [type(configs.pop(k).scheduler).__name__ for k in reversed(own)]
+        schedule = rate.scheduler(optimizer, name_list(before) or "a constant one")
+        configs.insert(place, LRSchedulerConfig(schedule, interval="epoch"))
         self._rate_is_in = True
 
     def _averaged_state(self, read: Callable[[], Any]) -> Any:

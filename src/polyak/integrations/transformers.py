@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from polyak._checks import require
+from polyak._checks import require, warn_user
 from polyak._mean import CheckFinite
 from polyak.average import Average
 from polyak.batchnorm import call_model
@@ -71,7 +70,7 @@ class Averaging(Watching):
         forward: how :func:`polyak.update_bn` runs such a batch, if not by ``model(**batch)`` or ``model(batch[0])``.
         apply: False: only follow; evaluations and the final model are the live weights.
         save_average: put the averaged model into each checkpoint as well, as a folder ``average`` that
-            ``from_pretrained`` loads, in the model's dtype, once there is a sample.
+            ``from_pretrained`` loads, in the model's dtype, once there is a sample; not for sharded adapters.
         change_scheme: go on from the average of a checkpoint that was made under another scheme; see
             :attr:`polyak.Average.scheme`.
         dtype: as for :class:`polyak.Average`, like all that follow.
@@ -150,12 +149,7 @@ class Averaging(Watching):
         self._refuse_beside([other for other in callbacks_of(trainer) if isinstance(other, Averaging)])
         _transformers.refuse_upside_down(trainer.args, [self._scored])
         super().__init__(trainer)
-
-        def run(model: nn.Module, batch: Any) -> None:
-            with trainer.compute_loss_context_manager():
-                (forward or call_model)(model, batch)
-
-        self._forward = run
+        self._forward = forward or call_model
         self._epoch = 0
         self._annealed: _transformers.Annealed | None = None
 
@@ -223,7 +217,12 @@ class Averaging(Watching):
         resumed_from = self._resumed_from
         # Where the data have no length the Trainer counts epochs without end.
         epochs = state.num_train_epochs if state.num_train_epochs < sys.maxsize else None
-        self._following.begin(model, optimizer, self._forward, RunLength(state.max_steps, epochs))
+        self._following.begin(model, optimizer, self._run, RunLength(state.max_steps, epochs))
+        if self._save_average and self._adapters and self._following.sharded:
+            raise OptionError(
+                "save_average=True does not write the folder of a sharded adapter: leave it out, and have all "
+                "processes call averaging.average.save('average.safetensors') when training is over"
+            )
         self._epoch = int(state.epoch or 0)
         if resumed_from is not None:
             self._resume(resumed_from)
@@ -256,8 +255,6 @@ class Averaging(Watching):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the average's state into the checkpoint, and the averaged model if asked for."""
-        if self._following.sharded:
-            _transformers.agree_on_best(args, state)
         folder = self._save(args, state, self._state, self._following.sharded)
         if folder is not None and self._save_average and self.average.n_averaged:
             self._save_model(args, folder)
@@ -271,15 +268,20 @@ class Averaging(Watching):
             return
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and not self._load(best, self.file_name):
-            warnings.warn(
-                f"there is no {self.file_name} in {best}, so the model has the live weights of that checkpoint",
-                UserWarning,
-                stacklevel=2,
+            warn_user(
+                f"there is no {self.file_name} in {best}, so the model has the live weights of that checkpoint"
             )
             return
         self._following.apply()
 
     # How it works inside.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_annealed": None}
+
+    def _run(self, model: nn.Module, batch: Any) -> None:
+        with self._trainer.compute_loss_context_manager():
+            self._forward(model, batch)
 
     def _state(self) -> dict[str, Any]:
         rate = {"swa_rate": self._annealed.schedule.state_dict()} if self._annealed else {}
@@ -302,11 +304,9 @@ class Averaging(Watching):
             return
         others = self._of_other_schemes(checkpoint)
         if not others:
-            warnings.warn(
+            warn_user(
                 f"training goes on from {checkpoint}, where there is no {self.file_name}: the average begins "
-                "anew",
-                UserWarning,
-                stacklevel=3,
+                "anew"
             )
         elif not self._change_scheme or len(others) > 1:
             raise StateError(
@@ -330,9 +330,8 @@ class Averaging(Watching):
         optimizer: Any = trainer.optimizer
         if rate is None or self._annealed is not None or not self._following.begun:
             return
-        schedule = rate.scheduler(
-            optimizer, steps_per_epoch=_transformers.steps_per_epoch(trainer) if rate.anneal_epochs else 1
-        )
+        steps = _transformers.steps_per_epoch(trainer) if rate.anneal_epochs else 1
+        schedule = rate.scheduler(optimizer, "the Trainer's scheduler", steps_per_epoch=steps)
         self._annealed = _transformers.Annealed(trainer.lr_scheduler, schedule)
         trainer.lr_scheduler = self._annealed
 

@@ -74,12 +74,17 @@ class Explanation:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         found = list(_warnings(self.profile, self.blocks, self.coefficients))
-        if self.misplaced_weight > _MOST_MISPLACED:
-            found.append(
-                f"the blocks are too long for {self.profile}: {self.misplaced_weight:.0%} of its weight lies on other "
-                "samples than it asks for"
-            )
-        return tuple(found)
+        return (*found, self.coarseness) if self.coarseness else tuple(found)
+
+    @cached_property
+    def coarseness(self) -> str:
+        """What there is to say where the blocks are too long for the profile, else nothing."""
+        if self.misplaced_weight <= _MOST_MISPLACED:
+            return ""
+        return (
+            f"the blocks are too long for {self.profile}: {self.misplaced_weight:.0%} of its weight lies on other "
+            "samples than it asks for"
+        )
 
     @property
     def exact(self) -> bool:

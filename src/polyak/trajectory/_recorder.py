@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 
 from polyak import _torch
 from polyak._attach import Attachment
-from polyak._checks import refuse_other_state, whole_within
+from polyak._checks import refuse_other_state, warn_user, whole_within
 from polyak._distributed import RankGroup, refuse_unplaced
 from polyak._model import Binding, ModelTensors, refuse_swapped, watch_for_thaws
 from polyak._swap import Swap, undoing
@@ -365,11 +364,9 @@ class Recorder:
             and before == _torch.versions(statistics(model))
         ):
             self._warned_of_statistics = True
-            warnings.warn(
+            warn_user(
                 "the model has BatchNorm, whose statistics were those of the live weights inside applied(): call "
-                "polyak.update_bn(loader, model) there first, or what is evaluated is worthless",
-                UserWarning,
-                stacklevel=4,
+                "polyak.update_bn(loader, model) there first, or what is evaluated is worthless"
             )
 
     def _begin(self, step: int | None) -> None:
@@ -387,23 +384,19 @@ class Recorder:
     def _warn_of_going_on(self) -> None:
         """From here, one that was resumed at its last block looks the same as one that went back."""
         self._goes_on_blindly = False
-        warnings.warn(
+        warn_user(
             f"{self.directory}: the recording goes on after its last block, optimizer step {self._step}. Where "
             "training went back to an earlier step, the steps since are in the run twice: load_state_dict() or step= "
-            "says from where it goes on",
-            UserWarning,
-            stacklevel=3,
+            "says from where it goes on"
         )
 
     def _warn_of_gap(self, step: int) -> None:
         """The open block of a process that was killed is lost as a matter of course; more than that is not."""
         manifest = self._folder.manifest
         if manifest.blocks and step - manifest.stop > self.block_steps:
-            warnings.warn(
+            warn_user(
                 f"{self.directory}: optimizer steps {manifest.stop} to {step} were not recorded, so the samples of the "
-                "next block stand for them too",
-                UserWarning,
-                stacklevel=4,
+                "next block stand for them too"
             )
 
     def _go_on_from(self, step: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak._checks import whole_within
+from polyak._checks import warn_user, whole_within
 from polyak._distributed import RankGroup, held_runs
 from polyak._mean import Accumulator
 from polyak._model import Binding, is_sharded, local, sharded_like
@@ -27,7 +27,7 @@ from polyak.errors import NonFiniteError, OptionError, name_list
 from polyak.profiles import Profile, Uniform
 from polyak.trajectory import _blocks
 from polyak.trajectory._blocks import FROZEN_NAME, Block, CheckedFile, Metrics, Summary
-from polyak.trajectory._explain import block_coefficients
+from polyak.trajectory._explain import Explanation, explain
 
 __all__ = ["BlockMeans", "OpenBlock", "named"]
 
@@ -195,6 +195,7 @@ class BlockMeans:
         self._most_bytes = whole_within("[0, inf)", "keep_in_memory", parse_bytes(keep_in_memory))
         self._kept: dict[str, tuple[Block, Means]] = {}
         self._found_whole: set[tuple[str, int | None]] = set()
+        self._found_coarse: set[str] = set()
 
     def keep(self, block: Block, means: Means) -> None:
         """Take copies of the means of a new block; :meth:`follow` comes next."""
@@ -223,7 +224,8 @@ class BlockMeans:
     ) -> list[Tensor]:
         """Σ a_k · block_k for the tensors of ``binding``, on the host; on ranks this one's part of each.
 
-        The live weights of a blend are those of the model now.
+        The live weights of a blend are those of the model now. Where the blocks are too long for the profile a warning
+        says so, once a profile.
 
         Args:
             profile: gives the a_k for a run that ends now.
@@ -237,7 +239,9 @@ class BlockMeans:
             CheckpointError: a block that counts is damaged; the message names it.
         """
         *earlier, newest = [*blocks, filling[0]] if filling else blocks
-        *row, live = block_coefficients(profile, [*earlier, replace(newest, stop=step)], beside=True)
+        explanation = explain(profile, [*earlier, replace(newest, stop=step)], beside=True)
+        self._warn_if_coarse(explanation)
+        row, live = explanation.coefficients.tolist(), explanation.live
         counted = [block for block, a in zip(blocks, row, strict=False) if a]
         if self._group.size > 1:
             self._refuse_damaged(counted)
@@ -258,6 +262,18 @@ class BlockMeans:
             if self._group.size == 1:
                 self._refuse_other_checksums(counted, files)
         return [means[name] for name in binding.names]
+
+    def _warn_if_coarse(self, explanation: Explanation) -> None:
+        profile = str(explanation.profile)
+        if not explanation.coarseness or profile in self._found_coarse:
+            return
+        self._found_coarse.add(profile)
+        counted = zip(explanation.blocks, explanation.coefficients, strict=True)
+        longest = max(block.steps for block, a in counted if a)
+        warn_user(
+            f"{explanation.coarseness}. Those that count are up to {longest} optimizer steps long: record with a "
+            "shorter block=, or, where blocks have merged, with a larger max_blocks="
+        )
 
     def _kept_means(self, block: Block) -> Means | None:
         """Those that are kept of ``block``, or are the mean of those kept of all its parts."""
