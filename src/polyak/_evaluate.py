@@ -76,6 +76,11 @@ class Score:
     counts: bool = False
 
     @property
+    def examples(self) -> int | None:
+        """How many losses there were; None for a number."""
+        return None if self.group_sizes is None else int(self.group_sizes.sum())
+
+    @property
     def stderr(self) -> float | None:
         """The standard error of the mean over groups, √(Σ (s_g - n_g μ)² G/(G-1)) / N; None for a number."""
         if self.group_sums is None or self.group_sizes is None:

@@ -38,6 +38,8 @@ __all__ = ["PathScores", "PlaneScores", "RayScores", "path", "plane", "rays"]
 
 # Weights as points of a space: checked, combined, measured, and scored in the model.
 
+_BETTER = {"min": "lower", "max": "higher"}
+
 # Canonical name to value: the floating-point tensors of a model, in fp32 at least, on the model's devices.
 Point = dict[str, Tensor]
 
@@ -146,6 +148,13 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
+def _roles(names: Sequence[str]) -> dict[str, _plots.Role]:
+    """What the named weights are in a figure: those called live, the first of the others, and the rest."""
+    averages = [name for name in names if not name.startswith("live")]
+    roles: dict[str, _plots.Role] = dict.fromkeys(names, "live")
+    return roles | dict.fromkeys(averages, "other") | dict.fromkeys(averages[:1], "chosen")
+
+
 # The loss along the line between two weights.
 
 _POSITIONS = tuple(step / 20 for step in range(-10, 31))
@@ -210,10 +219,29 @@ class PathScores:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        marks = [_plots.Mark(name, position) for name, position in zip(self.names, (0.0, 1.0), strict=True)]
-        return _plots.line_chart(
-            "Along the line", "position", "score", {"score": (self.positions, self.scores)}, marks
+        roles = _roles(self.names)
+        marks = [_plots.Mark(name, at, roles[name]) for name, at in zip(self.names, (0.0, 1.0), strict=True)]
+        between = [s for t, s in zip(self.positions, self.scores, strict=True) if 0 <= t <= 1]
+        # What lies between the two is shown whole; beyond them a line may leave the picture.
+        limits = [*_plots.within_reach(self.scores), *filter(math.isfinite, between)]
+        panel = _plots.Panel(
+            f"score ({_BETTER[self.mode]} is better)",
+            [_plots.Line("score", self.positions, [self.scores])],
+            (min(limits), max(limits)),
+            marks,
         )
+        return _plots.line_panels(self._title, "position on the line", [panel])
+
+    @property
+    def _title(self) -> str:
+        if not any(map(math.isfinite, self.scores)):
+            return "No point of the line has a finite score"
+        at = dict(zip(self.positions, self.scores, strict=True))
+        title = f"The best score on the line, {at[self.best]:.4g}, lies {self._place(self.best)}"
+        title += f" to {self.names[1]}" if 0 < self.best < 1 else ""
+        if self.barrier > abs(at[1.0] - at[0.0]):
+            title += f"; a barrier of {self.barrier:.3g} lies between"
+        return title
 
     def __str__(self) -> str:
         start, end = self.names
@@ -297,6 +325,8 @@ def path(
 
 # The three are on a line where the third lies nearer to it than this part of its distance from the first.
 _FLAT = 1e-3
+# Levels above the worst of the three, in differences between it and the best.
+_WALLS = (0.5, 1.25, 2.5, 4.5, 8, 14, 25, 45)
 
 Place = tuple[float, float]
 
@@ -314,6 +344,7 @@ class PlaneScores:
         scores: a row for each of ``y``, with a score for each of ``x``.
         at_places: name to the score of the three weights themselves.
         recalibrated: whether BatchNorm statistics were recomputed for every score.
+        mode: "min" or "max", whichever scores are better.
     """
 
     places: dict[str, Place]
@@ -322,6 +353,7 @@ class PlaneScores:
     scores: tuple[tuple[float, ...], ...]
     at_places: dict[str, float]
     recalibrated: bool = False
+    mode: Mode = "min"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was found, as plain values for JSON."""
@@ -333,7 +365,36 @@ class PlaneScores:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        return _plots.contour_chart("The plane of three weights", self.x, self.y, self.scores, self.places)
+        return _plots.contour_chart(self._title, self.x, self.y, self.scores, self.places, self._levels)
+
+    @property
+    def _ranked(self) -> list[str]:
+        """The three, best first."""
+        return sorted(self.places, key=lambda name: _evaluate.badness(self.at_places[name], self.mode))
+
+    @property
+    def _title(self) -> str:
+        best, *others = (f"{name} {self.at_places[name]:.4g}" for name in self._ranked)
+        return f"Of the three, {best} is the best ({', '.join(others)})"
+
+    @property
+    def _levels(self) -> list[float] | None:
+        """Four steps from the best of the three to the worst, two below, and ever longer ones above.
+
+        A fixed number of even steps would give all three one colour wherever the walls around them are high.
+        """
+        sign = 1 if self.mode == "min" else -1
+        losses, places = (sign * np.asarray(v) for v in (self.scores, list(self.at_places.values())))
+        low, high = float(places.min()), float(places.max())
+        gap = high - low
+        if not (math.isfinite(gap) and gap > 0):
+            return None
+        finite = losses[np.isfinite(losses)]
+        least = min(float(finite.min(initial=low)), low)
+        below = np.linspace(least, low, 3)[:-1] if low - least > gap / 8 else np.array([])
+        above = [high + gap * part for part in _WALLS if high + gap * part < finite.max(initial=high)]
+        levels = [*below, *np.linspace(low, high, 5), *above]
+        return sorted(float(sign * level) for level in levels)
 
     def __str__(self) -> str:
         rows = [
@@ -355,6 +416,7 @@ def plane(
     weights: Mapping[str, Mapping[str, Tensor]],
     score: ScoreFunction,
     *,
+    mode: Mode = "min",
     size: int = 13,
     margin: float = 0.5,
     recalibrate: Iterable[Any] | None = None,
@@ -370,6 +432,7 @@ def plane(
         model: as for :func:`polyak.landscape`.
         weights: three names with their weights.
         score: as for :func:`polyak.select`.
+        mode: "min" if lower scores are better, "max" if higher ones are.
         size: points along each side.
         margin: how far the grid goes beyond the three on every side, as a part of the longer side of what they span.
         recalibrate: as for :func:`polyak.landscape`.
@@ -388,6 +451,7 @@ def plane(
     ({'a': (0.0, 0.0), 'b': (2.0, 0.0), 'c': (1.0, 3.0)}, ((0.0, 2.0), (3.0, 5.0)))
     """
     size, margin = whole_within("[2, inf)", "size", size), within("[0, inf)", "margin", margin)
+    _evaluate.refuse_unknown_mode(mode)
     _evaluate.check_statistics(model, recalibrate)
     first, second, third = points(model, weights, count=3)
     u, v = ({name: difference(other[name], first[name]) for name in first} for other in (second, third))
@@ -415,6 +479,7 @@ def plane(
         scores=tuple(map(tuple, grid.tolist())),
         at_places=dict(zip(weights, found, strict=False)),
         recalibrated=recalibrate is not None,
+        mode=mode,
     )
 
 
@@ -476,12 +541,16 @@ class RayScores:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
+        rises = {name: self.rise(name) for name in self.scores}
+        roles = _roles(list(rises))
         lines = [
-            _plots.Line(name, [0.0, *self.radii], np.insert(self.rise(name), 0, 0.0, axis=1))
-            for name in self.scores
+            _plots.Line(name, [0.0, *self.radii], np.insert(rise, 0, 0.0, axis=1), roles[name])
+            for name, rise in rises.items()
         ]
-        panel = _plots.Panel("how much worse than at the centre", lines)
-        return _plots.line_panels("In random directions", "radius, relative to the weights", [panel])
+        ends = ", ".join(f"{name} worse by {rise[:, -1].mean():.3g}" for name, rise in rises.items())
+        title = f"Moved at random by {self.radii[-1]:g} of the filters' size: {ends}"
+        panel = _plots.Panel("rise of the score", lines)
+        return _plots.line_panels(title, "radius, relative to the weights", [panel])
 
     def __str__(self) -> str:
         first, *others = self.scores

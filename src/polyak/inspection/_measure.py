@@ -359,7 +359,7 @@ def as_float64(values: Tensor) -> Tensor:
 # The least mean turn, its name, what it means. Of the squares the drift is then twice the scatter, or 40% of it.
 _KINDS = (
     (0.25, "Drifting", "A long average may lag behind: compare it with shorter ones on validation data."),
-    (-0.25, "Drifting and circling at once", "Let validation choose how long to average."),
+    (-0.25, "Between drifting and circling", "Let validation choose how long to average."),
     (-math.inf, "Circling", "Averaging this part removes scatter at little cost."),
 )
 

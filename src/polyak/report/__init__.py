@@ -3,111 +3,38 @@
 from __future__ import annotations
 
 import math
-from base64 import b64encode
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from datetime import UTC, datetime
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from polyak import _plots, _terminal
+from polyak import _terminal
 from polyak._checks import require
 from polyak._evaluate import refuse_no_trajectory
 from polyak._version import __version__
 from polyak.checkpoints import _io
 from polyak.errors import CheckpointError, OptionError
-from polyak.inspection import Movement, measure_movement
+from polyak.inspection import measure_movement
 from polyak.landscape import PathScores
-from polyak.profiles import EMA, Decay, Power, Profile, Tail
+from polyak.report._answer import answer
+from polyak.report._charts import Picture, metric_charts, movement_charts, profile_chart, shown_profiles
 from polyak.selection import Selection, _result
-from polyak.trajectory import Block, Explanation, Trajectory
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from polyak.trajectory import Trajectory
 
 __all__ = ["write_report"]
 
-# The pictures of a report, from a trajectory and from what was found about it.
-
-_STEPS = "optimizer steps"
-_MOST_PROFILES = 4  # lines that can still be told apart
-
-
-def metric_charts(blocks: Sequence[Block]) -> Iterator[tuple[str, Figure]]:
-    """The learning rate and each metric that was recorded, as means over blocks: name and figure."""
-    metrics = dict.fromkeys(name for block in blocks for name in block.metrics)
-    followed = [("learning rate", [block.lr for block in blocks])]
-    followed += [(name, [block.metrics.get(name) for block in blocks]) for name in metrics]
-    for name, summaries in followed:
-        # Where a block has none the line is broken.
-        means = [math.nan if summary is None else summary.mean for summary in summaries]
-        if sum(map(math.isfinite, means)) > 1:
-            steps = [block.stop for block in blocks]
-            yield name, _plots.line_chart(name, _STEPS, name, {name: (steps, means)})
-
-
-def movement_charts(blocks: Sequence[Block], movement: Movement) -> Iterator[tuple[str, Figure]]:
-    """How far each block lies from the one before, and how the path turned there: name and figure."""
-    steps = [block.stop for block in blocks[1:]]
-    for name, values in (
-        ("relative distance", [n.relative_distance for n in movement.neighbours]),
-        ("turn", [n.turn for n in movement.neighbours]),
-    ):
-        found = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
-        if len(found) > 1:
-            x, y = zip(*found, strict=True)
-            yield name, _plots.line_chart(f"{name} from block to block", _STEPS, name, {name: (x, y)})
-
-
-def shown_profiles(trajectory: Trajectory, best: Profile | None) -> list[Explanation]:
-    """The best profile, if one was chosen, and usual ones beside it, as far as the blocks resolve them."""
-    steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
-    if not steps:  # a single checkpoint of step 0
-        return []
-    usual = (Decay("sqrt", 0.4), Tail(0.4), EMA(half_life=0.1 * steps), Power(gamma=4))
-    explained = []
-    for profile in dict.fromkeys(usual if best is None else (best, *usual)):
-        try:
-            explained.append(trajectory.explain(profile))
-        except OptionError:
-            continue
-    return explained[:_MOST_PROFILES]
-
-
-def profile_chart(explained: Sequence[Explanation]) -> Figure:
-    """How much a step counts under each profile, as a multiple of its share in the mean of the whole run."""
-    return _plots.line_chart(
-        "How much each step counts",
-        _STEPS,
-        "times the plain mean",
-        {_result.shortened(str(e.profile)): _stairs(e) for e in explained},
-    )
-
-
-def _stairs(explained: Explanation) -> tuple[list[float], list[float]]:
-    # A checkpoint of step 0 stands for no steps.
-    long = [
-        (block, a) for block, a in zip(explained.blocks, explained.coefficients, strict=True) if block.steps
-    ]
-    starts, stops = ([getattr(block, end) for block, _ in long] for end in ("start", "stop"))
-    total = stops[-1] - starts[0]
-    heights = [a * total / block.steps for block, a in long]
-    return np.ravel([starts, stops], order="F").tolist(), np.repeat(heights, 2).tolist()
-
-
-# The page: what is known of a run, put into one HTML file.
-
 _SUFFIXES = (".html", ".htm")
-
-
-@dataclass(frozen=True)
-class _Picture:
-    name: str
-    source: str
-    """A data URI: the page needs no other file."""
+_CANDIDATES = (
+    "Each row is one set of weights; its dot says how far its score lies from that of the live weights, the bar where the "
+    "true difference lies, with 95% certainty for all rows at once. Those marked ≈ are as good as the best within chance."
+)
+_PROFILES = (
+    "How much the weights of each step count in an average: at 1 as much as in the plain mean of the whole run, at 0 not at "
+    "all."
+)
+_SETTLED = "How long to average, the scores above have settled."
 
 
 def write_report(
@@ -117,13 +44,20 @@ def write_report(
     selection: Selection | None = None,
     line: PathScores | None = None,
     title: str | None = None,
+    command: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write one self-contained HTML page about a run, without scripts and without anything from elsewhere.
 
-    It shows what was chosen and how surely (where ``selection`` is given), the metrics and learning rate along the
-    run, whether it drifted or circled, how much each step counts under the best profiles, the score along the line
-    from the live weights to the chosen ones (``line``), and every block. Equal inputs give equal pages.
+    It says first whether to ship the average or to keep the live weights, what that brings, how surely, and what
+    writes them (where ``selection`` is given). Below are the candidates, the score along the line from the live
+    weights to the average (``line``), the metrics and learning rate along the run, whether it drifted or circled, how
+    much each step counts, and every block. It is light or dark as the reader's system is, and fits a telephone.
+    Equal inputs give equal pages on the same day, which the page names.
+
+    An average is shipped if it is better than the live weights beyond chance: on the holdout, where there is one, or
+    else on the data that it was chosen on, with an interval that allows for the choice. Where the score is one
+    number, chance is unknown, and the holdout must be better.
 
     Args:
         trajectory: a recorded run, or a folder of checkpoints. All blocks are read, in slices.
@@ -131,6 +65,7 @@ def write_report(
         selection: what :func:`polyak.select` found on this trajectory.
         line: what :func:`polyak.landscape` found, such as between the live weights and the best average.
         title: the heading; None: the name of the run's folder.
+        command: a command line that writes the chosen average, to be shown; None: the Python that does.
         overwrite: replace a page that is there.
 
     Raises:
@@ -166,7 +101,7 @@ def write_report(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(files("polyak.report").joinpath("page.html").read_text("utf-8"))
-    page = template.render(_contents(trajectory, selection, line, title or trajectory.name))
+    page = template.render(_contents(trajectory, selection, line, title or trajectory.name, command))
     _io.write_file(output, page.encode("utf-8", "replace"), overwrite=overwrite)
 
 
@@ -187,7 +122,11 @@ def refuse_output(path: Path, *, overwrite: bool) -> None:
 
 
 def _contents(
-    trajectory: Trajectory, selection: Selection | None, line: PathScores | None, title: str
+    trajectory: Trajectory,
+    selection: Selection | None,
+    line: PathScores | None,
+    title: str,
+    command: str | None,
 ) -> dict[str, Any]:
     blocks = trajectory.blocks
     best = None if selection is None else selection.best_average.profile
@@ -197,39 +136,70 @@ def _contents(
         raise CheckpointError(f"no block can be read: {next(iter(trajectory.damaged.values()))}")
     if line is not None and not any(map(math.isfinite, line.scores)):
         line = None  # a picture of nothing
-    movement = measure_movement([checkpoint for checkpoint in usable.checkpoints if checkpoint is not None])
+    read = [checkpoint for checkpoint in usable.checkpoints if checkpoint is not None]
+    movement = measure_movement(read)
+    charts, constant = metric_charts(blocks)
     return {
         "title": title,
-        "version": __version__,
-        "blocks": blocks,
-        "samples": sum(block.count for block in blocks),
-        "skipped": sum(block.skipped for block in blocks),
-        "average_size": _terminal.size(usable.average_bytes),
-        "counted": _terminal.counted,
-        "shortened": _result.shortened,
-        "damaged": trajectory.damaged,
+        "answer": answer(trajectory, selection, command),
+        "facts": _facts(trajectory, usable, selection, max(one.path.stat().st_mtime for one in read)),
+        "damaged": list(trajectory.damaged.values()),
         "selection": selection,
         "headings": _result.HEADINGS,
         "rows": [] if selection is None else _result.as_rows(selection, selection.table),
-        "live": _result.LIVE,
-        "selection_chart": None if selection is None else _picture("candidates", selection.plot()),
-        "metric_charts": [_picture(name, figure) for name, figure in metric_charts(blocks)],
-        "movement": movement,
-        "movement_charts": [
-            _picture(name, figure) for name, figure in movement_charts(usable.blocks, movement)
-        ],
-        "explained": explained,
-        "profile_chart": _picture("weights of steps", profile_chart(explained)) if explained else None,
-        "warnings": _warnings(explained),
+        "candidates": None if selection is None else Picture.of(selection.plot(), _CANDIDATES),
         "line": line,
-        "line_chart": None if line is None else _picture("line", line.plot()),
+        "line_chart": None if line is None else Picture.of(line.plot(), _line_caption(line)),
+        "metric_charts": charts,
+        "constant": constant,
+        "movement": f"{movement.finding} {_SETTLED}" if selection else movement.verdict,
+        "movement_charts": list(movement_charts(usable.blocks, movement)),
+        "explained": explained,
+        "profiles": Picture.of(profile_chart(explained, best), _PROFILES) if explained else None,
+        "warnings": list(dict.fromkeys(warning for one in explained for warning in one.warnings)),
+        "blocks": blocks,
         "metrics": list(dict.fromkeys(name for block in blocks for name in block.metrics)),
+        "counted": _terminal.counted,
+        "shortened": _result.shortened,
     }
 
 
-def _warnings(explained: list[Explanation]) -> list[str]:
-    return list(dict.fromkeys(warning for one in explained for warning in one.warnings))
+def _line_caption(line: PathScores) -> str:
+    start, end = line.names
+    statistics = " BatchNorm statistics were recomputed at every point, the ends included." if line.recalibrated else ""
+    return (
+        f"Every point is a mixture of two sets of weights: {start} at 0, {end} at 1, half of each at 0.5; beyond them the "
+        f"same line goes on.{statistics}"
+    )
 
 
-def _picture(name: str, figure: Figure) -> _Picture:
-    return _Picture(name, f"data:image/svg+xml;base64,{b64encode(_plots.svg_bytes(figure)).decode()}")
+def _facts(
+    trajectory: Trajectory, usable: Trajectory, selection: Selection | None, newest: float
+) -> dict[str, str]:
+    """What was measured: on what, how much of it, when, from where."""
+    blocks = trajectory.blocks
+    samples, skipped = (sum(getattr(block, what) for block in blocks) for what in ("count", "skipped"))
+    facts = {
+        "Run": f"{trajectory._place}, optimizer steps {blocks[0].start:,} to {blocks[-1].stop:,}",
+        "Recorded": f"{_terminal.counted(len(blocks), 'block')} of {_terminal.counted(samples, 'sample')} of the weights"
+        + (f", {skipped:,} left out as they were not finite" if skipped else "")
+        + f"; the newest is of {_day(newest)}",
+        "Size": f"an average takes {_terminal.size(usable.average_bytes)}",
+    }
+    if selection is not None:
+        averages = sum(candidate.profile is not None for candidate in selection.table)
+        facts["Scored"] = (
+            f"{_terminal.counted(averages, 'average')} and the live weights, {_examples(selection.examples)}; "
+            f"{selection.better}"
+        )
+        if selection.holdout is not None:
+            facts["Holdout"] = f"the best average and the live weights, {_examples(selection.holdout.examples)}"
+    return facts | {"Written": f"{_day(time.time())}, by polyak {__version__}"}
+
+
+def _examples(count: int | None) -> str:
+    return "one number for each" if count is None else f"on {_terminal.counted(count, 'example')}"
+
+
+def _day(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"

@@ -95,6 +95,7 @@ class HoldoutCheck:
     difference: float
     low: float | None
     high: float | None
+    examples: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, as those of a candidate."""
@@ -280,7 +281,8 @@ def shortened(name: str) -> str:
 
 # What `select` found: every candidate with its evidence, and the best of them ready for use.
 
-_ROWS_SHOWN = 10
+# Beside the simplest and the live weights.
+_ROWS_SHOWN, _DOTS_SHOWN = 10, 5
 
 
 @dataclass(frozen=True, repr=False)
@@ -294,6 +296,7 @@ class Selection:
             statistics are recomputed, the one named ``live, recalibrated``.
         mode: "min" or "max", whichever scores are better.
         holdout: the best average and the baseline on data that nothing was chosen on, if that was asked for.
+        examples: how many losses ``score`` returned; None if it returned one number.
     """
 
     table: Sequence[Candidate]
@@ -302,6 +305,7 @@ class Selection:
     _trajectory: Trajectory
     _model: nn.Module
     _recalibrate: Iterable[Any] | None
+    examples: int | None = None
 
     @property
     def best(self) -> Candidate:
@@ -421,19 +425,42 @@ class Selection:
         }
 
     def plot(self) -> Figure:
-        """A matplotlib figure of the scores, best on top, with their intervals where there are any.
+        """A matplotlib figure of the best few and the live weights, with their intervals where there are any.
+
+        Filled dots, and those marked ≈, are as good as the best within noise.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        dots = [_plots.Dot(shortened(c.name), c.difference, c.low, c.high) for c in self.table]
-        label = f"score minus that of {self.baseline.name} ({self.better})"
-        return _plots.dot_chart("Candidates", label, dots)
+        dots = [
+            _plots.Dot(
+                f"{shortened(c.name)} ≈" if c.tied and c is not self.best else shortened(c.name),
+                c.difference,
+                c.low,
+                c.high,
+                role="live" if c.profile is None else "chosen" if c is self.best else "other",
+                filled=bool(c.tied) or c is self.best or c.profile is None,
+            )
+            for c in self._shown(_DOTS_SHOWN)
+        ]
+        side = "left" if self.mode == "min" else "right"
+        return _plots.dot_chart(self._plot_title, f"difference to {self.baseline.name}\n({side} is better)", dots)
+
+    @property
+    def _plot_title(self) -> str:
+        best, baseline = shortened(self.best.name), self.baseline.name
+        if self.best.profile is None:
+            return f"No average scores better than {best}"
+        if self.beats_baseline is None:
+            return f"{best} scores best; chance is not ruled out"
+        tied = sum(bool(c.tied) for c in self.table if c is not self.best)
+        as_good = f"; {tied} {'other is' if tied == 1 else 'others are'} as good (≈)" if tied else ""
+        return f"{best} is {'better' if self.beats_baseline else 'not better'} than {baseline} beyond chance{as_good}"
 
     def __str__(self) -> str:
         first, *others = HEADINGS
         rows = _terminal.table(first, *(f"#{heading}" for heading in others))
-        for row in as_rows(self, self._shown()):
+        for row in as_rows(self, self._shown(_ROWS_SHOWN)):
             rows.add_row(*row)
         return f"{self.legend}\n{_terminal.as_text(rows, self.verdict)}"
 
@@ -447,7 +474,7 @@ class Selection:
         weights = live_weights(self._trajectory) if profile is None else self._trajectory.average(profile)
         return weights, recalibrate
 
-    def _shown(self) -> list[Candidate]:
-        """The best few, the simplest that is as good, and the live weights."""
+    def _shown(self, best: int) -> list[Candidate]:
+        """The ``best`` few, the simplest that is as good, and the live weights."""
         always = (self.simplest, *(c for c in self.table if c.profile is None))
-        return [c for at, c in enumerate(self.table) if at < _ROWS_SHOWN or c in always]
+        return [c for at, c in enumerate(self.table) if at < best or c in always]

@@ -284,7 +284,7 @@ def select(
             tried += _blends(trajectory, tried, scores, mode, try_all)
         table = _ranked(scores, {one.profile: one for one in tried}, mode)
         check = None if holdout is None else _check(trials, table, holdout)
-    return Selection(table, mode, check, trajectory, model, recalibrate)
+    return Selection(table, mode, check, trajectory, model, recalibrate, scores[LIVE].examples)
 
 
 def _given(trajectory: Trajectory, profiles: Iterable[Profile | str]) -> list[Explanation]:
@@ -395,4 +395,5 @@ def _check(
         difference=after.value - before.value,
         low=interval.low if interval else None,
         high=interval.high if interval else None,
+        examples=after.examples,
     )
