@@ -348,7 +348,7 @@ def test_movement_equals_the_obvious_formulas(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("drift", "scatter", "verdict"),
-    [(1.0, 0.1, "Drifting: "), (0.05, 1.0, "Circling: "), (1.0, 1.0, "Drifting and circling at once: ")],
+    [(1.0, 0.1, "Drifting: "), (0.05, 1.0, "Circling: "), (1.0, 1.0, "Between drifting and circling: ")],
 )
 def test_the_verdict_tells_drifting_from_circling(tmp_path, drift, scatter, verdict):
     generator = torch.Generator().manual_seed(3)

@@ -291,7 +291,9 @@ def inline_svg(figure: Figure) -> tuple[str, str]:
     # The names of groups are the same in every figure; those of paths that are used again are made of what they hold.
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing[drawing.index("<svg") :])
     drawing = re.sub(r"<style.*?</style>|font-family: [^;\"]*;", "", drawing, flags=re.S)
-    drawing = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing))
+    drawing = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing)
+    )
     for name, colour in _COLOURS.items():
         drawing = drawing.replace(colour, f"var(--{name}, {colour})")
     return title, re.sub(r"\n\s*", "\n", drawing).strip()
@@ -382,8 +384,7 @@ def _name_lines(axes: Axes, ends: Mapping[str, float], colours: Mapping[str, str
     """Each line's name beside its end, in its colour, moved apart where two would lie on each other."""
     low, high = axes.get_ylim()
     shares = {label: min(1.0, max(0.0, (y - low) / (high - low))) for label, y in ends.items()}
-    height_points = 72 * 0.7 * axes.figure.get_figheight()
-    apart = _LABEL_POINTS / height_points
+    apart = _LABEL_POINTS / (72 * 0.7 * _PANEL_INCHES[1])
     reached = -1.0
     for label in sorted(shares, key=lambda label: shares[label]):
         reached = max(shares[label], reached + apart)

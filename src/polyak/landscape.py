@@ -151,8 +151,11 @@ def _flat(tensor: Tensor) -> Tensor:
 def _roles(names: Sequence[str]) -> dict[str, _plots.Role]:
     """What the named weights are in a figure: those called live, the first of the others, and the rest."""
     averages = [name for name in names if not name.startswith("live")]
-    roles: dict[str, _plots.Role] = dict.fromkeys(names, "live")
-    return roles | dict.fromkeys(averages, "other") | dict.fromkeys(averages[:1], "chosen")
+
+    def role(name: str) -> _plots.Role:
+        return "live" if name not in averages else "chosen" if name == averages[0] else "other"
+
+    return {name: role(name) for name in names}
 
 
 # The loss along the line between two weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
@@ -218,7 +219,7 @@ def report(
     title: Annotated[str | None, typer.Option(help="The heading; by default the folder's name.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a page that is there.")] = False,
 ) -> None:
-    """Write one self-contained page about a run: metrics, movement, profiles, and which average is best.
+    """Write one self-contained page about a run: which weights to ship, what that brings, and how the run went.
 
     \b
     polyak report run/ -o report.html
@@ -228,7 +229,8 @@ def report(
         --recalibrate my.data:loader --holdout my.data:test_losses
 
     With a model and a score it also chooses, as polyak select does, and looks along the line from the live weights
-    to the best average. The page needs no network and holds no scripts.
+    to the best average. The page says first whether to ship the average, how surely, and what writes it; a holdout
+    makes that sure. It needs no network and holds no scripts.
     """
     from polyak.report import refuse_output, write_report
 
@@ -239,26 +241,52 @@ def report(
             "--mode, --profiles, --recalibrate and --holdout are about scores: give --model and --score"
         )
     refuse_output(output, overwrite=force)
-    trajectory = opened(inputs, HowToRead(key, steps, last, allow))
-    selection = line = None
+    how = HowToRead(key, steps, last, allow)
+    trajectory = opened(inputs, how)
+    selection = line = command = None
     if model is not None and score is not None:
-        answers = answered(trajectory, Questions(model, score, mode, profiles, recalibrate, holdout))
+        questions = Questions(model, score, mode, profiles, recalibrate, holdout)
+        answers = answered(trajectory, questions)
         selection, line = answers.choice, _line(trajectory, answers)
-    write_report(trajectory, output, selection=selection, line=line, title=title, overwrite=force)
+        command = _writing(inputs, questions, how, selection)
+    write_report(
+        trajectory, output, selection=selection, line=line, title=title, command=command, overwrite=force
+    )
     if selection is not None:
         typer.echo(selection.verdict)
     typer.echo(_terminal.wrote(output))
 
 
+def _writing(inputs: list[str], asked: Questions, how: HowToRead, choice: polyak.Selection) -> str:
+    """The command that writes the best average: it is scored once more beside the live weights, and wins again."""
+    options = {
+        "--model": [asked.model],
+        "--score": [asked.score],
+        "--mode": [] if asked.mode is None else [asked.mode.value],
+        "--recalibrate": [] if asked.recalibrate is None else [asked.recalibrate],
+        "--key": [] if how.key is None else [how.key],
+        "--steps": [] if how.steps is None else [how.steps],
+        "--last": [] if how.last is None else [str(how.last)],
+        "--allow": how.allow or [],
+        "--profiles": [str(choice.best_average.profile)],
+        "--output": ["averaged.safetensors"],
+    }
+    words = ["polyak", "select", *inputs]
+    words += [word for option, values in options.items() for value in values for word in (option, value)]
+    return shlex.join(words)
+
+
 def _line(trajectory: polyak.Trajectory, answers: Answers) -> PathScores:
     from polyak import landscape
-    from polyak.selection._result import shortened
+    from polyak.selection._result import LIVE, RECALIBRATED, shortened
 
     best = answers.choice.best_average.profile
     assert best is not None, "an average has a profile"
+    # Statistics are recomputed all along the line, so its end has the name that such live weights have elsewhere.
+    live = RECALIBRATED if RECALIBRATED in {candidate.name for candidate in answers.choice.table} else LIVE
     return landscape.path(
         answers.network,
-        {"live": trajectory.live(), shortened(str(best)): trajectory.average(best)},
+        {live: trajectory.live(), shortened(str(best)): trajectory.average(best)},
         answers.score,
         mode=answers.choice.mode,
         positions=_POSITIONS,

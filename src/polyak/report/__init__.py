@@ -18,22 +18,14 @@ from polyak.checkpoints import _io
 from polyak.errors import CheckpointError, OptionError
 from polyak.inspection import measure_movement
 from polyak.landscape import PathScores
+from polyak.report import _charts
 from polyak.report._answer import answer
-from polyak.report._charts import Picture, metric_charts, movement_charts, profile_chart, shown_profiles
 from polyak.selection import Selection, _result
 from polyak.trajectory import Trajectory
 
 __all__ = ["write_report"]
 
 _SUFFIXES = (".html", ".htm")
-_CANDIDATES = (
-    "Each row is one set of weights; its dot says how far its score lies from that of the live weights, the bar where the "
-    "true difference lies, with 95% certainty for all rows at once. Those marked ≈ are as good as the best within chance."
-)
-_PROFILES = (
-    "How much the weights of each step count in an average: at 1 as much as in the plain mean of the whole run, at 0 not at "
-    "all."
-)
 _SETTLED = "How long to average, the scores above have settled."
 
 
@@ -130,7 +122,7 @@ def _contents(
 ) -> dict[str, Any]:
     blocks = trajectory.blocks
     best = None if selection is None else selection.best_average.profile
-    explained = shown_profiles(trajectory, best)
+    explained = _charts.shown_profiles(trajectory, best)
     usable = trajectory.usable  # every block is compared with its checksum
     if not usable.blocks:
         raise CheckpointError(f"no block can be read: {next(iter(trajectory.damaged.values()))}")
@@ -138,7 +130,7 @@ def _contents(
         line = None  # a picture of nothing
     read = [checkpoint for checkpoint in usable.checkpoints if checkpoint is not None]
     movement = measure_movement(read)
-    charts, constant = metric_charts(blocks)
+    charts, constant = _charts.metric_charts(blocks)
     return {
         "title": title,
         "answer": answer(trajectory, selection, command),
@@ -147,15 +139,15 @@ def _contents(
         "selection": selection,
         "headings": _result.HEADINGS,
         "rows": [] if selection is None else _result.as_rows(selection, selection.table),
-        "candidates": None if selection is None else Picture.of(selection.plot(), _CANDIDATES),
+        "candidates": None if selection is None else _charts.candidates_chart(selection),
         "line": line,
-        "line_chart": None if line is None else Picture.of(line.plot(), _line_caption(line)),
+        "line_chart": None if line is None else _charts.line_chart(line),
         "metric_charts": charts,
         "constant": constant,
         "movement": f"{movement.finding} {_SETTLED}" if selection else movement.verdict,
-        "movement_charts": list(movement_charts(usable.blocks, movement)),
+        "movement_charts": list(_charts.movement_charts(usable.blocks, movement)),
         "explained": explained,
-        "profiles": Picture.of(profile_chart(explained, best), _PROFILES) if explained else None,
+        "profiles": _charts.profiles_chart(explained, best) if explained else None,
         "warnings": list(dict.fromkeys(warning for one in explained for warning in one.warnings)),
         "blocks": blocks,
         "metrics": list(dict.fromkeys(name for block in blocks for name in block.metrics)),
@@ -164,26 +156,19 @@ def _contents(
     }
 
 
-def _line_caption(line: PathScores) -> str:
-    start, end = line.names
-    statistics = " BatchNorm statistics were recomputed at every point, the ends included." if line.recalibrated else ""
-    return (
-        f"Every point is a mixture of two sets of weights: {start} at 0, {end} at 1, half of each at 0.5; beyond them the "
-        f"same line goes on.{statistics}"
-    )
-
-
 def _facts(
     trajectory: Trajectory, usable: Trajectory, selection: Selection | None, newest: float
 ) -> dict[str, str]:
     """What was measured: on what, how much of it, when, from where."""
     blocks = trajectory.blocks
     samples, skipped = (sum(getattr(block, what) for block in blocks) for what in ("count", "skipped"))
+    recorded = (
+        f"{_terminal.counted(len(blocks), 'block')} of {_terminal.counted(samples, 'sample')} of the weights"
+    )
+    left_out = f", {skipped:,} left out as they were not finite" if skipped else ""
     facts = {
         "Run": f"{trajectory._place}, optimizer steps {blocks[0].start:,} to {blocks[-1].stop:,}",
-        "Recorded": f"{_terminal.counted(len(blocks), 'block')} of {_terminal.counted(samples, 'sample')} of the weights"
-        + (f", {skipped:,} left out as they were not finite" if skipped else "")
-        + f"; the newest is of {_day(newest)}",
+        "Recorded": f"{recorded}{left_out}; the newest is of {_day(newest)}",
         "Size": f"an average takes {_terminal.size(usable.average_bytes)}",
     }
     if selection is not None:
@@ -193,7 +178,9 @@ def _facts(
             f"{selection.better}"
         )
         if selection.holdout is not None:
-            facts["Holdout"] = f"the best average and the live weights, {_examples(selection.holdout.examples)}"
+            facts["Holdout"] = (
+                f"the best average and the live weights, {_examples(selection.holdout.examples)}"
+            )
     return facts | {"Written": f"{_day(time.time())}, by polyak {__version__}"}
 
 

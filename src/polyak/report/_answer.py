@@ -127,12 +127,13 @@ def reach(explained: Explanation) -> str:
     steps = f"{counted[0][0].start:,} to {counted[-1][0].stop:,}"
     if len(counted) < len(explained.blocks):
         return f"a mean of the weights of steps {steps}"
-    left = 1.0
+    left, begin = 1.0, counted[0][0].start
     for block, coefficient in counted:
-        left -= coefficient
-        if left < _MOST_OF_IT:
+        if left - coefficient < _MOST_OF_IT:
+            begin = block.start
             break
-    mostly = "" if block is counted[0][0] else f", mostly of the last {counted[-1][0].stop - block.start:,}"
+        left -= coefficient
+    mostly = "" if begin == counted[0][0].start else f", mostly of the last {counted[-1][0].stop - begin:,}"
     return f"a mean of the weights of steps {steps}{mostly}"
 
 
@@ -146,12 +147,13 @@ def signed(value: float | None) -> str:
 
 
 def _unscored(trajectory: Trajectory) -> Answer:
+    place = shlex.quote(trajectory._place)
     return Answer(
         decision="open",
         headline="Nothing was scored yet",
-        lead="This page shows how the run went. Which average of it is best, and whether it beats the live weights, those "
-        "that training ended with, only a score on held-out data can tell. Name your model and your score:",
-        writing=f"polyak report {shlex.quote(trajectory._place)} -o report.html --model my.model:build --score my.data:losses",
+        lead="This page shows how the run went. Which average of it is best, and whether it beats the live weights, "
+        "those that training ended with, only a score on held-out data can tell. Name your model and your score:",
+        writing=f"polyak report {place} -o report.html --model my.model:build --score my.data:losses",
         writing_remark="In a terminal, with functions of yours; polyak report --help says what they return.",
     )
 
@@ -170,14 +172,18 @@ def _lead(selection: Selection) -> str:
         return "A score is not a number: look at what the score returns for the live weights first."
     if best.profile is None:
         averages = sum(candidate.profile is not None for candidate in selection.table)
-        count = "The average tried scores no" if averages == 1 else f"None of {averages} averages tried scores"
+        count = (
+            "The average tried scores no" if averages == 1 else f"None of {averages} averages tried scores"
+        )
         return f"{count} better than the weights that training ended with."
     against = "the weights that training ended with"
     if baseline.name == _result.RECALIBRATED:
         against += ", also with recomputed BatchNorm statistics"
     sentence = f"The best average scores better than {against}"
     if selection.beats_baseline is None:
-        unknown = "" if selection.holdout else "; whether that is more than chance, one number for each cannot tell"
+        unknown = (
+            "" if selection.holdout else "; whether that is more than chance, one number for each cannot tell"
+        )
         return f"{sentence}{unknown}."
     on = "" if selection.examples is None else f" on these {selection.examples:,} examples"
     return f"{sentence}, by {'more' if selection.beats_baseline else 'no more'} than chance explains{on}."
@@ -211,7 +217,11 @@ def _figures(trajectory: Trajectory, selection: Selection) -> tuple[Figure, ...]
     return (
         Figure(live, f"{baseline.score:.4g}", f"score of what training ended with, {selection.better}"),
         Figure(chosen, f"{average.score:.4g}", what),
-        Figure(gain, signed(average.difference), _interval(average.low, average.high) or "one number: no interval"),
+        Figure(
+            gain,
+            signed(average.difference),
+            _interval(average.low, average.high) or "one number: no interval",
+        ),
     )
 
 
@@ -250,7 +260,10 @@ def _writing(trajectory: Trajectory, selection: Selection, command: str | None) 
         )
     run = f"import polyak\nrun = polyak.Trajectory({place!r})\n"
     if selection._recalibrate is None:
-        return f'{run}run.write("{profile}", "averaged.safetensors")', "In Python, in the folder where this page was made."
+        return (
+            f'{run}run.write("{profile}", "averaged.safetensors")',
+            "In Python, in the folder where this page was made.",
+        )
     return (
         f'{run}model.load_state_dict(run.average("{profile}"), strict=False)\n'
         'polyak.update_bn(train_loader, model)\ntorch.save(model.state_dict(), "averaged.pt")',
@@ -260,5 +273,8 @@ def _writing(trajectory: Trajectory, selection: Selection, command: str | None) 
 
 def _keeping(selection: Selection) -> tuple[str, str]:
     if selection.baseline.name == _result.RECALIBRATED:
-        return "polyak.update_bn(train_loader, model)", "In Python, with the weights that training ended with in model."
+        return (
+            "polyak.update_bn(train_loader, model)",
+            "In Python, with the weights that training ended with in model.",
+        )
     return "", "There is nothing to write: ship the weights that training ended with."

@@ -12,15 +12,25 @@ import numpy as np
 from polyak import _plots
 from polyak.errors import OptionError
 from polyak.inspection import Movement
+from polyak.landscape import PathScores
 from polyak.profiles import EMA, Decay, Power, Profile, Tail
 from polyak.report._answer import reach
-from polyak.selection import _result
+from polyak.selection import Selection, _result
 from polyak.trajectory import Block, Explanation, Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Picture", "metric_charts", "movement_charts", "profile_chart", "shown_profiles"]
+__all__ = [
+    "Picture",
+    "candidates_chart",
+    "line_chart",
+    "metric_charts",
+    "movement_charts",
+    "profile_chart",
+    "profiles_chart",
+    "shown_profiles",
+]
 
 _STEPS = "optimizer steps"
 _MOST_PROFILES = 4  # lines that can still be told apart
@@ -40,6 +50,32 @@ class Picture:
         return cls(*_plots.inline_svg(figure), caption)
 
 
+def candidates_chart(selection: Selection) -> Picture:
+    """The best few candidates with their intervals."""
+    intervals = (
+        " The bar says where the true difference lies, with 95% certainty for all rows at once; those marked ≈ are as "
+        "good as the best within chance."
+    )
+    return Picture.of(
+        selection.plot(),
+        "Each row is one set of weights; its dot says how far its score lies from that of the live weights."
+        + (intervals if selection.best.low is not None else ""),
+    )
+
+
+def line_chart(line: PathScores) -> Picture:
+    """The score between two sets of weights, and beyond them."""
+    start, end = line.names
+    statistics = (
+        " BatchNorm statistics were recomputed everywhere, the ends included." if line.recalibrated else ""
+    )
+    return Picture.of(
+        line.plot(),
+        f"Every point is a mixture of two sets of weights: {start} at 0, {end} at 1, half of each at 0.5; beyond them "
+        f"the same line goes on.{statistics}",
+    )
+
+
 def metric_charts(blocks: Sequence[Block]) -> tuple[list[Picture], list[str]]:
     """The learning rate and each metric that was recorded, as means over blocks; constant ones as a sentence."""
     metrics = dict.fromkeys(name for block in blocks for name in block.metrics)
@@ -54,7 +90,7 @@ def metric_charts(blocks: Sequence[Block]) -> tuple[list[Picture], list[str]]:
             constant.append(f"{name}: {finite[0]:.4g} throughout")
         elif len(finite) > 1:
             verb = "fell" if finite[-1] < finite[0] else "rose" if finite[-1] > finite[0] else "came back"
-            title = f"{name or 'A metric without a name'} {verb} from {finite[0]:.4g} to {finite[-1]:.4g}"
+            title = f"{_result.shortened(name) or 'A metric without a name'} {verb} from {finite[0]:.4g} to {finite[-1]:.4g}"
             charts.append(_along_steps(title, name, [block.stop for block in blocks], means, ""))
     return charts, constant
 
@@ -94,6 +130,15 @@ def shown_profiles(trajectory: Trajectory, best: Profile | None) -> list[Explana
         except OptionError:
             continue
     return explained[:_MOST_PROFILES]
+
+
+def profiles_chart(explained: Sequence[Explanation], best: Profile | None) -> Picture:
+    """How much each step counts under the best profile, and under usual ones."""
+    return Picture.of(
+        profile_chart(explained, best),
+        "How much the weights of each step count in an average: at 1 as much as in the plain mean of the whole run, at "
+        "0 not at all.",
+    )
 
 
 def profile_chart(explained: Sequence[Explanation], best: Profile | None) -> Figure:

@@ -444,7 +444,9 @@ class Selection:
             for c in self._shown(_DOTS_SHOWN)
         ]
         side = "left" if self.mode == "min" else "right"
-        return _plots.dot_chart(self._plot_title, f"difference to {self.baseline.name}\n({side} is better)", dots)
+        return _plots.dot_chart(
+            self._plot_title, f"difference to {self.baseline.name}\n({side} is better)", dots
+        )
 
     @property
     def _plot_title(self) -> str:
