@@ -6,16 +6,22 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A worker of the tests takes a gigabyte or two, so there are four at most.
 ON_ALL_CORES := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow test-oldest test-newest coverage format bench evidence clean
+.PHONY: demo test test-browser test-slow test-oldest test-newest coverage format bench evidence clean
 
+# Two seeds, half a minute; .venv/bin/polyak demo runs all of them.
 demo: $(VENV)/.demo
-	$(BIN)/polyak demo
+	$(BIN)/polyak demo --quick
 
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest $(ON_ALL_CORES)
+
+# What make test does with the report where there is a browser; this says so where there is none.
+test-browser: $(VENV)/.dev
+	@command -v chromium chromium-browser || { echo "This needs chromium; on Debian: apt-get install chromium"; exit 1; }
+	$(BIN)/python -m pytest tests/test_browser.py
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
@@ -62,11 +68,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing polyak, torch and what the demo draws with into $(VENV): a few minutes, this once"
 	$(PIP) -e '.[demo]'
 	touch $@
 
 # timm depends on torchvision, which has no build beside this torch; what is used of it and of PEFT does without the rest.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing polyak and everything that its tests hold it against into $(VENV): some minutes, this once"
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps timm peft
 	touch $@

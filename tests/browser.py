@@ -58,7 +58,8 @@ function measured(frame) {
       if (box.right > width + 0.5 || box.left < -0.5) found.beyond.push(element.outerHTML.slice(0, 120));
     } else if (element.tagName == "text") {
       const frame = of.getBoundingClientRect();
-      if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
+      const [left, right] = [box.left - frame.left, frame.right - box.right];
+      if (Math.min(left, right, box.top - frame.top, frame.bottom - box.bottom) < -1)
         found.cut.push(element.textContent);
     }
     const said = [...element.childNodes].some(node => node.nodeType == 3 && node.data.trim());

@@ -57,10 +57,13 @@ def test_nothing_is_cut_off_faint_or_fetched(pages, scheme):
 def test_the_measurements_see_what_is_wrong(pages):
     wrong = pages["unscored"].replace(
         "</main>",
-        '<img src="https://example.invalid/a.png"><pre class="wide-box" style="width:500px;white-space:pre;color:#aaa;background:#fff">'
-        f"{'wide ' * 60}</pre><svg viewBox='0 0 9 9' style='width:90px'><text>left of it</text></svg></main>",
+        '<img src="https://example.invalid/a.png">'
+        f'<pre class="wide-box" style="width:500px;white-space:pre;color:#aaa;background:#fff">{"wide " * 60}</pre>'
+        "<svg viewBox='0 0 9 9' style='width:90px'><text>left of it</text></svg></main>",
     )
     narrow, _ = browser.measure({"wrong": wrong}, "light")
     assert narrow["scrolls"] > 0 and "wide-box" in "".join(narrow["beyond"])
-    assert [text for text in narrow["faint"] if text.startswith("wide wide")] and "left of it" in narrow["cut"]
+    assert [text for text in narrow["faint"] if text.startswith("wide wide")] and "left of it" in narrow[
+        "cut"
+    ]
     assert narrow["requests"] == ["https://example.invalid/a.png"]

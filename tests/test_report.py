@@ -13,6 +13,7 @@ import polyak
 from polyak import landscape
 from polyak.errors import CheckpointError, MissingExtraError, NotStartedError, OptionError, OutputExistsError
 from polyak.report import write_report
+from polyak.report._answer import answer
 from polyak.report._charts import profile_chart
 from recorded_runs import RecordedWalk
 
@@ -105,13 +106,17 @@ def test_what_to_ship_stands_first_and_how_to_write_it(walk, trajectory, tmp_pat
     )
     write_report(trajectory, tmp_path / "page.html", selection=selection, line=line)
     page = Page(tmp_path / "page.html")
-    verdict = page.source[page.source.index('<section class="answer average">') : page.source.index("</section>")]
+    verdict = page.source[
+        page.source.index('<section class="answer average">') : page.source.index("</section>")
+    ]
     assert "<h1>Ship the average</h1>" in verdict and "Confirmed on a holdout, 12 other examples" in verdict
     assert f"{selection.baseline.score:.4g}" in verdict and f"{best.score:.4g}" in verdict
-    assert f"{best.difference:+.3g}".replace("-", "−") in verdict
+    assert f"{best.difference:+.3g}".replace("-", "\N{MINUS SIGN}") in verdict
     assert "caveat" not in verdict and 'class="caveat"' not in page.source
     assert f"run.average(&#34;{best.name}&#34;)" in verdict and "polyak.update_bn" in verdict
-    assert f"{len(selection.table) - 2} averages and the live weights, on 12 examples; lower is better" in page
+    assert (
+        f"{len(selection.table) - 2} averages and the live weights, on 12 examples; lower is better" in page
+    )
     assert all(candidate.name in page for candidate in selection.table)
     assert "best" in page.words("The best score on the line")
     dots = page.words(f"{best.name} is better than {selection.baseline.name} beyond chance")
@@ -143,9 +148,23 @@ def loss_around(place, noise=0.0):
         (loss_around(2), loss_around(2), None, "Ship the average", "✓ Confirmed", None),
         (loss_around(2), loss_around(3), None, "Keep the live weights", "✗ Not confirmed", None),
         (loss_around(2), None, None, "Ship the average", "by more than chance explains", "Not yet confirmed"),
-        (loss_around(2.4, 20.0), None, None, "Keep the live weights", "no more than chance", "Not yet confirmed"),
+        (
+            loss_around(2.4, 20.0),
+            None,
+            None,
+            "Keep the live weights",
+            "no more than chance",
+            "Not yet confirmed",
+        ),
         (loss_around(3), None, None, "Keep the live weights", "None of 2 averages", None),
-        (lambda m: (m.weight - 2).square().item(), None, "min", "Not decided yet", "cannot tell", "Not yet confirmed"),
+        (
+            lambda m: (m.weight - 2).square().item(),
+            None,
+            "min",
+            "Not decided yet",
+            "cannot tell",
+            "Not yet confirmed",
+        ),
         (
             lambda m: -(m.weight - 2).square().item(),
             lambda m: -(m.weight - 2).square().item(),
@@ -157,9 +176,7 @@ def loss_around(place, noise=0.0):
         (lambda m: float("nan"), None, "min", "Not decided yet", "not a number", None),
     ],
 )
-def test_the_headline_follows_the_evidence(
-    line_of_numbers, tmp_path, score, holdout, mode, headline, sentence, caveat
-):
+def test_the_headline_follows_the_evidence(line_of_numbers, score, holdout, mode, headline, sentence, caveat):
     choice = polyak.select(
         line_of_numbers,
         torch.nn.Linear(1, 1, bias=False),
@@ -169,27 +186,30 @@ def test_the_headline_follows_the_evidence(
         profiles=["uniform", "tail:0.5"],
         progress=False,
     )
-    write_report(line_of_numbers, tmp_path / "page.html", selection=choice)
-    page = Page(tmp_path / "page.html")
-    assert f"<h1>{headline}</h1>" in page.source and sentence in page
-    caveats = re.findall(r'<p class="caveat">(.*?)</p>', page.source)
-    assert len(caveats) == (caveat is not None) and (caveat or "") in "".join(caveats)
-    assert ("<pre>" in page.source) == (headline != "Keep the live weights")
+    found = answer(line_of_numbers, choice, None)
+    assert found.headline == headline and sentence in f"{found.lead} {found.check}"
+    assert len(found.caveats) == (caveat is not None) and (caveat or "") in "".join(found.caveats)
+    assert bool(found.writing) == (headline != "Keep the live weights") and len(found.figures) == 3
 
 
 def test_the_line_that_writes_the_weights_writes_them(line_of_numbers, tmp_path, monkeypatch):
-    choice = polyak.select(
-        line_of_numbers,
-        torch.nn.Linear(1, 1, bias=False),
-        score=loss_around(2),
-        profiles=["uniform"],
-        progress=False,
-    )
-    write_report(line_of_numbers, tmp_path / "page.html", selection=choice)
-    (pasted,) = re.findall("<pre>(.*?)</pre>", (tmp_path / "page.html").read_text("utf-8"), re.DOTALL)
+    model = torch.nn.Linear(1, 1, bias=False)
+    choice = polyak.select(line_of_numbers, model, score=loss_around(2), profiles=["uniform"], progress=False)
     monkeypatch.chdir(tmp_path)
-    exec(unescape(pasted), {})
+    exec(answer(line_of_numbers, choice, None).writing, {})
     assert polyak.checkpoints.open("averaged.safetensors").read("weight").item() == 2.0
+
+
+def test_the_line_for_a_model_with_statistics_recomputes_them(walk, trajectory, tmp_path, monkeypatch):
+    batches = [torch.randn(16, 3)]
+    choice = chosen(walk, trajectory, recalibrate=batches)
+    names = {"torch": torch, "model": walk.model, "train_loader": batches}
+    monkeypatch.chdir(tmp_path)
+    exec(answer(trajectory, choice, None).writing, names)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    choice.apply(model)
+    for name, value in torch.load("averaged.pt").items():
+        torch.testing.assert_close(value, model.state_dict()[name])
 
 
 def test_what_was_constant_is_a_line_of_text(tmp_path):

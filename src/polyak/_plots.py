@@ -356,7 +356,9 @@ def _draw_panel(axes: Axes, panel: Panel, colours: dict[str, str]) -> None:
             )
         mean = y.mean(axis=0)
         means.append(mean)
-        axes.plot(x, mean, label=_printable(line.label), color=colours[line.label], linewidth=1.8)
+        axes.plot(
+            x, mean, label=_printable(line.label), color=colours[line.label], linewidth=1.8, marker=_marker(x)
+        )
         ends[line.label] = _last_finite(mean)
         if len(y) > 1:
             error = y.std(axis=0, ddof=1) / np.sqrt(len(y))
@@ -435,6 +437,11 @@ def _draw_dot(axes: Axes, row: int, dot: Dot) -> None:
         axes.hlines(row, dot.low, dot.high, color=colour, linewidth=1.6 if dot.filled else 1.0)
     face = colour if dot.filled else _COLOURS["paper"]
     axes.plot([dot.value], [row], "o", color=colour, markerfacecolor=face, markersize=5.5)
+
+
+def _marker(x: NDArray[np.float64]) -> str:
+    """A line of one point would not be seen."""
+    return "o" if len(x) == 1 else ""
 
 
 def _last_finite(values: NDArray[np.float64]) -> float:

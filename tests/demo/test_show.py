@@ -24,34 +24,41 @@ def shifted(by: float, wobble: float) -> list[float]:
 
 def test_verdict_when_averaging_helped_and_beat_the_decay(made_up_study):
     study = made_up_study({LIVE: LIVE_NLL, CHOSEN: shifted(-0.2, 0.01), DECAY: shifted(-0.1, 0.01)})
-    _, live, decay, *_ = verdict(study)
+    answer, live, decay, *_ = verdict(study)
+    assert answer == (
+        "Averaging helped: accuracy 90.0 → 90.0%, NLL 0.500 → 0.302; the best tuned decay reaches 90.0% and 0.402, "
+        "which is worse."
+    )
     assert live.startswith(
-        "Averaging helped: the test NLL of what was chosen is 0.1980 below that of the live weights (95% interval"
+        "The test NLL of what was chosen is 0.1980 below that of the live weights (95% interval"
     )
     assert "p < 0.001, lower on 5 of 5 seeds)" in live
-    assert decay.startswith("It also beat the best tuned learning-rate decay: the test NLL is 0.1000 below")
+    assert decay.startswith("It is 0.1000 below that of the best tuned learning-rate decay")
     assert "linear over the last 40%, a share that 18 runs on other seeds" in decay
 
 
 def test_verdict_when_averaging_did_harm(made_up_study):
     study = made_up_study({LIVE: LIVE_NLL, CHOSEN: shifted(0.1, 0.01), DECAY: shifted(-0.1, 0.01)})
-    _, live, decay, *_ = verdict(study)
-    assert live.startswith(
-        "Averaging did not help, it did harm: the test NLL of what was chosen is 0.1020 above"
+    answer, live, decay, *_ = verdict(study)
+    assert answer.startswith("Averaging did not help, it did harm: accuracy") and answer.endswith(
+        "which is better."
     )
-    assert "lower on 0 of 5 seeds" in live
-    assert decay.startswith(
-        "The best tuned learning-rate decay is better still: the test NLL is 0.2000 above"
-    )
+    assert "is 0.1020 above" in live and "lower on 0 of 5 seeds" in live
+    assert decay.startswith("It is 0.2000 above that of the best tuned learning-rate decay")
 
 
 def test_verdict_when_the_seeds_cannot_tell(made_up_study):
     study = made_up_study({LIVE: LIVE_NLL, CHOSEN: shifted(-0.01, 0.1), DECAY: shifted(-0.02, 0.0)})
-    _, live, decay, *_ = verdict(study)
-    assert live.startswith("Not sure whether averaging helped: ")
+    answer, live, *_ = verdict(study)
+    assert answer.startswith("Not sure whether averaging helped: ") and answer.endswith("no sure difference.")
     low, high = (float(bound) for bound in live.split("difference ")[1].split(",")[0].split(" to "))
     assert low < 0 < high
-    assert decay.startswith("Against the best tuned learning-rate decay there is no sure difference: ")
+
+
+@pytest.mark.parametrize(("by", "word"), [(-0.2, "better"), (0.2, "worse")])
+def test_two_seeds_that_agree_are_said_to_be_too_few(made_up_study, by, word):
+    study = made_up_study({LIVE: LIVE_NLL[:2], CHOSEN: shifted(by, 0.1)[:2]})
+    assert verdict(study)[0].startswith(f"Averaging did {word} on all 2 seeds, too few to be sure: ")
 
 
 @pytest.mark.parametrize(
@@ -67,13 +74,13 @@ def test_verdict_when_the_seeds_cannot_tell(made_up_study):
 )
 def test_verdict_on_update_bn(made_up_study, raw, opening):
     study = made_up_study({LIVE: LIVE_NLL}, accuracy={RAW: raw, SWA: [0.90, 0.91, 0.92, 0.90, 0.91]})
-    sentence = verdict(study)[3]
+    sentence = verdict(study)[4]
     assert sentence.startswith(opening)
     assert "instead of 90.8%" in sentence
 
 
 def test_verdict_says_what_was_chosen_and_what_test_confirms(made_up_study):
-    assert verdict(made_up_study({LIVE: LIVE_NLL}))[0] == (
+    assert verdict(made_up_study({LIVE: LIVE_NLL}))[3] == (
         "After training, validation chose among up to 30 averages and the live weights, on so many seeds: "
         "tail:0.5 (4), live (1). Of 4 averages chosen, test confirms 4 beyond the noise of its examples."
     )
@@ -123,6 +130,16 @@ def test_the_figure_draws_the_decay_only_from_where_it_begins(made_up_study):
     assert ends[LIVE] == (12, 40)
     assert ends[DECAY] == (24, 40)
     assert accuracy.get_lines()[0].get_ydata()[-1] == pytest.approx(90)
+
+
+def test_what_select_chose_is_drawn_and_a_broken_average_sets_no_scale(made_up_study):
+    study = made_up_study({LIVE: LIVE_NLL, RAW: [90.0] * 5}, accuracy={RAW: [0.1] * 5})
+    for axes in study_figure(study).get_axes():
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        assert {text.get_text() for text in axes.texts} == set(lines) and lines[CHOSEN].get_marker() == ""
+        low, high = axes.get_ylim()
+        assert not low <= lines[RAW].get_ydata()[-1] <= high and low < lines[LIVE].get_ydata()[-1] < high
+        assert lines[LIVE].get_color() != lines[CHOSEN].get_color()
 
 
 # demo/test_outputs

@@ -81,12 +81,12 @@ SIGNIFICANT = 0.05
 
 
 def verdict(study: Study) -> list[str]:
-    """Whether averaging helped, by how much and how surely: one sentence per question.
+    """Whether averaging helped, by how much and how surely: the answer, then one sentence per question.
 
     It is about the weights that :func:`polyak.select` chose from the recording of each run, by validation. A
     difference over seeds counts as real if its two-sided paired t-test has p < 0.05; otherwise it is "not sure".
     """
-    sentences = [_choices(study), _against_live(study), _against_decay(study)]
+    sentences = [_answer(study), _against_live(study), _against_decay(study), _choices(study)]
     if study.task.update_bn_pair:
         sentences.append(_without_update_bn(study, *study.task.update_bn_pair))
     sentences.append(
@@ -117,28 +117,43 @@ def _choices(study: Study) -> str:
     )
 
 
-def _against_live(study: Study) -> str:
+def _answer(study: Study) -> str:
+    """The verdict in one sentence, by the test NLL; accuracy stands first as it is what people know."""
     difference = _nll_difference(study, LIVE)
+    agreed = {0: "worse", difference.seeds: "better"}.get(difference.seeds_lower)
     opening = _by_outcome(
         difference,
         lower="Averaging helped",
         higher="Averaging did not help, it did harm",
-        unsure="Not sure whether averaging helped",
+        unsure=f"Averaging did {agreed} on all {difference.seeds} seeds, too few to be sure"
+        if agreed
+        else "Not sure whether averaging helped",
     )
-    return f"{opening}: the test NLL of what was chosen is {_size(difference, f'the {LIVE}')}."
+    against = _by_outcome(
+        _nll_difference(study, study.decay),
+        lower="which is worse",
+        higher="which is better",
+        unsure="no sure difference",
+    )
+    (live, live_nll), (chosen, chosen_nll), (decay, decay_nll) = (
+        [_mean(study.scores(label, measure)) for measure in ("accuracy", "nll")]
+        for label in (LIVE, CHOSEN, study.decay)
+    )
+    return (
+        f"{opening}: accuracy {100 * live:.1f} → {chosen:.1%}, NLL {live_nll:.3f} → {chosen_nll:.3f}; the best tuned "
+        f"decay reaches {decay:.1%} and {decay_nll:.3f}, {against}."
+    )
+
+
+def _against_live(study: Study) -> str:
+    return f"The test NLL of what was chosen is {_size(_nll_difference(study, LIVE), f'the {LIVE}')}."
 
 
 def _against_decay(study: Study) -> str:
     difference = _nll_difference(study, study.decay)
-    opening = _by_outcome(
-        difference,
-        lower="It also beat the best tuned learning-rate decay",
-        higher="The best tuned learning-rate decay is better still",
-        unsure="Against the best tuned learning-rate decay there is no sure difference",
-    )
     runs = len(study.task.decay_fractions) * len(study.task.tuning_seeds)
     return (
-        f"{opening}: the test NLL is {_size(difference, 'decay')}. That decay is linear over the last "
+        f"It is {_size(difference, 'the best tuned learning-rate decay')}. That decay is linear over the last "
         f"{study.decay_fraction:.0%}, a share that {runs} runs on other seeds went to find; averaging needed none."
     )
 
@@ -189,19 +204,23 @@ _FIRST_SHOWN = 0.25
 
 def study_figure(study: Study) -> Figure:
     """Live weights, tuned decay and averages against training time, mean over seeds ± standard error."""
-    labels = [LIVE, study.decay, *study.task.averages]
-    nlls = [_line(study, label, "test_nll", 1) for label in labels]
-    accuracies = [_line(study, label, "test_accuracy", 100) for label in labels]
+    labels = [LIVE, study.decay, *study.task.averages, CHOSEN]
     without_update_bn = (study.task.update_bn_pair or (None,))[0]
-    worth_comparing = [line for line in nlls if line.label != without_update_bn]
-    return _plots.line_panels(
-        f"Test scores of {study.task.description}\nmean of {len(study.curves)} seeds ± standard error",
-        study.task.time_unit,
-        [
-            _plots.Panel("NLL (lower is better)", nlls, _limits_of_second_half(worth_comparing)),
-            _plots.Panel("accuracy, % (higher is better)", accuracies, _limits_of_second_half(accuracies)),
-        ],
+    panels = []
+    for name, measure, scale in (
+        ("NLL (lower is better)", "nll", 1),
+        ("accuracy, % (higher is better)", "accuracy", 100),
+    ):
+        lines = [_line(study, label, f"test_{measure}", scale) for label in labels]
+        # An average with wrong statistics is drawn, but is no measure for the others.
+        limits = _limits_of_second_half([line for line in lines if line.label != without_update_bn])
+        panels.append(_plots.Panel(name, lines, limits))
+    ends = {label: f"{_mean(study.scores(label, 'accuracy')):.1%}" for label in (CHOSEN, LIVE, study.decay)}
+    title = (
+        f"The average {CHOSEN} ends at {ends[CHOSEN]} accuracy, the {LIVE} at {ends[LIVE]}, the best tuned decay at "
+        f"{ends[study.decay]} (mean of {len(study.curves)} seeds ± standard error)"
     )
+    return _plots.line_panels(title, study.task.time_unit, panels)
 
 
 def _line(study: Study, label: str, measure: str, scale: float) -> _plots.Line:
@@ -211,7 +230,10 @@ def _line(study: Study, label: str, measure: str, scale: float) -> _plots.Line:
     constant_share = 1 - study.decay_fraction if label == study.decay else 0.0
     shown = steps >= max(_FIRST_SHOWN, constant_share) * study.task.steps
     scores = np.array([getattr(curve, measure) for curve in curves])
-    return _plots.Line(label, steps[shown] / study.task.unit_steps, scale * scores[:, shown])
+    roles: dict[str, _plots.Role] = {LIVE: "live", CHOSEN: "chosen"}
+    return _plots.Line(
+        label, steps[shown] / study.task.unit_steps, scale * scores[:, shown], roles.get(label, "other")
+    )
 
 
 def _limits_of_second_half(lines: list[_plots.Line]) -> tuple[float, float]:
@@ -327,7 +349,7 @@ _TEXT_FILE_COLUMNS = 100
 
 
 def show(task: Task, seeds: int, outputs: Outputs) -> None:
-    """Run ``task`` on ``seeds`` seeds with a progress bar, print table and verdict, write ``outputs``.
+    """Run ``task`` on ``seeds`` seeds with a progress bar, print verdict and table, write ``outputs``.
 
     Raises:
         MissingExtraError, OptionError, OutputExistsError, CheckpointError: before any training.
@@ -339,14 +361,19 @@ def show(task: Task, seeds: int, outputs: Outputs) -> None:
     console = _terminal.console()
     console.print(_announcement(task, seeds))
     study = _run_with_progress(task, seeds)
+    answer, *details = verdict(study)
     findings: tuple[RenderableType, ...] = (
+        _terminal.line(answer, "bold"),
+        "",
         study_table(study),
+        "",
+        *details,
+    )
+    selected = (
         "\nWhat select found on the first seed, scored on validation, with test as the holdout:\n",
         study.first_selection,
-        "",
-        *verdict(study),
     )
-    text = _terminal.as_text(*findings, width=_TEXT_FILE_COLUMNS) + "\n"
+    text = _terminal.as_text(*findings, *selected, width=_TEXT_FILE_COLUMNS) + "\n"
     outputs.write(study_as_data(study), _plots.png_bytes(study_figure(study)), text)
     console.print(*findings, sep="\n")
     console.print(f"\n{_terminal.wrote(*outputs.paths)}", soft_wrap=True)
@@ -355,9 +382,10 @@ def show(task: Task, seeds: int, outputs: Outputs) -> None:
 def _announcement(task: Task, seeds: int) -> str:
     return (
         f"Training {task.description}: {_study.run_count(task, seeds)} runs of {task.steps} steps.\n"
-        f"The learning-rate decay is tuned on {len(task.tuning_seeds)} other seeds, for validation NLL; "
-        f"the averages' settings were fixed beforehand, but for one that validation chooses after training. The "
-        f"scores below are from the test set, which nothing was chosen on.\n"
+        f"The learning-rate decay is tuned for validation NLL on "
+        f"{_terminal.counted(len(task.tuning_seeds), 'other seed')}; the averages' settings were fixed beforehand, but "
+        "for one that validation chooses after training. The scores below are from the test set, which nothing was "
+        "chosen on.\n"
     )
 
 

@@ -90,7 +90,8 @@ def metric_charts(blocks: Sequence[Block]) -> tuple[list[Picture], list[str]]:
             constant.append(f"{name}: {finite[0]:.4g} throughout")
         elif len(finite) > 1:
             verb = "fell" if finite[-1] < finite[0] else "rose" if finite[-1] > finite[0] else "came back"
-            title = f"{_result.shortened(name) or 'A metric without a name'} {verb} from {finite[0]:.4g} to {finite[-1]:.4g}"
+            named = _result.shortened(name) or "A metric without a name"
+            title = f"{named} {verb} from {finite[0]:.4g} to {finite[-1]:.4g}"
             charts.append(_along_steps(title, name, [block.stop for block in blocks], means, ""))
     return charts, constant
 
