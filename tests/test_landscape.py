@@ -408,12 +408,34 @@ def test_every_finding_is_drawn_and_is_plain_values():
         landscape.plane(model, weights_at(CORNERS), bowl, size=3, **QUIET),
         landscape.rays(model, weights_at(TWO), bowl, **LOWER),
     ]
-    names = [{"live", "averaged"}, set(CORNERS), set()]
+    names = [{"live", "averaged"}, set(CORNERS), {"live", "averaged"}]
     for found, expected in zip(findings, names, strict=True):
         assert json.loads(json.dumps(found.to_dict(), allow_nan=False))
         (axes, *_) = found.plot().get_axes()
         assert {text.get_text() for text in axes.texts} == expected
         assert str(found)
+    line, plane, rays = (found.plot().get_suptitle().replace("\n", " ") for found in findings)
+    assert "The best score on the line" in line and "Of the three" in plane and "averaged worse by" in rays
+
+
+@pytest.mark.parametrize(("sign", "mode"), [(1, "min"), (-1, "max")])
+def test_levels_of_a_plane_show_the_difference_between_live_and_averaged(sign, mode):
+    """Walls a million times as high as that difference would give both the same colour."""
+    model = pair_of_numbers()
+    corners = {"live": (0.0, 0.0), "averaged": (0.02, 0.0), "other": (0.0, 9.0)}
+
+    def score(model):
+        x, y = next(iter(model.parameters())).flatten().tolist()[:2]
+        return sign * ((x - 0.02) ** 2 + y**6)
+
+    found = landscape.plane(model, weights_at(corners), score, mode=mode, size=7, **QUIET)
+    at = found.at_places
+    levels = landscape.PlaneScores(**{**found.__dict__, "at_places": {**at, "other": at["live"]}})._levels
+    between = [
+        level for level in levels if min(at["live"], at["averaged"]) < level < max(at["live"], at["averaged"])
+    ]
+    assert levels == sorted(levels) and len(between) == 3 and len(levels) < 20
+    assert ("averaged" in found.plot().get_suptitle().split("is the best")[0]) and found.mode == mode
 
 
 def test_radii_are_looked_at_once_each_in_order():

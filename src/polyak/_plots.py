@@ -386,6 +386,7 @@ def _name_lines(axes: Axes, ends: Mapping[str, float], colours: Mapping[str, str
     """Each line's name beside its end, in its colour, moved apart where two would lie on each other."""
     low, high = axes.get_ylim()
     shares = {label: min(1.0, max(0.0, (y - low) / (high - low))) for label, y in ends.items()}
+    away = {label: " ↑" if y > high else " ↓" if y < low else "" for label, y in ends.items()}
     apart = _LABEL_POINTS / (72 * 0.7 * _PANEL_INCHES[1])
     reached = -1.0
     for label in sorted(shares, key=lambda label: shares[label]):
@@ -396,7 +397,7 @@ def _name_lines(axes: Axes, ends: Mapping[str, float], colours: Mapping[str, str
     for label in sorted(shares, key=lambda label: -shares[label]):
         room = min(shares[label], room)
         axes.annotate(
-            _printable(label, most=24),
+            _printable(label, most=24) + away[label],
             (1.0, room),
             xycoords="axes fraction",
             xytext=(5, 0),

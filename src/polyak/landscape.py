@@ -371,13 +371,9 @@ class PlaneScores:
         return _plots.contour_chart(self._title, self.x, self.y, self.scores, self.places, self._levels)
 
     @property
-    def _ranked(self) -> list[str]:
-        """The three, best first."""
-        return sorted(self.places, key=lambda name: _evaluate.badness(self.at_places[name], self.mode))
-
-    @property
     def _title(self) -> str:
-        best, *others = (f"{name} {self.at_places[name]:.4g}" for name in self._ranked)
+        ranked = sorted(self.at_places.items(), key=lambda at: _evaluate.badness(at[1], self.mode))
+        best, *others = (f"{name} {score:.4g}" for name, score in ranked)
         return f"Of the three, {best} is the best ({', '.join(others)})"
 
     @property

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
+from html import unescape
 
 import pytest
 import torch
@@ -198,7 +201,7 @@ def test_a_page_without_scores(folder_report, capsys):
     assert main(["report", "ckpts", "-o", "page.html"]) == 0
     assert capsys.readouterr().out == "wrote page.html\n"
     page = (folder_report / "page.html").read_text()
-    assert "Nothing was scored" in page and "<h1>ckpts</h1>" in page
+    assert "<h1>Nothing was scored yet</h1>" in page and '<p class="run">ckpts</p>' in page
 
 
 def test_a_page_with_a_choice_and_the_line_to_it(folder_report, capsys):
@@ -210,7 +213,23 @@ def test_a_page_with_a_choice_and_the_line_to_it(folder_report, capsys):
     assert "uniform scores best" in printed and printed.endswith("wrote page.html\n")
     page = (folder_report / "page.html").read_text()
     # From 9 to the mean of all, 10.75, the best is 10: at 4/7 of the way; 1/2 and 5/8 are looked at.
-    assert "<h1>mine</h1>" in page and "From live to uniform" in page and "lies at 0.625 of the way" in page
+    assert '<p class="run">mine</p>' in page and "lies at 0.625 of the way to uniform" in page
+    command = "polyak select 'ckpts/*.pt' --model user_code:build --score user_code:losses --profiles uniform"
+    assert f"{command} --output averaged.safetensors" in unescape(page)
+
+
+def test_the_line_on_the_page_writes_the_average_it_shows(folder_report):
+    score = ["--model", "user_code:build", "--score", "user_code:shifted", "--profiles", "uniform tail:0.5"]
+    with (folder_report / "user_code.py").open("a") as code:
+        code.write(
+            "\ndef shifted(model):\n    return losses(model) + (model.weight - 10.75).abs().flatten() * 9\n"
+        )
+    assert main(["report", "ckpts", "-o", "page.html", *score]) == 0
+    (pasted,) = re.findall("<pre>(.*?)</pre>", (folder_report / "page.html").read_text(), re.DOTALL)
+    assert main(shlex.split(unescape(pasted))[1:]) == 0
+    assert checkpoints.open(folder_report / "averaged.safetensors").read("weight").tolist() == [
+        [10.75, 10.75]
+    ]
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,9 @@ def test_what_select_chose_is_drawn_and_a_broken_average_sets_no_scale(made_up_s
     study = made_up_study({LIVE: LIVE_NLL, RAW: [90.0] * 5}, accuracy={RAW: [0.1] * 5})
     for axes in study_figure(study).get_axes():
         lines = {line.get_label(): line for line in axes.get_lines()}
-        assert {text.get_text() for text in axes.texts} == set(lines) and lines[CHOSEN].get_marker() == ""
+        assert {text.get_text().rstrip(" ↑↓") for text in axes.texts} == set(lines) and lines[
+            CHOSEN
+        ].get_marker() == ""
         low, high = axes.get_ylim()
         assert not low <= lines[RAW].get_ydata()[-1] <= high and low < lines[LIVE].get_ydata()[-1] < high
         assert lines[LIVE].get_color() != lines[CHOSEN].get_color()

@@ -298,7 +298,11 @@ def test_the_table_can_be_printed_drawn_stored_and_written(recorded, tmp_path):
     assert [c["name"] for c in data["candidates"]] == [c.name for c in choice.table]
 
     (axes,) = choice.plot().get_axes()
-    assert [text.get_text() for text in axes.get_yticklabels()] == [c.name for c in choice.table]
+    drawn = [text.get_text() for text in axes.get_yticklabels()]
+    assert drawn[0] == choice.best.name and len(drawn) <= 8 and choice.live.name in drawn
+    tied = {c.name for c in choice.table if c.tied and c is not choice.best}
+    assert {name.removesuffix(" ≈") for name in drawn if name.endswith(" ≈")} <= tied
+    assert choice.best.name in choice.plot().get_suptitle()
 
     choice.write(tmp_path / "best.safetensors")
     written = checkpoints.open(tmp_path / "best.safetensors")

@@ -208,8 +208,8 @@ def study_figure(study: Study) -> Figure:
     without_update_bn = (study.task.update_bn_pair or (None,))[0]
     panels = []
     for name, measure, scale in (
-        ("NLL (lower is better)", "nll", 1),
-        ("accuracy, % (higher is better)", "accuracy", 100),
+        ("NLL, lower is better", "nll", 1),
+        ("accuracy, %", "accuracy", 100),
     ):
         lines = [_line(study, label, f"test_{measure}", scale) for label in labels]
         # An average with wrong statistics is drawn, but is no measure for the others.

@@ -114,14 +114,13 @@ def decided(selection: Selection) -> Decision:
 def reach(explained: Explanation) -> str:
     """Which steps a profile is about, in words.
 
-    >>> import polyak
+    >>> import numpy as np, polyak
     >>> from polyak.trajectory import Block
     >>> blocks = [Block(0, 60, count=60), Block(60, 100, count=40)]
-    >>> from polyak.trajectory._explain import explain
-    >>> reach(explain(polyak.Tail(0.4), blocks))
-    'a mean of the weights of steps 60 to 100'
-    >>> reach(explain(polyak.Power(gamma=8), [Block(0, 60, count=60), Block(60, 100, count=40)]))
-    'a mean of the weights of steps 0 to 100, mostly of the last 40'
+    >>> for shares in ([0.0, 1.0], [0.02, 0.98]):
+    ...     print(reach(Explanation(polyak.Weights(shares), blocks, np.array(shares))))
+    a mean of the weights of steps 60 to 100
+    a mean of the weights of steps 0 to 100, mostly of the last 40
     """
     counted = [(block, a) for block, a in zip(explained.blocks, explained.coefficients, strict=True) if a]
     steps = f"{counted[0][0].start:,} to {counted[-1][0].stop:,}"
