@@ -43,6 +43,15 @@ def test_demo_shows_and_writes_what_was_measured(tiny, tmp_path, capsys):
     assert str(tmp_path) not in (tmp_path / "digits.json").read_text()
 
 
+def test_quick_takes_two_seeds_and_few_tuning_runs(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(_show, "show", lambda task, seeds, outputs: taken.append((task, seeds)))
+    assert main(["demo", "--quick"]) == main(["demo", "--quick", "--seeds", "3"]) == main(["demo"]) == 0
+    assert [seeds for _, seeds in taken] == [2, 3, 8]
+    assert [_study.run_count(task, seeds) for task, seeds in taken] == [7, 9, 34]
+    assert {task.steps for task, _ in taken} == {800}
+
+
 def test_running_it_twice_gives_the_same_files_byte_for_byte(tiny, tmp_path):
     contents = []
     for _ in range(2):
