@@ -152,8 +152,9 @@ def main(folder: Path) -> None:
             positions=[step / 8 for step in range(-4, 13)],
             progress=False,
         )
-        write_report(trajectory, folder / "scored.html", selection=selection, line=line, overwrite=True)
-        write_report(trajectory, folder / "unscored.html", overwrite=True)
+        common: dict[str, Any] = {"title": "Handwritten digits", "overwrite": True}
+        write_report(trajectory, folder / "scored.html", selection=selection, line=line, **common)
+        write_report(trajectory, folder / "unscored.html", **common)
 
     _study.train(_tasks.TASKS["digits"], 0, record=True, look=look)
     for page in ("scored", "unscored"):

@@ -203,7 +203,7 @@ def test_the_line_that_writes_the_weights_writes_them(line_of_numbers, tmp_path,
 def test_the_line_for_a_model_with_statistics_recomputes_them(walk, trajectory, tmp_path, monkeypatch):
     batches = [torch.randn(16, 3)]
     choice = chosen(walk, trajectory, recalibrate=batches)
-    names = {"torch": torch, "model": walk.model, "train_loader": batches}
+    names = {"model": walk.model, "train_loader": batches}
     monkeypatch.chdir(tmp_path)
     exec(answer(trajectory, choice, None).writing, names)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))

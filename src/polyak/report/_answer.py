@@ -257,7 +257,7 @@ def _writing(trajectory: Trajectory, selection: Selection, command: str | None) 
             'choice.write("averaged.safetensors")',
             "In Python, where this page was made; choice is what polyak.select returned.",
         )
-    run = f"import polyak\nrun = polyak.Trajectory({place!r})\n"
+    run = f"import polyak, torch\nrun = polyak.Trajectory({place!r})\n"
     if selection._recalibrate is None:
         return (
             f'{run}run.write("{profile}", "averaged.safetensors")',
