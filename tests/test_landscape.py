@@ -9,6 +9,7 @@ from torch import nn
 
 from polyak import landscape
 from polyak._evaluate import try_weights
+from polyak._plots import levels_around
 from polyak.errors import OptionError, StructureError
 
 QUIET = {"progress": False}
@@ -429,11 +430,9 @@ def test_levels_of_a_plane_show_the_difference_between_live_and_averaged(sign, m
         return sign * ((x - 0.02) ** 2 + y**6)
 
     found = landscape.plane(model, weights_at(corners), score, mode=mode, size=7, **QUIET)
-    at = found.at_places
-    levels = landscape.PlaneScores(**{**found.__dict__, "at_places": {**at, "other": at["live"]}})._levels
-    between = [
-        level for level in levels if min(at["live"], at["averaged"]) < level < max(at["live"], at["averaged"])
-    ]
+    live, averaged = found.at_places["live"], found.at_places["averaged"]
+    levels = levels_around(found.scores, [live, averaged], mode)
+    between = [level for level in levels if min(live, averaged) < level < max(live, averaged)]
     assert levels == sorted(levels) and len(between) == 3 and len(levels) < 20
     assert ("averaged" in found.plot().get_suptitle().split("is the best")[0]) and found.mode == mode
 

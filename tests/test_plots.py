@@ -134,8 +134,17 @@ def test_lines_have_points_of_their_own_and_marks_have_names():
 
 
 def test_a_plane_is_coloured_by_its_scores_and_places_stand_where_they_are():
-    figure = contour_chart("title", [0, 1, 2], [0, 1], [[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]], {"live": (1, 0.5)})
+    figure = contour_chart(
+        "title",
+        [0, 1, 2],
+        [0, 1],
+        [[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]],
+        {"live": (1, 0.5)},
+        roles={"live": "live"},
+    )
     axes, colours = figure.get_axes()
+    (named,) = line_panels("title", "epoch", [Panel("NLL", [LIVE])]).get_axes()
+    assert axes.get_lines()[0].get_color() == named.get_lines()[0].get_color()
     assert axes.get_lines()[0].get_xydata().tolist() == [[1, 0.5]]
     low, high = colours.get_ylim()
     assert low == pytest.approx(1, abs=0.2) and high == pytest.approx(4, abs=0.2)

@@ -192,6 +192,24 @@ def test_the_headline_follows_the_evidence(line_of_numbers, score, holdout, mode
     assert bool(found.writing) == (headline != "Keep the live weights") and len(found.figures) == 3
 
 
+def test_live_weights_may_only_need_their_statistics(walk, trajectory):
+    batches = [torch.randn(16, 3)]
+    walk.model.load_state_dict(trajectory.live(), strict=False)
+    polyak.update_bn(batches, walk.model)
+    right = walk.model[1].running_mean.clone()
+    choice = chosen(
+        walk,
+        trajectory,
+        recalibrate=batches,
+        profiles=["uniform"],
+        score=lambda model: (model[1].running_mean - right).square() + torch.linspace(0.1, 0.2, 4),
+    )
+    found = answer(trajectory, choice, None)
+    assert found.headline == "Keep the live weights, with recomputed BatchNorm statistics"
+    assert found.writing == "polyak.update_bn(train_loader, model)"
+    assert found.figures[0].label == "Live, recalibrated" == choice.baseline.name.capitalize()
+
+
 def test_the_line_that_writes_the_weights_writes_them(line_of_numbers, tmp_path, monkeypatch):
     model = torch.nn.Linear(1, 1, bias=False)
     choice = polyak.select(line_of_numbers, model, score=loss_around(2), profiles=["uniform"], progress=False)

@@ -38,6 +38,7 @@ __all__ = [
     "contour_chart",
     "dot_chart",
     "inline_svg",
+    "levels_around",
     "line_panels",
     "png_bytes",
     "within_reach",
@@ -91,6 +92,8 @@ _LABEL_POINTS = 12.0
 _MOST_TICKS = 6
 # In distances between the quartiles: the first losses of a run are within, those of a broken average beyond.
 _FAR_OUT = 10
+# Levels above the worst of named places, in differences between it and the best.
+_WALLS = (0.5, 1.25, 2.5, 4.5, 8, 14, 25, 45)
 # In spreads of the dots that a chart is about.
 _FAR_OFF = 4
 
@@ -155,6 +158,30 @@ def within_reach(values: ArrayLike) -> tuple[float, float]:
     near = finite[(finite >= low - reach) & (finite <= high + reach)] if reach else finite
     margin = 0.05 * np.ptp(near) or 0.05 * abs(float(near[0])) or 1.0
     return float(near.min() - margin), float(near.max() + margin)
+
+
+def levels_around(
+    values: ArrayLike, places: Sequence[float], mode: Literal["min", "max"]
+) -> list[float] | None:
+    """Contour levels that tell ``places``, scores of which "min" or "max" are better, from each other.
+
+    Four steps from the best to the worst of them, two to what is better still, and ever longer ones up the walls: even
+    steps would give all places one colour wherever walls are high. None where they all score the same.
+
+    >>> levels_around([0.0, 100.0], places=[1.0, 2.0], mode="min")
+    [0.0, 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.25, 4.5, 6.5, 10.0, 16.0, 27.0, 47.0]
+    """
+    sign = 1 if mode == "min" else -1
+    losses = sign * np.asarray(values, float)
+    losses = losses[np.isfinite(losses)]
+    low, high = sorted(sign * place for place in places)[:: len(places) - 1]
+    gap = high - low
+    if not (np.isfinite(gap) and gap > 0):
+        return None
+    least = losses.min(initial=low)
+    below = np.linspace(least, low, 3)[:-1] if low - least > gap / 8 else np.array([])
+    above = [high + gap * part for part in _WALLS if high + gap * part < losses.max(initial=high)]
+    return sorted(float(sign * level) for level in (*below, *np.linspace(low, high, 5), *above))
 
 
 def _names_are_text(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
@@ -233,6 +260,7 @@ def contour_chart(
     values: Sequence[Sequence[float]],
     places: Mapping[str, tuple[float, float]],
     levels: Sequence[float] | None = None,
+    roles: Mapping[str, Role] | None = None,
 ) -> Figure:
     """Contours of ``values`` [len(y), len(x)] over a plane, and named places on it.
 
@@ -256,7 +284,9 @@ def contour_chart(
     figure.colorbar(filled, ax=axes, label="score", format="%.4g", ticks=steps)
     box = {"boxstyle": "round,pad=0.25", "facecolor": _COLOURS["paper"], "edgecolor": "none", "alpha": 0.85}
     for name, (right, up) in places.items():
-        axes.plot([right], [up], "o", color="white", markeredgecolor="black", markersize=7)
+        role = (roles or {}).get(name, "other")
+        colour = "paper" if role == "other" else role
+        axes.plot([right], [up], "o", color=_COLOURS[colour], markeredgecolor="white", markersize=8)
         on_the_right = right > (x[0] + x[-1]) / 2
         axes.annotate(
             _printable(name),

@@ -328,8 +328,6 @@ def path(
 
 # The three are on a line where the third lies nearer to it than this part of its distance from the first.
 _FLAT = 1e-3
-# Levels above the worst of the three, in differences between it and the best.
-_WALLS = (0.5, 1.25, 2.5, 4.5, 8, 14, 25, 45)
 
 Place = tuple[float, float]
 
@@ -368,32 +366,15 @@ class PlaneScores:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        return _plots.contour_chart(self._title, self.x, self.y, self.scores, self.places, self._levels)
+        levels = _plots.levels_around(self.scores, list(self.at_places.values()), self.mode)
+        roles = _roles(list(self.places))
+        return _plots.contour_chart(self._title, self.x, self.y, self.scores, self.places, levels, roles)
 
     @property
     def _title(self) -> str:
         ranked = sorted(self.at_places.items(), key=lambda at: _evaluate.badness(at[1], self.mode))
         best, *others = (f"{name} {score:.4g}" for name, score in ranked)
         return f"Of the three, {best} is the best ({', '.join(others)})"
-
-    @property
-    def _levels(self) -> list[float] | None:
-        """Four steps from the best of the three to the worst, two below, and ever longer ones above.
-
-        A fixed number of even steps would give all three one colour wherever the walls around them are high.
-        """
-        sign = 1 if self.mode == "min" else -1
-        losses, places = (sign * np.asarray(v) for v in (self.scores, list(self.at_places.values())))
-        low, high = float(places.min()), float(places.max())
-        gap = high - low
-        if not (math.isfinite(gap) and gap > 0):
-            return None
-        finite = losses[np.isfinite(losses)]
-        least = min(float(finite.min(initial=low)), low)
-        below = np.linspace(least, low, 3)[:-1] if low - least > gap / 8 else np.array([])
-        above = [high + gap * part for part in _WALLS if high + gap * part < finite.max(initial=high)]
-        levels = [*below, *np.linspace(low, high, 5), *above]
-        return sorted(float(sign * level) for level in levels)
 
     def __str__(self) -> str:
         rows = [
