@@ -20,7 +20,7 @@ test: $(VENV)/.dev
 
 # What make test does with the report where there is a browser; this says so where there is none.
 test-browser: $(VENV)/.dev
-	@command -v chromium chromium-browser || { echo "This needs chromium; on Debian: apt-get install chromium"; exit 1; }
+	@command -v chromium || command -v chromium-browser || { echo "This needs chromium; on Debian: apt-get install chromium"; exit 1; }
 	$(BIN)/python -m pytest tests/test_browser.py
 
 test-slow: $(VENV)/.dev
