@@ -117,23 +117,27 @@ def reach(explained: Explanation) -> str:
     >>> import numpy as np, polyak
     >>> from polyak.trajectory import Block
     >>> blocks = [Block(0, 60, count=60), Block(60, 100, count=40)]
-    >>> for shares in ([0.0, 1.0], [0.02, 0.98]):
-    ...     print(reach(Explanation(polyak.Weights(shares), blocks, np.array(shares))))
+    >>> for shares, live in (([0.0, 1.0], 0.0), ([0.02, 0.98], 0.0), ([0.2, 0.2], 0.6)):
+    ...     print(reach(Explanation(polyak.Weights(shares), blocks, np.array(shares), live)))
     a mean of the weights of steps 60 to 100
     a mean of the weights of steps 0 to 100, mostly of the last 40
+    40% a mean of the weights of steps 0 to 100, 60% the live ones
     """
     counted = [(block, a) for block, a in zip(explained.blocks, explained.coefficients, strict=True) if a]
-    steps = f"{counted[0][0].start:,} to {counted[-1][0].stop:,}"
-    if len(counted) < len(explained.blocks):
-        return f"a mean of the weights of steps {steps}"
-    left, begin = 1.0, counted[0][0].start
+    first, last = counted[0][0], counted[-1][0]
+    total = 1 - explained.live
+    what, rest = (
+        (f"{total:.0%} a mean", f", {explained.live:.0%} the live ones") if explained.live else ("a mean", "")
+    )
+    left, begin = total, first.start
     for block, coefficient in counted:
-        if left - coefficient < _MOST_OF_IT:
+        if left - coefficient < _MOST_OF_IT * total:
             begin = block.start
             break
         left -= coefficient
-    mostly = "" if begin == counted[0][0].start else f", mostly of the last {counted[-1][0].stop - begin:,}"
-    return f"a mean of the weights of steps {steps}{mostly}"
+    is_short = len(counted) < len(explained.blocks) or begin == first.start
+    mostly = "" if is_short else f", mostly of the last {last.stop - begin:,}"
+    return f"{what} of the weights of steps {first.start:,} to {last.stop:,}{mostly}{rest}"
 
 
 def signed(value: float | None) -> str:
