@@ -110,10 +110,16 @@ def table(*headings: str, title: str | None = None) -> Table:
 
 
 def console(**options: Any) -> Console:
-    """A console to which text is text: names in files are no markup, no emoji codes, and not coloured."""
+    """A console to which text is text: names in files are no markup, no emoji codes, and not coloured.
+
+    Where no terminal shows them, as in a pipe, lines are as long as what they say.
+    """
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False, **options)
+    made = Console(highlight=False, markup=False, emoji=False, **options)
+    if not (made.is_terminal or made.is_jupyter or "width" in options):
+        made.width = _MOST_COLUMNS
+    return made
 
 
 def as_text(first: RenderableType, *below: RenderableType, width: int | None = None) -> str:

@@ -43,12 +43,14 @@ def test_demo_shows_and_writes_what_was_measured(tiny, tmp_path, capsys):
     assert str(tmp_path) not in (tmp_path / "digits.json").read_text()
 
 
-def test_running_it_twice_gives_the_same_files_byte_for_byte(tiny, tmp_path):
+def test_running_it_twice_gives_the_same_files_byte_for_byte(tiny, tmp_path, capsys):
     contents = []
-    for _ in range(2):
-        assert main(["demo", "--output", str(tmp_path)]) == 0
+    for how in ([], ["--json"]):
+        capsys.readouterr()
+        assert main(["demo", "--output", str(tmp_path), *how]) == 0
         contents.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert contents[0] == contents[1]
+    assert json.loads(capsys.readouterr().out) == json.loads(contents[1]["digits.json"])
 
 
 def test_foreign_files_stop_it_before_any_training(tiny, tmp_path, capsys, monkeypatch):

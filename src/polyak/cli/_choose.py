@@ -217,6 +217,7 @@ def report(
     allow: AllowOption = None,
     title: Annotated[str | None, typer.Option(help="The heading; by default the folder's name.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a page that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every candidate as JSON.")] = False,
 ) -> None:
     """Write one self-contained page about a run: metrics, movement, profiles, and which average is best.
 
@@ -245,6 +246,10 @@ def report(
         answers = answered(trajectory, Questions(model, score, mode, profiles, recalibrate, holdout))
         selection, line = answers.choice, _line(trajectory, answers)
     write_report(trajectory, output, selection=selection, line=line, title=title, overwrite=force)
+    if as_json:
+        found = {} if selection is None else selection.to_dict()
+        typer.echo(json.dumps(found | {"output": str(output)}, indent=2))
+        return
     if selection is not None:
         typer.echo(selection.verdict)
     typer.echo(_terminal.wrote(output))
