@@ -54,3 +54,19 @@ def test_transformers_trainer(run, tmp_path):
     said = losses(run("transformers_trainer.py"))
     assert said["averaged"] < said["live"]
     assert "transformer.wte.weight" in checkpoints.open(tmp_path / "averaged").tensors
+
+
+def test_the_tour_gives_what_it_shows(tmp_path):
+    """Cell by cell in a kernel: the same kinds of outputs, as small as they were committed, and the file it ships."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    path = EXAMPLES / "tour.ipynb"
+    shown, run = (nbformat.read(path, as_version=4) for _ in range(2))
+    nbclient.NotebookClient(run, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert path.stat().st_size < 100_000
+    for before, now in zip(shown.cells, run.cells, strict=True):
+        kinds = [
+            [(o.output_type, o.get("name"), *o.get("data", ())) for o in c.get("outputs", ())]
+            for c in (before, now)
+        ]
+        assert kinds[0] == kinds[1], now.source
+    assert "0.weight" in checkpoints.open(tmp_path / "chosen.safetensors").tensors

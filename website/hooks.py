@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ def on_files(files: Files, config: Any) -> Files:
     for script in sorted((ROOT / "examples").glob("*.py")):
         page = f"examples/{script.stem}.md"
         files.append(File.generated(config, page, content=_listing(script.name, script.read_text())))
+    for page, content in _notebook("tour"):
+        files.append(File.generated(config, page, content=content))
     for name, picture in figures.pictures():
         files.append(File.generated(config, f"figures/{name}.svg", content=picture))
     files.append(File.generated(config, "reference/commands.md", content="\n".join(_commands())))
@@ -97,6 +101,22 @@ def _moved(text: str) -> str:
 
 def _listing(name: str, code: str) -> str:
     return f"# {name}\n\n```python\n{code}```\n"
+
+
+def _notebook(name: str) -> Iterator[tuple[str, str | bytes]]:
+    """A page of a notebook's cells and of what they printed, and the pictures that they drew."""
+    parts: list[str] = []
+    for number, cell in enumerate(json.loads((ROOT / "examples" / f"{name}.ipynb").read_text())["cells"]):
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text'])}\n```")
+            if "image/png" in output.get("data", {}):
+                picture = f"{name}-{number}.png"
+                parts.append(f"![]({picture})")
+                yield f"examples/{picture}", b64decode(output["data"]["image/png"])
+    yield f"examples/{name}.md", "\n\n".join(parts).replace("](../docs/", "](../")
 
 
 def _commands() -> Iterator[str]:

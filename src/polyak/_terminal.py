@@ -124,7 +124,7 @@ def console(**options: Any) -> Console:
 
 def as_text(first: RenderableType, *below: RenderableType, width: int | None = None) -> str:
     """Tables and paragraphs as plain text of ``width`` columns, by default as many as the first one needs."""
-    plain = console(file=StringIO(), width=width or _MOST_COLUMNS, color_system=None)
+    plain = console(file=StringIO(), width=width or _MOST_COLUMNS, color_system=None, force_jupyter=False)
     if width is None:
         plain.width = max(_LEAST_COLUMNS, plain.measure(first).maximum)
     with plain.capture() as capture:
