@@ -29,6 +29,12 @@ OUTSIDE = {
 NO_API = {"polyak.cli", "__version__"}
 
 
+def on_config(config: Any) -> None:
+    """Every script among the examples has a page, before those on the project."""
+    scripts = [f"examples/{script.stem}.md" for script in sorted((ROOT / "examples").glob("*.py"))]
+    config.nav.insert(-1, {"Examples": scripts})
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add every page and picture that is made from something else."""
     sys.path.insert(0, str(HERE))
