@@ -38,7 +38,7 @@ def test_sdist_and_wheel_hold_the_package_and_no_test_or_benchmark(built: Path) 
         str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.*") if path.suffix != ".pyc"
     }
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert held == {name for name in sources if not name.startswith("__pycache__")}
+    assert held == {name for name in sources if "__pycache__" not in name}
     assert (
         "Requires-Dist: torch<3,>=2.9"
         in wheel.read(f"polyak-{polyak.__version__}.dist-info/METADATA").decode()
