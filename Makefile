@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A worker of the tests takes a gigabyte or two, so there are four at most.
 ON_ALL_CORES := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-browser test-slow test-oldest test-newest coverage format bench evidence clean
+.PHONY: demo test test-browser test-slow test-oldest test-newest coverage docs format bench evidence clean
 
 # Two seeds, half a minute; .venv/bin/polyak demo runs all of them.
 demo: $(VENV)/.demo
@@ -36,6 +36,10 @@ test-newest: .venv-newest/.dev
 coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ON_ALL_CORES) --cov --cov-report=term-missing:skip-covered
 
+# The documentation site, build/site/index.html; warnings are errors. mkdocs 2 has no plugins, so both stay where they are.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f website/mkdocs.yml
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -62,7 +66,7 @@ evidence: $(VENV)/.dev
 	$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist .pytest_cache .ruff_cache .hypothesis .coverage
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +74,10 @@ $(BIN)/python:
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing polyak, torch and what the demo draws with into $(VENV): a few minutes, this once"
 	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[docs]'
 	touch $@
 
 # timm depends on torchvision, which has no build beside this torch; what is used of it and of PEFT does without the rest.

@@ -54,3 +54,20 @@ def test_transformers_trainer(run, tmp_path):
     said = losses(run("transformers_trainer.py"))
     assert said["averaged"] < said["live"]
     assert "transformer.wte.weight" in checkpoints.open(tmp_path / "averaged").tensors
+
+
+def test_the_tour_gives_what_it_shows(tmp_path):
+    """Cell by cell in a kernel: the same kinds of outputs, as small as they were committed, and the file it ships."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    path = EXAMPLES / "tour.ipynb"
+    shown, run = (nbformat.read(path, as_version=4) for _ in range(2))
+    nbclient.NotebookClient(run, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert path.stat().st_size < 100_000
+    for before, now in zip(shown.cells, run.cells, strict=True):
+        assert outputs(before) == outputs(now), now.source
+    assert "0.weight" in checkpoints.open(tmp_path / "chosen.safetensors").tensors
+
+
+def outputs(cell):
+    """What kinds of outputs a cell of a notebook has."""
+    return [(o.output_type, o.get("name"), *sorted(o.get("data", ()))) for o in cell.get("outputs", ())]

@@ -54,3 +54,13 @@ def test_what_is_below_a_table_is_as_wide_as_it():
     rows.add_row("w" * 90, "1")
     *table, first, second = _terminal.as_text(rows, 40 * "word ").splitlines()
     assert 90 <= len(first) <= max(map(len, table)) and second.startswith("word")
+
+
+def test_nothing_is_wrapped_in_a_pipe(capsys, monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = _terminal.table("name", "#size")
+    rows.add_row("w" * 90, "1")
+    _terminal.console().print(rows, 40 * "word ")
+    assert [len(line.split()) for line in capsys.readouterr().out.splitlines()] == [2, 1, 2, 40]

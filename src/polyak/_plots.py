@@ -41,6 +41,7 @@ __all__ = [
     "levels_around",
     "line_panels",
     "png_bytes",
+    "svg_bytes",
     "within_reach",
 ]
 
@@ -308,6 +309,12 @@ def png_bytes(figure: Figure) -> bytes:
     return _saved(figure, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
 
 
+def svg_bytes(figure: Figure, **options: Any) -> bytes:
+    """The figure as an SVG file; the same figure gives the same bytes."""
+    # By default it says when it was made.
+    return _saved(figure, format="svg", metadata={"Date": None, "Creator": None}, **options)
+
+
 def inline_svg(figure: Figure) -> tuple[str, str]:
     """The figure's title, and the rest of it as an ``<svg>`` element for a page; the same figure gives the same.
 
@@ -316,7 +323,7 @@ def inline_svg(figure: Figure) -> tuple[str, str]:
     """
     title = " ".join(figure.get_suptitle().split())
     figure.suptitle("")
-    file = _saved(figure, format="svg", facecolor="none", metadata={"Date": None, "Creator": None}).decode()
+    file = svg_bytes(figure, facecolor="none").decode()
     drawing = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|xmlns(:xlink)?=\"[^\"]*\"", "", file, flags=re.S)
     # The names of groups are the same in every figure; those of paths that are used again are made of what they hold.
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing[drawing.index("<svg") :])

@@ -110,15 +110,21 @@ def table(*headings: str, title: str | None = None) -> Table:
 
 
 def console(**options: Any) -> Console:
-    """A console to which text is text: names in files are no markup, no emoji codes, and not coloured."""
+    """A console to which text is text: names in files are no markup, no emoji codes, and not coloured.
+
+    Where no terminal shows them, as in a pipe, lines are as long as what they say.
+    """
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False, **options)
+    made = Console(highlight=False, markup=False, emoji=False, **options)
+    if not (made.is_terminal or made.is_jupyter or "width" in options):
+        made.width = _MOST_COLUMNS
+    return made
 
 
 def as_text(first: RenderableType, *below: RenderableType, width: int | None = None) -> str:
     """Tables and paragraphs as plain text of ``width`` columns, by default as many as the first one needs."""
-    plain = console(file=StringIO(), width=width or _MOST_COLUMNS, color_system=None)
+    plain = console(file=StringIO(), width=width or _MOST_COLUMNS, color_system=None, force_jupyter=False)
     if width is None:
         plain.width = max(_LEAST_COLUMNS, plain.measure(first).maximum)
     with plain.capture() as capture:

@@ -26,15 +26,13 @@ __all__ = ["call_model", "statistics", "tracks_statistics", "update_bn"]
 
 
 class PooledMoments:
-    r"""Mean and variance per channel of several streams of batches, pooled in float64.
+    """Mean and variance per channel of several streams of batches, pooled in float64.
 
-    A batch of :math:`n` elements with mean :math:`\mu_b` and variance :math:`v_b` (divided by :math:`n`)
-    joins the :math:`N` elements before it as
+    A batch of n elements with mean μ_b and variance v_b (divided by n) joins the N elements before it as ::
 
-    .. math::
-        s = \frac{n}{N + n}, \qquad
-        v \leftarrow v + s\,\bigl(v_b - v + (1 - s)(\mu_b - \mu)^2\bigr), \qquad
-        \mu \leftarrow \mu + s\,(\mu_b - \mu)
+        s = n / (N + n)
+        v ← v + s (v_b - v + (1 - s) (μ_b - μ)²)
+        μ ← μ + s (μ_b - μ)
 
     Attributes:
         batches: number of batches merged, one ``int`` a stream.
@@ -396,16 +394,13 @@ def update_bn(
     passes: int = 1,
     progress: bool = False,
 ) -> None:
-    r"""Set the running statistics of every BatchNorm layer to those of all the data in ``loader``.
+    """Set the running statistics of every BatchNorm layer to those of all the data in ``loader``.
 
     Averaged weights have never seen a batch, so their running statistics belong to other weights. Here
-    each layer gets, per channel, the mean and the variance (divided by :math:`N`) of all :math:`N`
-    elements that reach it. With :math:`n_b`, :math:`\mu_b`, :math:`v_b` the elements per channel of batch
-    :math:`b`, their mean and their variance,
+    each layer gets, per channel, the mean and the variance (divided by N) of all N elements that reach it. With
+    n_b, μ_b, v_b the elements per channel of batch b, their mean and their variance, ::
 
-    .. math::
-        \mu = \frac{1}{N} \sum_b n_b\,\mu_b, \qquad
-        v = \frac{1}{N} \sum_b n_b \bigl(v_b + (\mu_b - \mu)^2\bigr), \qquad N = \sum_b n_b
+        N = Σ n_b        μ = (1/N) Σ n_b μ_b        v = (1/N) Σ n_b (v_b + (μ_b - μ)²)
 
     so the spread between batches counts as well as that within, and a short batch counts for what it
     holds.

@@ -204,6 +204,12 @@ def test_a_page_without_scores(folder_report, capsys):
     assert "<h1>Nothing was scored yet</h1>" in page and '<p class="run">ckpts</p>' in page
 
 
+def test_a_page_and_what_it_says_as_json(folder_report, capsys):
+    assert main(["report", "ckpts", "-o", "page.html", *SCORE, "--profiles", "uniform", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["output"] == "page.html" and "uniform scores best" in said["verdict"]
+
+
 def test_a_page_with_a_choice_and_the_line_to_it(folder_report, capsys):
     assert (
         main(["report", "ckpts/*.pt", "-o", "page.html", *SCORE, "--title", "mine", "--profiles", "uniform"])

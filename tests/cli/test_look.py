@@ -45,19 +45,21 @@ def test_demo_shows_and_writes_what_was_measured(tiny, tmp_path, capsys):
 
 def test_quick_takes_two_seeds_and_few_tuning_runs(tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(_show, "show", lambda task, seeds, outputs: taken.append((task, seeds)))
+    monkeypatch.setattr(_show, "show", lambda task, seeds, outputs, as_json: taken.append((task, seeds)))
     assert main(["demo", "--quick"]) == main(["demo", "--quick", "--seeds", "3"]) == main(["demo"]) == 0
     assert [seeds for _, seeds in taken] == [2, 3, 8]
     assert [_study.run_count(task, seeds) for task, seeds in taken] == [7, 9, 34]
     assert {task.steps for task, _ in taken} == {800}
 
 
-def test_running_it_twice_gives_the_same_files_byte_for_byte(tiny, tmp_path):
+def test_running_it_twice_gives_the_same_files_byte_for_byte(tiny, tmp_path, capsys):
     contents = []
-    for _ in range(2):
-        assert main(["demo", "--output", str(tmp_path)]) == 0
+    for how in ([], ["--json"]):
+        capsys.readouterr()
+        assert main(["demo", "--output", str(tmp_path), *how]) == 0
         contents.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert contents[0] == contents[1]
+    assert json.loads(capsys.readouterr().out) == json.loads(contents[1]["digits.json"])
 
 
 def test_foreign_files_stop_it_before_any_training(tiny, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import typer
@@ -8,6 +10,7 @@ import polyak.cli
 from polyak import __version__
 from polyak.cli import app, main
 from polyak.errors import CheckpointError
+from polyak.profiles import parse
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -19,7 +22,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"polyak {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_lists_the_commands(capsys, arguments):
     assert main(arguments) == 0
     assert "demo" in capsys.readouterr().out
@@ -95,10 +98,49 @@ def test_a_command_may_choose_its_exit_code(command):
     assert main(["fail"]) == 3
 
 
+def test_a_warning_is_one_line_without_source_code(monkeypatch, capsys):
+    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
+
+    @app.command("warn")
+    def warn() -> None:
+        with warnings.catch_warnings(action="always"):  # which pytest has made an error
+            warnings.warn("beware of\nthe dog", FutureWarning, stacklevel=1)
+
+    assert main(["warn"]) == 0
+    assert capsys.readouterr().err == "polyak: warning: beware of the dog\n"
+
+
 def test_a_bug_keeps_its_traceback(command):
     command(ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError):
         main(["fail"])
+
+
+def test_commands_and_options_are_completed(monkeypatch, capsys):
+    monkeypatch.setenv("_POLYAK_COMPLETE", "complete_bash")
+    for words, completed in (("polyak ins", "inspect"), ("polyak average --pro", "--profile")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        with pytest.raises(SystemExit):
+            main([])
+        assert capsys.readouterr().out.split() == [completed]
+
+
+def test_every_table_can_be_had_as_json():
+    group = typer.main.get_command(app)
+    with group.make_context("polyak", [], resilient_parsing=True) as context:
+        commands = [group.get_command(context, name) for name in group.list_commands(context)]
+    without = [command.name for command in commands if not any("--json" in p.opts for p in command.params)]
+    assert len(commands) >= 6 and without == []
+
+
+def test_profiles_are_listed_and_each_can_be_parsed(capsys):
+    assert main(["profiles"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert {"uniform", "ema:half_life=2000", "decay:sqrt:0.4"} < {str(parse(text)) for text in listed}
+    assert main(["profiles", "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["ema"]["counts"] == ["samples", "steps"] and known["tail"]["examples"][0] in listed
 
 
 def test_exports():

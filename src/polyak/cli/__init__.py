@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -11,17 +12,22 @@ import typer
 from polyak._version import __version__
 from polyak.cli._average import average
 from polyak.cli._choose import report, select
-from polyak.cli._look import demo, inspect
+from polyak.cli._look import demo, inspect, profiles
 from polyak.errors import PolyakError
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.command(short_help="Train on real data, and say whether averaging helped.")(demo)
 app.command(short_help="Average checkpoints of any tool, format and size.")(average)
 app.command(short_help="Say what checkpoints or a recorded run hold.")(inspect)
 app.command(short_help="Choose an average of a run on your own data.")(select)
 app.command(short_help="Write a page about a run.")(report)
+app.command(short_help="List the profiles: how they are written, what they weigh.")(profiles)
 
 
 @app.callback(invoke_without_command=True)
@@ -45,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Bad input is one line on stderr; a traceback is a bug in polyak.
     """
     try:
-        return app(arguments, prog_name="polyak", standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return app(arguments, prog_name="polyak", standalone_mode=False) or 0
     except PolyakError as error:
         message = error.for_command
     except (typer.Abort, KeyboardInterrupt):
@@ -57,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _wrong_use(error)
     print(f"polyak: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """A warning of any library as a line of ours: who typed a command asks for no source code."""
+    print(f"polyak: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _wrong_use(error: Any) -> str:

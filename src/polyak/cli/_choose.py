@@ -218,6 +218,7 @@ def report(
     allow: AllowOption = None,
     title: Annotated[str | None, typer.Option(help="The heading; by default the folder's name.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a page that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every candidate as JSON.")] = False,
 ) -> None:
     """Write one self-contained page about a run: which weights to ship, what that brings, and how the run went.
 
@@ -252,6 +253,10 @@ def report(
     write_report(
         trajectory, output, selection=selection, line=line, title=title, command=command, overwrite=force
     )
+    if as_json:
+        found = {} if selection is None else selection.to_dict()
+        typer.echo(json.dumps(found | {"output": str(output)}, indent=2))
+        return
     if selection is not None:
         typer.echo(selection.verdict)
     typer.echo(_terminal.wrote(output))

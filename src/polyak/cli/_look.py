@@ -1,4 +1,4 @@
-"""``polyak inspect`` and ``polyak demo``."""
+"""``polyak inspect``, ``polyak profiles`` and ``polyak demo``."""
 
 from __future__ import annotations
 
@@ -79,6 +79,36 @@ def _show(summary: inspection.Summary, show_all: bool, as_json: bool) -> None:
         _terminal.console().print(view(summary, show_all))
 
 
+# ``polyak profiles``: what may follow --profile.
+
+
+def profiles(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the unit of each.")] = False,
+) -> None:
+    """List the profiles: how each is written, and how much it says that each step of a run counts.
+
+    They follow --profile, and --profiles takes several between spaces. F(t, T) is the share of the weight that lies on
+    the first t of T steps or samples, c_n what an average that follows training takes of its n-th sample.
+    """
+    from polyak.profiles import parse, registered
+
+    known = {
+        name: {
+            "examples": list(cls.examples),
+            "weights": (cls.__doc__ or "").partition("\n")[0].replace("``", ""),
+            "counts": sorted({parse(example).unit for example in cls.examples}),
+        }
+        for name, cls in registered().items()
+    }
+    if as_json:
+        typer.echo(json.dumps(known, indent=2, ensure_ascii=False))
+        return
+    rows = _terminal.table("profile", "weights")
+    for profile in known.values():
+        rows.add_row("\n".join(profile["examples"]), str(profile["weights"]))
+    _terminal.console().print(rows)
+
+
 # ``polyak demo``: train on real data, average, compare, show.
 
 
@@ -103,6 +133,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for TASK.json, TASK.png and TASK.txt.")] = Path(
         "polyak-demo"
     ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print what TASK.json holds, and no more.")] = False,
 ) -> None:
     """Train on real data, average the weights, choose an average, and say plainly whether that helped.
 
@@ -126,4 +157,4 @@ def demo(
     from polyak.demo._show import Outputs, show
 
     chosen = _tasks.quick(_tasks.TASKS[task.value]) if quick else _tasks.TASKS[task.value]
-    show(chosen, chosen.seeds if seeds is None else seeds, Outputs(output, chosen.name))
+    show(chosen, chosen.seeds if seeds is None else seeds, Outputs(output, chosen.name), as_json=as_json)

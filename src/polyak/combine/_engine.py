@@ -402,8 +402,8 @@ class MemoryWriter(Writer):
 # On smaller bundles, and on few of them, threads spend their time waiting for each other's turn in Python.
 _WORTH_THREADS_BYTES, _WORTH_THREADS_BUNDLES = 1 << 17, 16
 
-# Called with the bytes done so far and in all, from one thread at a time.
 Progress = Callable[[int, int], object]
+"""Called with the bytes done so far and in all, from one thread at a time."""
 
 
 def combine(

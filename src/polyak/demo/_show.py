@@ -348,8 +348,8 @@ def _settings(task: Task) -> dict[str, Any]:
 _TEXT_FILE_COLUMNS = 100
 
 
-def show(task: Task, seeds: int, outputs: Outputs) -> None:
-    """Run ``task`` on ``seeds`` seeds with a progress bar, print verdict and table, write ``outputs``.
+def show(task: Task, seeds: int, outputs: Outputs, *, as_json: bool = False) -> None:
+    """Run ``task`` on ``seeds`` seeds with a progress bar, print verdict and table or all numbers, write ``outputs``.
 
     Raises:
         MissingExtraError, OptionError, OutputExistsError, CheckpointError: before any training.
@@ -359,7 +359,8 @@ def show(task: Task, seeds: int, outputs: Outputs) -> None:
         require(module, extra="demo", purpose="the demo")
     outputs.claim()
     console = _terminal.console()
-    console.print(_announcement(task, seeds))
+    if not as_json:
+        console.print(_announcement(task, seeds))
     study = _run_with_progress(task, seeds)
     answer, *details = verdict(study)
     findings: tuple[RenderableType, ...] = (
@@ -374,7 +375,11 @@ def show(task: Task, seeds: int, outputs: Outputs) -> None:
         study.first_selection,
     )
     text = _terminal.as_text(*findings, *selected, width=_TEXT_FILE_COLUMNS) + "\n"
-    outputs.write(study_as_data(study), _plots.png_bytes(study_figure(study)), text)
+    numbers = study_as_data(study)
+    outputs.write(numbers, _plots.png_bytes(study_figure(study)), text)
+    if as_json:
+        console.print(json.dumps(numbers, indent=2), soft_wrap=True)
+        return
     console.print(*findings, sep="\n")
     console.print(f"\n{_terminal.wrote(*outputs.paths)}", soft_wrap=True)
 

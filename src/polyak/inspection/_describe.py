@@ -239,6 +239,7 @@ def summarise_trajectory(path: Path) -> TrajectorySummary:
 
 
 Summary = _measure.CheckpointSummary | FolderSummary | TrajectorySummary | _measure.Comparison
+"""What ``describe`` and ``compare`` return; each has ``to_dict``."""
 
 
 def describe(
@@ -285,8 +286,10 @@ def compare(
     """Say what differs between two checkpoints, and by how much.
 
     Args:
-        path, other: a file or folder each.
-        key, other_key: the nested key to take weights from in each of them; the best known one by default.
+        path: a file or folder.
+        other: another.
+        key: the nested key to take weights from in the first of them; the best known one by default.
+        other_key: the same for the second.
         allow: as for :func:`describe`.
 
     Raises as ``describe``, and ``StructureError`` if the two have no tensor in common.

@@ -119,9 +119,11 @@ def fit(
         batches: one for each step, from the beginning again when they run out.
         loss: ``loss(model, batch)`` returns a scalar tensor.
         start: the profile to start from, or its text; None: ``Decay("sqrt", 0.4)``.
+        score: ``score(model)`` returns a number, or one for each example, whose mean counts.
+
+    Keyword Args:
         signed: allow negative weights; the average may then leave the hull of the blocks.
         steps: forward and backward passes, 200 if not given.
-        score: ``score(model)`` returns a number, or one for each example, whose mean counts.
         mode: "min" if lower scores are better, "max" if higher ones are.
         evaluations: calls of ``score``, 200 if not given.
         recalibrate: batches for :func:`polyak.update_bn` before each call.

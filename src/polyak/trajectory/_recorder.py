@@ -49,7 +49,7 @@ class Recorder:
     A block is the mean of the samples taken in the optimizer steps (start, stop]. Blocks are kept in fp32 (the
     default), as files of ``directory`` that are whole checkpoints. Once there are more than ``max_blocks``,
     neighbours merge, exactly; blocks are short near the end of the run and longer in proportion to their age,
-    whatever its length turns out to be (see :mod:`polyak.trajectory._policy`). Memory: two copies of the
+    whatever its length turns out to be (see ``polyak.trajectory._policy``). Memory: two copies of the
     parameters, one that fills and one that is written on a thread of its own; the training waits rather than
     queue more.
 
