@@ -58,6 +58,19 @@ def sample_of(shapes, dtype=torch.float32, seed=0):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
+def test_the_loops_take_small_weights_that_are_channels_last_too():
+    """One left to torch's operations, whose threads go on spinning, makes the loops half as slow again."""
+    weights = [w.to(memory_format=torch.channels_last) for w in sample_of([(64, 3, 7, 7), (512, 512, 3, 3)])]
+    mean = accumulator(weights)
+    assert sum(batch.numel for batch in mean._kernel.covered) == sum(w.numel() for w in weights)
+    mean.add([w.clone() for w in weights])
+    mean.add([w + 1 for w in weights])
+    means = accumulator([w.contiguous() for w in weights], device="host")
+    means.add([w.contiguous() for w in weights])
+    means.add([w.contiguous() + 1 for w in weights])
+    assert all(map(torch.equal, mean.means, means.means))
+
+
 def bits(tensors):
     return [t.contiguous().view(torch.int32).clone() for t in tensors]
 

@@ -77,7 +77,9 @@ class _Copy:
     def of(cls, indices: list[int], means: list[Tensor], buffer: Tensor, alike: bool) -> _Copy:
         numels = [mean.numel() for mean in means]
         whole = buffer[: sum(numels)]
-        slots = [slot.view(m.shape) for slot, m in zip(whole.split(numels), means, strict=True)]
+        slots = [
+            slot.as_strided(m.shape, m.stride()) for slot, m in zip(whole.split(numels), means, strict=True)
+        ]
         joins = alike and all(mean.ndim == 1 for mean in means)
         return cls(itemgetter(*indices), slots, whole, joins)
 
@@ -162,7 +164,7 @@ def _allocate(tensors: Sequence[Tensor], kinds: list[_Kind], pinned: bool) -> li
         for (dtype, device), sizes in numels.items()
     }
     return [
-        next(parts[kind]).view(tensor.shape)
+        next(parts[kind]).as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
         if is_small(tensor)
         else torch.zeros_like(tensor, dtype=kind[0], device=kind[1], requires_grad=False, pin_memory=pinned)
         for tensor, kind in zip(tensors, kinds, strict=True)
@@ -209,7 +211,7 @@ def plan_batches(
     copies = 3 if residuals else 1  # Kahan's sum works on copies of all it changes
     share = max(sum(mean.numel() for mean in means) // 100, _LEAST_COPIED_NUMEL) // copies
     groups = _small_groups(tensors, means, range(len(means)), share)
-    small = [[_Piece(index) for index in group] for group in groups]
+    small = [[_Piece(index, _order(means[index])) for index in group] for group in groups]
     buffers = _buffers(
         (_kind(means[group[0].index]), sum(means[piece.index].numel() for piece in group)) for group in small
     )
@@ -252,7 +254,7 @@ def plan_staged(
     """
     small = list(_small_groups(tensors, means, indices, _STAGED_NUMEL)) if gathers else []
     gathered = {index for group in small for index in group}
-    plan = [[_Piece(index) for index in group] for group in small]
+    plan = [[_Piece(index, _order(means[index])) for index in group] for group in small]
     by_kind: dict[_Kind, list[_Piece]] = {}
     for index in indices:
         if index not in gathered:
@@ -387,7 +389,8 @@ def _batch(
     about = (alike, kind, ends[-1], geometry)
     if buffers is None or len(pieces) == 1:
         return Batch(pieces, parts, others[0] if others else None, None, *about)
-    copy = _Copy.of([piece.index for piece in pieces], parts, buffers[kind], alike)
+    indices = [piece.index for piece in pieces]
+    copy = _Copy.of(indices, [means[index] for index in indices], buffers[kind], alike)
     return Batch(pieces, [_as_one(parts)], _as_one(others) if others else None, copy, *about)
 
 
@@ -396,13 +399,16 @@ def _pieces(index: int, mean: Tensor, most: int) -> list[_Piece]:
 
     Some operations copy what does not: aminmax of channels-last weights would take eight times as long.
     """
-    order = None if mean.is_contiguous() else _memory_order(mean)
+    order = _order(mean)
     ordered = mean if order is None else mean.permute(order)
     return [_Piece(index, order, cuts) for cuts in _cut(ordered, most)]
 
 
-def _memory_order(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+def _order(mean: Tensor) -> tuple[int, ...] | None:
+    """Its dimensions as they follow each other in memory; None where that is as they are."""
+    if mean.is_contiguous():
+        return None
+    return tuple(sorted(range(mean.ndim), key=mean.stride, reverse=True))
 
 
 def _cut(tensor: Tensor, most: int) -> list[tuple[tuple[int, int, int], ...]]:
