@@ -50,14 +50,18 @@ def test_results_show_the_committed_figures(monkeypatch: pytest.MonkeyPatch) -> 
     assert (ROOT / "docs" / "choosing.md").read_text() == tables.choosing(), "run python benchmarks/tables.py"
 
 
-PASTED = [ROOT / "docs" / "teacher.md"]  # whose code has no prompts, so that doctest passes over it
+# Pages whose code has no prompts, so that doctest passes over it, and what it prints.
+PASTED = {"README.md": "scores best", "docs/teacher.md": r"accuracy of the teacher (0\.9[5-9]|1\.)"}
 
 
-@pytest.mark.parametrize("document", PASTED, ids=lambda path: path.name)
-def test_what_is_to_be_pasted_runs(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), re.M | re.S)
+@pytest.mark.parametrize("document", PASTED)
+def test_what_is_to_be_pasted_runs(
+    document: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S)
     assert blocks and not any(">>>" in block for block in blocks)
+    names = {"__name__": "__main__"}
     for block in blocks:
-        exec(compile(block, str(document), "exec"), {"__name__": "__main__"})
-    accuracy = re.search(r"accuracy of the teacher ([\d.]+)", capsys.readouterr().out)
-    assert accuracy and float(accuracy[1]) > 0.95
+        exec(compile(block, document, "exec"), names)
+    assert re.search(PASTED[document], capsys.readouterr().out)

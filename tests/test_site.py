@@ -77,6 +77,10 @@ def test_each_figure_is_drawn_from_its_file_and_has_its_place(hooks: ModuleType)
     assert set(figures.PLACES) <= headings and set(figures.PLACES.values()) == set(figures.FIGURES)
     for name, picture in figures.pictures():
         assert picture.startswith(b"<?xml") and len(picture) < 100_000, name
+        shown = ROOT / "docs" / "figures" / f"{name}.svg"
+        assert not shown.exists() or shown.read_bytes() == picture, (
+            f"run python website/figures.py docs/figures {name}"
+        )
 
 
 @pytest.mark.slow

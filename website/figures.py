@@ -1,4 +1,7 @@
-"""The figures of the results page, drawn from benchmarks/results: `python website/figures.py FOLDER` writes them."""
+"""The figures of the results page, from benchmarks/results: `python website/figures.py FOLDER [NAME …]` writes them.
+
+Those that the README shows lie in docs/figures as well.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,33 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from polyak._plots import Dot, Line, Panel, dot_chart, line_panels, svg_bytes
+from polyak._plots import Dot, Line, Panel, Role, dot_chart, line_panels, svg_bytes
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
+ROLES: dict[str, Role] = {"live weights": "live", "chosen by select": "chosen"}
+# Averages with statistics of other weights would set the scale; the table has them.
+BROKEN = "no update_bn"
+
+
 def demo(data: dict[str, Any]) -> Any:
     dots = [
-        Dot(label, *(entry["test_nll"]["minus_tuned_decay"][key] for key in ("mean", "low", "high")))
+        Dot(
+            label,
+            *(entry["test_nll"]["minus_tuned_decay"][key] for key in ("mean", "low", "high")),
+            _role(label),
+        )
         for label, entry in data["summary"].items()
+        if BROKEN not in label
     ]
-    return dot_chart("Against the best tuned decay", "test NLL minus that of the tuned decay", dots)
+    return dot_chart(
+        "Against the best tuned decay: left is better", "test NLL minus that of the tuned decay", dots
+    )
+
+
+def _role(label: str) -> Role:
+    return ROLES.get(label, "other")
 
 
 def no_harm(data: dict[str, Any]) -> Any:
@@ -33,7 +52,8 @@ def preview(data: dict[str, Any]) -> Any:
     shares = list(data["shares"].values())
     names = {"live": "live weights", "ema": "EMA", "preview": "decay:sqrt:0.4", "decayed": "really decayed"}
     by_seed = {key: list(zip(*(share[key] for share in shares), strict=True)) for key in names}
-    lines = [Line(name, [share["steps"] for share in shares], by_seed[key]) for key, name in names.items()]
+    steps = [share["steps"] for share in shares]
+    lines = [Line(name, steps, by_seed[key], _role(name)) for key, name in names.items()]
     return line_panels("If the rate were decayed now", "optimizer steps", [Panel("test NLL", lines)])
 
 
@@ -106,5 +126,7 @@ def pictures() -> Iterator[tuple[str, bytes]]:
 
 
 if __name__ == "__main__":
+    wanted = sys.argv[2:] or list(FIGURES)
     for name, picture in pictures():
-        Path(sys.argv[1], f"{name}.svg").write_bytes(picture)
+        if name in wanted:
+            Path(sys.argv[1], f"{name}.svg").write_bytes(picture)

@@ -48,7 +48,8 @@ def on_files(files: Files, config: Any) -> Files:
     for page, content in _notebook("tour"):
         files.append(File.generated(config, page, content=content))
     for name, picture in figures.pictures():
-        files.append(File.generated(config, f"figures/{name}.svg", content=picture))
+        if not (ROOT / "docs" / "figures" / f"{name}.svg").exists():  # as those that the README shows do
+            files.append(File.generated(config, f"figures/{name}.svg", content=picture))
     files.append(File.generated(config, "reference/commands.md", content="\n".join(_commands())))
     for asset in ("site.css", "iframe-worker.js"):
         files.append(File.generated(config, asset, content=(HERE / asset).read_bytes()))
