@@ -50,6 +50,7 @@ def test_decays_and_rates_are_tuned_by_validation_of_what_they_are_for(effect, m
     assert effect._best_decay(tuning, 50) == (0.006, "cosine")
 
 
+@pytest.mark.slow
 def test_a_tiny_study_answers_all_three_questions(effect, monkeypatch, tmp_path):
     monkeypatch.setattr("polyak.demo._tasks._TEXT_SAMPLES", 300)
     monkeypatch.setattr(import_module("effect_runs"), "BOUND_ITERATIONS", 3)

@@ -43,6 +43,7 @@ def losses(said: str) -> dict[str, float]:
     return {name: float(loss) for name, loss in re.findall(r"loss of the (\w+) weights +([\d.]+)", said)}
 
 
+@pytest.mark.slow
 def test_lightning_trainer(run, tmp_path):
     said = losses(run("lightning_trainer.py", warnings="default"))
     assert said["averaged"] < said["live"]
@@ -56,6 +57,7 @@ def test_transformers_trainer(run, tmp_path):
     assert "transformer.wte.weight" in checkpoints.open(tmp_path / "averaged").tensors
 
 
+@pytest.mark.slow
 def test_the_tour_gives_what_it_shows(tmp_path):
     """Cell by cell in a kernel: the same kinds of outputs, as small as they were committed, and the file it ships."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")

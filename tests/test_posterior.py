@@ -71,7 +71,7 @@ def test_equal_weights_give_the_papers_moments(run):
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=str)
-@pytest.mark.parametrize("rank", [4, 20])
+@pytest.mark.parametrize("rank", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_draws_have_the_covariance_that_was_promised(run, profile, rank):
     trajectory, samples, _ = run
     count, scale = 4000, 0.7

@@ -48,7 +48,13 @@ CONVERT = """
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's account of memory")
 @pytest.mark.parametrize(
-    ("source", "target"), [("safetensors", "pt"), ("pt", "npz"), ("npz", "dcp"), ("dcp", "safetensors")]
+    ("source", "target"),
+    [
+        ("safetensors", "pt"),
+        pytest.param("pt", "npz", marks=pytest.mark.slow),
+        pytest.param("npz", "dcp", marks=pytest.mark.slow),
+        ("dcp", "safetensors"),
+    ],
 )
 def test_a_large_tensor_in_little_memory(tmp_path, source, target):
     code = textwrap.dedent(CONVERT)

@@ -52,6 +52,7 @@ def test_quick_takes_two_seeds_and_few_tuning_runs(tmp_path, monkeypatch):
     assert {task.steps for task, _ in taken} == {800}
 
 
+@pytest.mark.slow
 def test_running_it_twice_gives_the_same_files_byte_for_byte(tiny, tmp_path, capsys):
     contents = []
     for how in ([], ["--json"]):

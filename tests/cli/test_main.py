@@ -137,9 +137,10 @@ def test_every_table_can_be_had_as_json():
 def test_profiles_are_listed_and_each_can_be_parsed(capsys):
     assert main(["profiles"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert {"uniform", "ema:half_life=2000", "decay:sqrt:0.4"} < {str(parse(text)) for text in listed}
+    assert {"uniform", "ema:half_life=2000", "decay:sqrt:0.4"} < set(listed)
     assert main(["profiles", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
+    assert all(str(parse(text)) for profile in known.values() for text in profile["examples"])
     assert known["ema"]["counts"] == ["samples", "steps"] and known["tail"]["examples"][0] in listed
 
 

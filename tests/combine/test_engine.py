@@ -348,7 +348,7 @@ def peak_bytes(folder, max_memory):
     return int(result.stdout)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("suffix", [pytest.param(".safetensors", marks=pytest.mark.slow), ".pt"])
 @pytest.mark.parametrize(
     ("n_inputs", "tensors", "elements"),
     [

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parents[1]
 SUITE = [TESTS / "contract" / "test_formats.py", TESTS / "checkpoints" / "test_fuzz.py"]
 
@@ -65,6 +67,7 @@ def pytest_configure():
     define()
 
 
+@pytest.mark.slow
 def test_a_new_format_goes_through_the_contract_suite():
     assert len(inspect.getsource(define).splitlines()) <= 60
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

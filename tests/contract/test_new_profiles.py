@@ -98,7 +98,11 @@ def names_of_passed(output: str) -> set[str]:
     return set(re.findall(r"^PASSED .*::(test_\w+)", output, re.M))
 
 
-@pytest.mark.parametrize(("source", "at_most"), [(SCHEME, 40), (PROFILE, 30)], ids=["a scheme", "a profile"])
+@pytest.mark.parametrize(
+    ("source", "at_most"),
+    [pytest.param(SCHEME, 40, marks=pytest.mark.slow), (PROFILE, 30)],
+    ids=["a scheme", "a profile"],
+)
 def test_a_new_class_is_one_short_file_that_keeps_the_contract(tmp_path, source, at_most):
     assert len(source.strip().splitlines()) <= at_most
     done = run_the_contract(tmp_path, source)

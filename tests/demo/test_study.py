@@ -75,6 +75,7 @@ def test_early_stopping_takes_the_best_validation_epoch_not_the_best_test_epoch(
     assert study.scores(LIVE_EARLY, "nll") == [2.0, 2.0]
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_bytes(study, tiny_digits):
     again = run_study(tiny_digits, seeds=2, workers=2)
     assert json.dumps(study_as_data(again)) == json.dumps(study_as_data(study))

@@ -203,6 +203,7 @@ def save_average(folder):
     return {n: full(t) for n, t in average.named_tensors().items()}
 
 
+@pytest.mark.slow
 def test_a_sharded_average_is_saved_without_gathering(tmp_path):
     from polyak import checkpoints
 
@@ -303,6 +304,7 @@ def save_large(path):
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_leaves_no_file_and_none_takes_a_copy_of_the_model(tmp_path):
     (first, left, grown), (second, _, other_grown) = run_on_ranks(save_and_fail, str(tmp_path))
     assert "given up on every rank, because it failed on rank 1" in first
@@ -327,6 +329,7 @@ def shard_after_start():
     return fresh.n_averaged
 
 
+@pytest.mark.slow
 def test_a_model_sharded_halfway_is_refused():
     assert run_on_ranks(shard_after_start) == [1, 1]
 
@@ -341,6 +344,7 @@ def hybrid():
     )
 
 
+@pytest.mark.slow
 def test_hybrid_sharding():
     for found, expected in run_on_ranks(hybrid):
         for name, value in found.items():

@@ -128,6 +128,7 @@ def test_torchrun(tmp_path):
     assert (tmp_path / "shared.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_torchrun_with_bad_input(tmp_path):
     make_inputs(tmp_path)
     os.truncate(tmp_path / "step3.safetensors", 1_000_000)

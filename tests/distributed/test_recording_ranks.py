@@ -74,7 +74,11 @@ def recorded_by_ranks(folder, poisoned):
     return trajectory.average("blend:0.7:tail:0.5"), trajectory.live()
 
 
-@pytest.mark.parametrize("poisoned", [(), (6, 42)], ids=["whole", "with NaNs on one rank"])
+@pytest.mark.parametrize(
+    "poisoned",
+    [pytest.param((), marks=pytest.mark.slow), (6, 42)],
+    ids=["whole", "with NaNs on one rank"],
+)
 def test_a_sharded_run_is_recorded_as_a_whole_one(tmp_path, poisoned):
     found = run_on_ranks(recorded_by_ranks, str(tmp_path / "sharded"), poisoned)
     record(tmp_path / "plain", lambda model: model, steps=70, poisoned=poisoned)
@@ -183,6 +187,7 @@ def previews_by_ranks(folder):
     ]
 
 
+@pytest.mark.slow
 def test_an_average_of_the_run_so_far_is_put_into_a_sharded_model_part_by_part(tmp_path):
     by_rank = run_on_ranks(previews_by_ranks, str(tmp_path / "run"))
     plain = [
@@ -219,6 +224,7 @@ def damaged_previews(folder):
         run._release()
 
 
+@pytest.mark.slow
 def test_a_damaged_block_is_found_by_all_ranks_though_each_reads_a_part(tmp_path):
     assert run_on_ranks(damaged_previews, str(tmp_path / "run")) == [True, True]
 
@@ -298,6 +304,7 @@ def adapters_by_ranks(folder):
     )
 
 
+@pytest.mark.slow
 def test_plain_adapters_of_a_sharded_base_are_recorded_with_all_of_it(tmp_path):
     assert run_on_ranks(adapters_by_ranks, str(tmp_path / "run")) == [([6.0], True, [4.0], True)] * 2
 
@@ -313,6 +320,7 @@ def twice_sharded(folder):
         return str(error)
 
 
+@pytest.mark.slow
 def test_a_dimension_that_is_sharded_twice_is_refused_at_once(tmp_path):
     for message in run_on_ranks(twice_sharded, str(tmp_path / "run"), ranks=4):
         assert "0.weight" in message and "only of Shard and Replicate can it be told" in message
@@ -338,6 +346,7 @@ def failing_by_ranks(folder):
     return kinds
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_write_stops_all_and_what_was_written_stays(tmp_path):
     first, second = run_on_ranks(failing_by_ranks, str(tmp_path / "run"))
     assert second == [("CheckpointError", True)] * 2
@@ -374,6 +383,7 @@ def frozen_parameters_moved(folder):
         return changed, type(error).__name__, "cannot read" in str(error)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_that_were_moved_are_written_anew_or_all_ranks_raise(tmp_path):
     first, second = run_on_ranks(frozen_parameters_moved, str(tmp_path / "run"))
     assert first == (True, "PolyakError", True) and second == (True, "CheckpointError", True)

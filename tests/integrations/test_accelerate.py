@@ -65,6 +65,7 @@ def sharded(folder, load):
     return average.n_averaged, {name: tensor.full_tensor() for name, tensor in means.items()}
 
 
+@pytest.mark.slow
 def test_a_sharded_average_is_carried_to_another_number_of_ranks(tmp_path):
     whole = run(Accelerator(cpu=True), tmp_path / "whole", 6, by_name)
     before = run_on_ranks(sharded, str(tmp_path), False)

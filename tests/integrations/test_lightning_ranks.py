@@ -22,6 +22,8 @@ from polyak.errors import StructureError
 from polyak.integrations.lightning import Averaging, Recording
 from ranks import run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 ROWS, BATCH = 32, 4  # 4 steps an epoch on each of two ranks
 
 

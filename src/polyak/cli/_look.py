@@ -104,8 +104,8 @@ def profiles(
         typer.echo(json.dumps(known, indent=2, ensure_ascii=False))
         return
     rows = _terminal.table("profile", "weights")
-    for profile in known.values():
-        rows.add_row("\n".join(profile["examples"]), str(profile["weights"]))
+    for name, profile in known.items():
+        rows.add_row("\n".join(profile["examples"]) or name, str(profile["weights"]))
     _terminal.console().print(rows)
 
 
