@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -23,7 +24,7 @@ from polyak import _batches, _model, _torch
 from polyak._device_mean import DeviceMean, _FusedFold
 from polyak._mean import Accumulator
 from polyak.errors import NonFiniteError
-from polyak.optim.swa_utils import AveragedModel
+from polyak.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from polyak.profiles import Scheme, Uniform, parse, registered
 from ranks import run_on_ranks
 
@@ -415,26 +416,50 @@ def test_what_comes_over_to_the_host_comes_once(monkeypatch, agree):
     assert (mean.n_averaged, mean.n_skipped, copies.numel) == (4, 1, total)
 
 
-def test_averaged_model_waits_for_the_device_once(monkeypatch):
-    monkeypatch.setattr(_torch, "on_host", lambda tensor: False)
-    reads = []
+class Deaf(TorchDispatchMode):
+    """The host may read nothing of what is computed inside."""
 
-    class Reads(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten._local_scalar_dense.default:
-                reads.append(func)
-            return func(*args, **(kwargs or {}))
+    READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero")
 
-    model = nn.Linear(3, 2)
-    averaged = AveragedModel(model)
-    for n in range(6):
-        reads.clear()
-        with Reads():
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.__name__.partition(".")[0] not in self.READS, "the host reads a number of the device"
+        return func(*args, **(kwargs or {}))
+
+
+def sampled(dtype, options, listens):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(40, 500)).to(dtype)
+    model[2].bias.requires_grad_(False)
+    averaged = AveragedModel(model, **options)
+    for n in range(7):
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape) if tensor.is_floating_point() else torch.tensor(n))
+        if n in (0, 4):
+            model[0].bias.data[1] = float("nan")
+        with nullcontext() if listens or n < 2 else Deaf():  # the second is the first that is finite
             averaged.update_parameters(model)
-        assert n < 2 or len(reads) == 1
-    averaged.n_averaged.fill_(2)  # written by somebody: it is looked at
-    averaged.update_parameters(model)
-    assert averaged.n_averaged == 3
+    return averaged
+
+
+@pytest.mark.parametrize("options", [{}, {"use_buffers": True}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averaged_model_reads_the_device_at_the_first_sample_alone(monkeypatch, dtype, options):
+    host = sampled(dtype, options, listens=True)
+    monkeypatch.setattr(_torch, "on_host", lambda tensor: False)
+    device = sampled(dtype, options, listens=False)
+    assert device.n_averaged == host.n_averaged == 5 and device.n_averaged.dtype == torch.long
+    assert device.module[1].num_batches_tracked == 6
+    for mine, peer in (
+        (device.module.state_dict(), host.module.state_dict()),
+        (device.state_dict(), host.state_dict()),
+    ):
+        assert mine.keys() == peer.keys()
+        for name, tensor in peer.items():
+            tolerance = 1e-6 if tensor.dtype != torch.bfloat16 else 1e-2
+            torch.testing.assert_close(mine[name], tensor, rtol=tolerance, atol=tolerance)
+    device.n_averaged.fill_(2)  # written by somebody: it is looked at
+    device.update_parameters(device.module)
+    assert device.n_averaged == 3
 
 
 def test_the_fused_way_is_taken_where_it_can_be():

@@ -213,6 +213,11 @@ class Accumulator:
         return self._counts
 
     @property
+    def refused_there(self) -> Tensor | None:
+        """1 where the last sample was left out, on the accelerator on which the means live; None on the host."""
+        return self._counts.refused if isinstance(self._counts, DeviceMean) else None
+
+    @property
     def n_averaged(self) -> int:
         """Samples in the means; on an accelerator reading it waits for the device."""
         return int(self._settled.averaged)

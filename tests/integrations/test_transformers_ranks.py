@@ -198,19 +198,22 @@ def adapted_by_fsdp(folder):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_ranks_that_record_alone_agree_on_the_best_checkpoint(tmp_path):
-    assert run_on_ranks(recorded_by_fsdp, str(tmp_path)) == [str(tmp_path / "out" / "checkpoint-6")] * 2
+    assert (
+        run_on_ranks(recorded_by_fsdp, str(tmp_path), timeout_seconds=240)
+        == [str(tmp_path / "out" / "checkpoint-6")] * 2
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_a_folder_of_a_sharded_adapter_is_refused(tmp_path):
-    run_on_ranks(adapted_by_fsdp, str(tmp_path))
+    run_on_ranks(adapted_by_fsdp, str(tmp_path), timeout_seconds=240)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_fsdp_of_accelerate_with_checkpoints_that_other_numbers_of_ranks_resume(tmp_path):
-    (held, visited, whole), (other_held, _, other) = run_on_ranks(by_fsdp, str(tmp_path))
+    (held, visited, whole), (other_held, _, other) = run_on_ranks(by_fsdp, str(tmp_path), timeout_seconds=240)
     means, model, recorded, scored = whole
     assert held + other_held == sum(value.numel() for value in visited[0].values()), "nothing is held twice"
     assert scored == other[3] and scored[1]["eval_loss/average"] < scored[0]["eval_loss/average"]
@@ -227,6 +230,6 @@ def test_fsdp_of_accelerate_with_checkpoints_that_other_numbers_of_ranks_resume(
     assert_close(dict(saved.named_parameters()), expected)
     assert_close(recorded, mean_of(visited))
     for ranks, atol in ((2, 0), (1, 1e-4)):
-        again = run_on_ranks(resumed_by_fsdp, str(tmp_path), ranks=ranks)[0]
+        again = run_on_ranks(resumed_by_fsdp, str(tmp_path), ranks=ranks, timeout_seconds=240)[0]
         for found, before in zip(again[:3], whole[:3], strict=True):
             assert_close(found, before, atol=atol)

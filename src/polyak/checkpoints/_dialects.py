@@ -15,10 +15,12 @@ from pathlib import Path
 
 __all__ = [
     "DIALECTS",
+    "LIVE_BESIDE",
     "PIPELINE_FILES",
     "STEP_KEYS",
     "STEP_PATHS",
     "Dialect",
+    "is_average_beside",
     "is_no_weights_file",
     "key_rank",
     "rank_part",
@@ -41,6 +43,8 @@ class Dialect:
         without_dots: averaged names lack the dots of the live ones.
         steps: entries that tell the step, the best first; those that end in ``epoch`` count epochs.
         no_weights: patterns of files of its folders that hold no weights.
+        averages_beside: patterns of files and folders that may hold averages, in the folder of a checkpoint's weights.
+        live_beside: files and folders of weights in such a folder, where it is not itself what a library loads.
         ranks: where each rank writes a file of its own, patterns of what in its path says of which rank it is; the
             rest is the path of the whole checkpoint: its folder, or a file that is not there.
     """
@@ -55,11 +59,13 @@ class Dialect:
     without_dots: bool = False
     steps: tuple[str, ...] = ()
     no_weights: tuple[str, ...] = ()
+    averages_beside: tuple[str, ...] = ()
+    live_beside: tuple[str, ...] = ()
     ranks: tuple[str, ...] = ()
 
 
 DIALECTS = (
-    Dialect("polyak", averaged=("average",), steps=("step",)),
+    Dialect("polyak", averaged=("average",), steps=("step",), averages_beside=("polyak-*",)),
     # Lightning's WeightAveraging and polyak's Averaging exchange the two when they save.
     Dialect(
         "Lightning averaging",
@@ -184,7 +190,10 @@ DIALECTS = (
         steps=("step", "train_steps", "epoch"),
     ),
     Dialect(
-        "accelerate", no_weights=("pytorch_model_fsdp_*", "custom_checkpoint_*.pkl", "dl_state_dict*.bin")
+        "accelerate",
+        no_weights=("optimizer_[0-9]*", "custom_checkpoint_*.pkl", "dl_state_dict*.bin"),
+        averages_beside=("custom_checkpoint_*.pkl",),
+        live_beside=("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"),
     ),
 )
 
@@ -232,9 +241,13 @@ def key_rank(key: str) -> tuple[bool, int] | None:
 PIPELINE_FILES = ("model_index.json", "modules.json")
 
 
-_NO_WEIGHTS = re.compile(
-    "|".join(translate(pattern) for dialect in DIALECTS for pattern in dialect.no_weights)
-)
+def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, patterns)))
+
+
+_NO_WEIGHTS = _any_of(pattern for dialect in DIALECTS for pattern in dialect.no_weights)
+_AVERAGES_BESIDE = _any_of(pattern for dialect in DIALECTS for pattern in dialect.averages_beside)
+LIVE_BESIDE = tuple(name for dialect in DIALECTS for name in dialect.live_beside)
 
 
 def is_no_weights_file(name: str) -> bool:
@@ -244,6 +257,15 @@ def is_no_weights_file(name: str) -> bool:
     (True, False)
     """
     return _NO_WEIGHTS.fullmatch(name) is not None
+
+
+def is_average_beside(name: str) -> bool:
+    """Whether what is called so in the folder of a checkpoint may be an average of its weights.
+
+    >>> is_average_beside("polyak-ema.pt"), is_average_beside("model.safetensors")
+    (True, False)
+    """
+    return _AVERAGES_BESIDE.fullmatch(name) is not None
 
 
 _RANKS = [re.compile(pattern) for dialect in DIALECTS for pattern in dialect.ranks]

@@ -19,6 +19,7 @@ from polyak._checks import whole_within
 from polyak.checkpoints import Checkpoint, _checkpoint
 from polyak.checkpoints._base import NoWeightsError
 from polyak.checkpoints._dialects import is_no_weights_file
+from polyak.combine import _beside
 from polyak.combine._ranks import (
     opened_parts,
     refuse_missing_parts,
@@ -43,12 +44,11 @@ from polyak.combine._roles import (
     refuse_siblings,
     refuse_without_names,
     same_weights,
-    with_half_precision,
 )
 from polyak.combine._steps import counted_from_one, number_in_name, of_two_runs, steps_in_names
 from polyak.errors import OptionError, PolyakError, name_list
 
-__all__ = ["Reading", "checkpoints_below", "read_inputs"]
+__all__ = ["Reading", "read_inputs"]
 
 _MAX_FOLDER_DEPTH = 4
 
@@ -139,12 +139,14 @@ def read_inputs(
     given = [Path(paths)] if isinstance(paths, str | PathLike) else [Path(path) for path in paths]
     reading = Reading()
     try:
-        reading.items = with_ranks_together(with_half_precision(_discovered(given, set(found))))
+        reading.items = with_ranks_together(_discovered(given, set(found)))
         refuse_ranks(reading.items)
         leave_out_links(reading.items, all_count)
         leave_out_unfinished(reading.items)
         _open(reading.items, key, allow, keep_going)
+        reading.items = _beside.with_those_beside(reading.items)
         if not all_count:
+            _beside.leave_out_averages_beside(reading.taken)
             leave_out_copies(reading.taken)
             leave_out_half_precision(reading.taken)
             leave_out_averages_of_others(reading.taken)
@@ -153,6 +155,8 @@ def read_inputs(
                 leave_out_specials(reading.taken)
             refuse_several_widths(reading.taken)
         refuse_mixed_kinds(reading.taken, all_count)
+        if key is None:
+            _beside.complete_averages(reading.taken)
         _order(reading, steps, all_count)
         _take_last(reading, last)
         refuse_missing_parts(reading.taken)
@@ -205,7 +209,7 @@ def _discovered(paths: list[Path], found: set[Path]) -> list[Item]:
 
 def _with_those_below(path: Path, alone: bool, given: bool) -> list[Item]:
     """A model's folder; where it is the only input and has checkpoints of the run below it, these."""
-    below = checkpoints_below(path) if alone else []
+    below = _beside.checkpoints_below(path) if alone else []
     if not below:
         return [Item(path, path.name, given)]
     final = Item(
@@ -215,15 +219,6 @@ def _with_those_below(path: Path, alone: bool, given: bool) -> list[Item]:
         why="the model above the checkpoints of its run: name it with others to take it",
     )
     return [final, *(Item(item, item.name, False) for item in below)]
-
-
-def checkpoints_below(path: Path) -> list[Path]:
-    """The numbered checkpoints of the run inside the folder of a model, as transformers' Trainer leaves them."""
-    return [
-        item
-        for item in _checkpoint.checkpoint_paths(path)
-        if item.is_dir() and number_in_name(item.name) is not None
-    ]
 
 
 def _inside(folder: Path, depth: int = 1) -> list[Path]:

@@ -22,6 +22,8 @@ from polyak.errors import CheckpointError, OptionError, PolyakError, name_list
 
 __all__ = [
     "Item",
+    "called_average",
+    "is_half_precision",
     "is_special",
     "leave_out_averages_of_others",
     "leave_out_copies",
@@ -37,7 +39,6 @@ __all__ = [
     "refuse_siblings",
     "refuse_without_names",
     "same_weights",
-    "with_half_precision",
 ]
 
 # Names beside a numbered series that are no part of it.
@@ -207,38 +208,30 @@ def is_special(name: str) -> bool:
     return is_bare or bool(_SPECIAL & _words(name))
 
 
+def called_average(name: str) -> bool:
+    """Whether a word of a name says that it is an average, which may be a word of the model's too.
+
+    >>> called_average("ema_model.pt"), called_average("average"), called_average("model.safetensors")
+    (True, True, False)
+    """
+    return bool({*_AVERAGED, "average", "averaged"} & _words(name))
+
+
 _HALF = re.compile(r"(?<![a-z0-9])(?:b?fp?16|float16|bfloat16|half(?!_life))(?![a-z0-9])", re.IGNORECASE)
 
 
-def _is_half_precision(name: str) -> bool:
+def is_half_precision(name: str) -> bool:
     """Whether a file's name says that it holds weights in half precision.
 
-    >>> [_is_half_precision(name) for name in ("model.fp16.safetensors", "halfway.pt", "ema-half_life-2000.pt")]
+    >>> [is_half_precision(name) for name in ("model.fp16.safetensors", "halfway.pt", "ema-half_life-2000.pt")]
     [True, False, False]
     """
     return _HALF.search(name) is not None
 
 
-def with_half_precision(items: list[Item]) -> list[Item]:
-    """The items, and the weights in half precision that lie in a library's folders beside those that it loads."""
-    halved = [
-        Item(
-            file,
-            (Path(item.name) / file.name).as_posix(),
-            False,
-            why="half precision, beside the weights in full",
-        )
-        for item in items
-        if item.path.is_dir()
-        for file in _checkpoint.checkpoint_paths(item.path)
-        if _is_half_precision(file.name)
-    ]
-    return items + halved
-
-
 def leave_out_half_precision(items: list[Item]) -> None:
     """The same weights in fewer bits: ``model.fp16.safetensors`` beside ``model.safetensors``."""
-    full = {item.path: item for item in items if not _is_half_precision(item.path.name)}
+    full = {item.path: item for item in items if not is_half_precision(item.path.name)}
     for item in items:
         halved = _HALF.search(item.path.name)
         if item.given or halved is None:

@@ -12,7 +12,8 @@ from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
 from polyak.checkpoints._base import NoWeightsError
 from polyak.checkpoints._checkpoint import is_checkpoint_folder, is_recording
-from polyak.combine._reading import checkpoints_below, read_inputs
+from polyak.combine._beside import checkpoints_below
+from polyak.combine._reading import read_inputs
 from polyak.combine._roles import Item
 from polyak.errors import OptionError
 from polyak.inspection import _measure

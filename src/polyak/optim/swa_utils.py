@@ -225,9 +225,15 @@ class Pairing:
         self._live_others = [live[name].tensor for name in others]
         self.mark()
 
-    def copy_others(self) -> None:
-        """Copy what is not averaged from the model into the module."""
-        copy_into(self._own_others, self._live_others)
+    def copy_others(self, refused: bool | Tensor) -> None:
+        """Copy what is not averaged from the model into the module; nothing where ``refused`` is 1."""
+        live = self._live_others
+        if isinstance(refused, Tensor):
+            live = [
+                torch.where(refused.to(own.device, torch.bool), own, value.to(own.device))
+                for own, value in zip(self._own_others, live, strict=True)
+            ]
+        copy_into(self._own_others, live)
 
     def mark(self) -> None:
         """Take the values in the module as written by its owner."""
@@ -258,7 +264,7 @@ class ModuleMean:
     >>> mean = ModuleMean(pairing, {})
     >>> for count, value in enumerate((1.0, 1.0078125)):
     ...     _ = model.weight.data.fill_(value)
-    ...     accepted = mean.add(pairing.live, count, Uniform())
+    ...     refused = mean.add(pairing.live, count, Uniform())
     >>> mean.wide["weight"], module.weight.data
     (tensor([[1.0039]]), tensor([[1.]], dtype=torch.bfloat16))
     """
@@ -278,7 +284,7 @@ class ModuleMean:
             device=devices.pop() if len(devices) == 1 else None,
             means=in_place_of(values, dtypes),
         )
-        self._count = 0  # of the samples in the means, so that an update waits for it once
+        self._count: int | None = 0  # of the samples in the means; None where only an accelerator knows it
         means = self._accumulator.means
         apart = [(o, m) for o, m in zip(pairing.own, means, strict=True) if o.data_ptr() != m.data_ptr()]
         self._copies, self._kept_apart = [own for own, _ in apart], [mean for _, mean in apart]
@@ -286,21 +292,29 @@ class ModuleMean:
             name: mean for (name, own), mean in zip(named, means, strict=True) if own.dtype != mean.dtype
         }
 
-    def add(self, live: Sequence[Tensor], count: int, scheme: Scheme) -> bool:
-        """Fold in the model as sample ``count + 1``; False where it is not finite, and all is as it was."""
+    @property
+    def counts_there(self) -> bool:
+        """Whether the means have samples that an accelerator counts."""
+        return self._count is None
+
+    def add(self, live: Sequence[Tensor], count: int | None, scheme: Scheme) -> bool | Tensor:
+        """Fold in the model as sample ``count + 1``, None where :attr:`counts_there`: as the next one.
+
+        Returns whether it was refused, as not finite; on an accelerator as a 0-dim tensor, which nobody waits for.
+        """
         accumulator = self._accumulator
         accumulator.scheme = scheme
         # Looked at before the restart, which may forget the values that the module began with.
         if count == 0 and not are_finite(live):
-            return False
-        if count == 0 or count != self._count:
+            return True
+        if count is not None and (count == 0 or count != self._count):
             accumulator.restart(count)
         accumulator.add(live)
-        self._count = accumulator.n_averaged
-        accepted = self._count > count
-        if accepted and self._copies:
+        refused = accumulator.refused_there
+        self._count = accumulator.n_averaged if refused is None else None
+        if self._copies and (refused is not None or self._count != count):
             _torch.foreach_copy_(self._copies, self._kept_apart)
-        return accepted
+        return self._count == count if refused is None else refused
 
 
 def can_be_lerped(tensor: Tensor) -> bool:
@@ -402,7 +416,9 @@ class AveragedModel(nn.Module):
         self.module = _copied(model)
         if device is not None:
             self.module.to(device)
-        self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
+        self.register_buffer(
+            "n_averaged", torch.tensor(0, dtype=torch.long, device=_beside(self.module, device))
+        )
         self.avg_fn = avg_fn
         self.multi_avg_fn = multi_avg_fn
         self.use_buffers = use_buffers
@@ -430,10 +446,11 @@ class AveragedModel(nn.Module):
         """
         pairing = self._paired_with(model)
         refuse_swapped(pairing.live)
-        if self._take_sample(pairing):
-            pairing.copy_others()
+        refused = self._take_sample(pairing)
+        if refused is not True:
+            pairing.copy_others(refused)
             pairing.mark()
-            self._count_sample()
+            self._count_sample(refused)
 
     def __getstate__(self) -> dict[str, Any]:
         # Accumulators work on views, which pickle would tear from their means: they are made anew.
@@ -455,7 +472,7 @@ class AveragedModel(nn.Module):
         # Weakly, so that the model's memory is free once its owner lets go of it.
         self._pairings: WeakKeyDictionary[nn.Module, Pairing] = WeakKeyDictionary()
         self._mean: ModuleMean | None = None
-        self._counted: tuple[Tensor | None, int, int] = (None, 0, 0)
+        self._counted: tuple[Tensor | None, int, int | None] = (None, 0, 0)
 
     def _paired_with(self, model: nn.Module) -> Pairing:
         pairing = self._pairings.get(model)
@@ -480,18 +497,21 @@ class AveragedModel(nn.Module):
         pairs = [(e.name, e.tensor, self._wide[e.name]) for e in own if e.name in self._wide]
         return {name: mean for name, tensor, mean in pairs if _is_rounded(mean, tensor)}
 
-    def _take_sample(self, pairing: Pairing) -> bool:
+    def _take_sample(self, pairing: Pairing) -> bool | Tensor:
+        """Returns whether it was refused; where only an accelerator knows, its tensor that says so."""
         function = self.avg_fn if self.multi_avg_fn is None else self.multi_avg_fn
         law = AvgLaw() if function is None else function
         if not isinstance(law, AvgLaw):
             self._call_functions(pairing)
-            return True
+            return False
         if law.scheme is not None:
-            return self._mean_of(pairing).add(pairing.live, self._samples(), law.scheme)
+            mean = self._mean_of(pairing)
+            count = None if mean.counts_there and self._is_own_count() else self._samples()
+            return mean.add(pairing.live, count, law.scheme)
         finite = are_finite(pairing.live)
         if finite:
             self._call_functions(pairing)
-        return finite
+        return not finite
 
     def _call_functions(self, pairing: Pairing) -> None:
         self._mean = None  # what it keeps apart from the module is out of date from here on
@@ -506,19 +526,25 @@ class AveragedModel(nn.Module):
             for averaged, current in zip(own, live, strict=True):
                 averaged.copy_(self.avg_fn(averaged, current, self.n_averaged.to(averaged.device)))
 
-    def _samples(self) -> int:
-        """``n_averaged``, which is on the model's device after ``.to()``: read where somebody else wrote to it."""
-        counter, version, count = self._counted
-        known = (
-            counter is self.n_averaged and version >= 0 and [version] == _torch.versions([self.n_averaged])
-        )
-        return count if known and not _torch.on_host(self.n_averaged) else int(self.n_averaged)
+    def _is_own_count(self) -> bool:
+        """Whether nobody else wrote to ``n_averaged`` since the last sample."""
+        counter, version, _ = self._counted
+        return counter is self.n_averaged and version >= 0 and [version] == _torch.versions([self.n_averaged])
 
-    def _count_sample(self) -> None:
-        count = self._samples()
-        self.n_averaged += 1
+    def _samples(self) -> int:
+        """``n_averaged``; on an accelerator it is waited for only where it is not known here."""
+        count = self._counted[-1] if self._is_own_count() and not _torch.on_host(self.n_averaged) else None
+        return int(self.n_averaged) if count is None else count
+
+    def _count_sample(self, refused: bool | Tensor) -> None:
+        if isinstance(refused, Tensor):
+            count = None
+            self.n_averaged.add_(1 - refused.to(self.n_averaged))
+        else:
+            count = self._samples() + 1
+            self.n_averaged += 1
         [version] = _torch.versions([self.n_averaged])
-        self._counted = (self.n_averaged, version, count + 1)
+        self._counted = (self.n_averaged, version, count)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         wide = self._wide_means()
@@ -557,6 +583,12 @@ def _load_wide(averaged: AveragedModel, state: dict[str, Any], prefix: str, *_: 
         dtype = mean_dtype(tensor.dtype) if can_be_lerped(tensor) else tensor.dtype
         if dtype != tensor.dtype and value.dtype != tensor.dtype and value.shape == tensor.shape:
             averaged._wide[name] = value.detach().to(tensor.device, dtype, copy=True)
+
+
+def _beside(module: nn.Module, device: torch.device | str | int | None) -> torch.device | str | int | None:
+    """Where samples are counted: where the means are, so that counting waits for no accelerator."""
+    first = next(module.parameters(), None)
+    return device if device is not None or first is None or first.is_meta else first.device
 
 
 def _copied(model: nn.Module) -> nn.Module:
