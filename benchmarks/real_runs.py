@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, pad, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 from torch.optim import SGD, AdamW, Optimizer
 
 import polyak
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import paper_data  # noqa: E402
-from paper_models import preresnet  # noqa: E402
+import paper_recipe  # noqa: E402
 
-__all__ = ["TASKS", "Examples", "Run", "Split", "Task", "losses", "record", "runs_of"]
+__all__ = ["TASKS", "Examples", "Run", "Split", "Task", "losses", "paper_recipe", "record", "runs_of"]
 
 CONSTANT, COSINE, PAPER = "constant", "cosine", "paper"
 LOWEST_FACTOR = 0.01
@@ -59,24 +59,21 @@ class Split:
 class Task:
     """A task and the runs to be made of it. Steps are optimizer steps; budgets are in multiples of ``unit_steps``.
 
-    Every ``epoch_steps`` the live weights are validated, and SWA takes a sample.
+    Every ``sample_steps`` the live weights are validated, and SWA takes a sample. Schedules begin at multiples of
+    ``block_steps``, the length of a block.
     """
 
     name: str
     load: Callable[[Path, int], Split]
     build_model: Callable[[], nn.Module]
     optimizer: Callable[[nn.Module, float], Optimizer]
-    epoch_steps: int
+    sample_steps: int
+    block_steps: int
     unit_steps: int
     rates: tuple[float, ...]
     schedules: tuple[str, ...]
     budgets: tuple[float, ...] = (0.5, 1.0, 2.0)
     warmup_steps: int = 0
-
-    @property
-    def block_steps(self) -> int:
-        """Half an epoch: the length of a block, and what schedules begin at a multiple of."""
-        return self.epoch_steps // 2
 
 
 @dataclass(frozen=True)
@@ -94,10 +91,13 @@ class Run:
         return f"{self.schedule.replace(':', '-')}-{self.steps}"
 
     def leaves_constant_rate(self, block_steps: int) -> int:
-        """The step, a multiple of ``block_steps``, up to which the run is that of the constant rate."""
+        """The step, a multiple of ``block_steps``, up to which the run is that of the constant rate.
+
+        A block before the end at the latest, as a recorder keeps live weights of what it has recorded itself.
+        """
         kind, share = _parts(self.schedule)
         at = {CONSTANT: 1.0, COSINE: 0.0, PAPER: 0.5, "swa": 0.5 * SWA_START, "linear": 1 - share}[kind]
-        return round(at * self.steps / block_steps) * block_steps
+        return min(round(at * self.steps / block_steps) * block_steps, self.steps - block_steps)
 
     def factor(self, step: int, begins: int) -> float:
         """Of the learning rate at ``step``, from 1 on, of a run that leaves the constant rate at ``begins``."""
@@ -146,7 +146,7 @@ def validated(model: nn.Module, split: Split) -> float:
 
 
 class Training:
-    """A model in training, recorded; ``states`` and ``curve`` hold its weights and validation loss by epoch's end."""
+    """A model in training, recorded; ``states`` and ``curve`` hold its weights and validation loss at every sample."""
 
     def __init__(self, task: Task, split: Split, seed: int, rate: float, folder: Path):
         self.task, self.split, self.rate = task, split, rate
@@ -176,7 +176,7 @@ class Training:
     def branch(self, step: int, snapshot: dict[str, Any], folder: Path) -> None:
         """Go on in ``folder`` from where this run was at ``step``; what is recorded of it by then is linked."""
         recorded = self.recorder.directory
-        shutil.copytree(recorded, folder, copy_function=os.link, ignore=shutil.ignore_patterns("*lock*"))
+        shutil.copytree(recorded, folder, copy_function=os.link, ignore=shutil.ignore_patterns("lock"))
         self.model.load_state_dict(snapshot["model"])
         self.optimizer.load_state_dict(deepcopy(snapshot["optimizer"]))
         self.step = step
@@ -195,7 +195,7 @@ class Training:
             losses(self.model, self.split.batch(self.step)).mean().backward()
             self.optimizer.step()
             self.recorder.update()
-            if self.step % self.task.epoch_steps == 0:
+            if self.step % self.task.sample_steps == 0:
                 self.curve[self.step] = validated(self.model, self.split)
                 self.states[self.step] = deepcopy(self.model.state_dict())
 
@@ -252,7 +252,7 @@ def _generator(*numbers: int) -> torch.Generator:
 
 # Fashion-MNIST, or any set of small images.
 
-TRAINED_ON, VALIDATED_ON, TESTED_ON, IMAGE_BATCH = 1024, 640, 2000, 64
+TRAINED_ON, VALIDATED_ON, TESTED_ON, IMAGE_BATCH = 1024, 600, 1500, 32
 SHIFT = 2
 
 
@@ -266,7 +266,7 @@ def images(folder: Path, seed: int) -> Split:
         batch=lambda step: _image_batch(train, seed, step),
         validation=_scaled(parts["train"][order[TRAINED_ON : TRAINED_ON + VALIDATED_ON]]),
         test=_scaled(parts["test"][test_order[:TESTED_ON]]),
-        recalibrate=list(train.inputs.split(256)),
+        recalibrate=[train.inputs[:256]],
     )
 
 
@@ -280,23 +280,13 @@ def _image_batch(train: Examples, seed: int, step: int) -> Examples:
     epoch, index = divmod(step - 1, len(train.targets) // IMAGE_BATCH)
     order = torch.randperm(len(train.targets), generator=_generator(seed, 2, epoch))
     rows = order[index * IMAGE_BATCH : (index + 1) * IMAGE_BATCH]
-    draws = _generator(seed, 3, step)
-    inputs = pad(train.inputs[rows], [SHIFT] * 4, value=-1.0)
-    height, width = train.inputs.shape[-2:]
-    down, right = (torch.randint(2 * SHIFT + 1, (len(rows),), generator=draws) for _ in range(2))
-    cut = [
-        image[:, y : y + height, x : x + width]
-        for image, y, x in zip(inputs, down.tolist(), right.tolist(), strict=True)
-    ]
-    mirrored = torch.rand(len(rows), generator=draws) < 0.5
-    shifted = torch.stack(cut)
-    shifted[mirrored] = shifted[mirrored].flip(-1)
-    return Examples(shifted.contiguous(memory_format=torch.channels_last), train.targets[rows])
+    inputs = paper_data.augmented(train.inputs[rows], SHIFT, _generator(seed, 3, step))
+    return Examples(inputs, train.targets[rows])
 
 
 def small_preresnet() -> nn.Module:
-    """Eight layers, 77,562 parameters for grey images in ten classes; the first convolution halves the image."""
-    return preresnet(8, channels=1, classes=10, first_stride=2).to(memory_format=torch.channels_last)
+    """Eight layers, 20,506 parameters, for grey images in ten classes."""
+    return paper_recipe.MODELS["preresnet8"](1, 10).to(memory_format=torch.channels_last)
 
 
 def sgd(model: nn.Module, rate: float) -> Optimizer:
@@ -306,7 +296,7 @@ def sgd(model: nn.Module, rate: float) -> Optimizer:
 
 # State of the Union speeches, byte by byte.
 
-WINDOW, TEXT_BATCH, VALIDATION_WINDOWS, TEST_WINDOWS = 64, 8, 160, 512
+WINDOW, TEXT_BATCH, VALIDATION_WINDOWS, TEST_WINDOWS = 32, 8, 192, 768
 HELD_OUT_EVERY = 8
 
 
@@ -355,9 +345,9 @@ class TransformerBlock(nn.Module):
 
 
 class ByteTransformer(nn.Module):
-    """Two blocks of width 96 over bytes ``[N, T]``: next-byte logits ``[N, T, 256]``; 279,424 parameters."""
+    """Two blocks of width 64 over bytes ``[N, T]``: next-byte logits ``[N, T, 256]``; 135,168 parameters."""
 
-    def __init__(self, width: int = 96, heads: int = 4, layers: int = 2):
+    def __init__(self, width: int = 64, heads: int = 4, layers: int = 2):
         super().__init__()
         self.byte, self.position = nn.Embedding(256, width), nn.Embedding(WINDOW, width)
         self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers)))
@@ -383,17 +373,19 @@ TASKS = {
             load=images,
             build_model=small_preresnet,
             optimizer=sgd,
-            epoch_steps=TRAINED_ON // IMAGE_BATCH,
-            unit_steps=12 * TRAINED_ON // IMAGE_BATCH,
-            rates=(0.1, 0.3),
-            schedules=(CONSTANT, "linear:0.3", PAPER, COSINE, "swa:0.3"),
+            sample_steps=16,
+            block_steps=8,
+            unit_steps=192,
+            rates=(0.03, 0.1),
+            schedules=(CONSTANT, PAPER, COSINE, "swa:0.3"),
         ),
         Task(
             name="text",
             load=speeches,
             build_model=ByteTransformer,
             optimizer=adamw,
-            epoch_steps=20,
+            sample_steps=20,
+            block_steps=10,
             unit_steps=320,
             rates=(2e-3, 6e-3),
             schedules=(CONSTANT, "linear:0.2", "linear:0.5", COSINE),

@@ -7,10 +7,13 @@ written into docs/choosing.md, between its two marks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from page_tables import difference, mean, off_by, plus_minus, table
+from real_page import real_tasks
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,13 +27,6 @@ Written by `python benchmarks/tables.py` from the JSON files in `benchmarks/resu
 Times are ratios within one run, each the median over rounds in rotated order with the interquartile range in brackets:
 absolute times on shared machines mean little. A promise that was not kept is shown as such.
 """
-
-
-def table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; all columns but the first are right-aligned."""
-    heading = list(heading)
-    lines = [heading, ["---", *["--:"] * (len(heading) - 1)], *map(list, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def demo(data: dict[str, Any]) -> str:
@@ -48,17 +44,6 @@ def demo(data: dict[str, Any]) -> str:
     model = settings["description"]
     introduction = f"{model[0].upper()}{model[1:]}; {len(settings['seeds'])} seeds, mean ± standard error."
     return "\n\n".join((introduction, table(heading, rows), "\n".join(data["verdict"])))
-
-
-def plus_minus(entry: dict[str, float], scale: float, digits: int) -> str:
-    return f"{scale * entry['mean']:.{digits}f} ± {scale * entry['stderr']:.{digits}f}"
-
-
-def difference(entry: dict[str, float]) -> str:
-    if not entry["stderr"]:
-        return ""
-    p = "p < 0.001" if entry["p_value"] < 0.001 else f"p = {entry['p_value']:.3f}"
-    return f"{entry['mean']:+.4f} ({p})"
 
 
 def update_cost(data: dict[str, Any]) -> str:
@@ -445,14 +430,6 @@ def worth_of_quantised(bits: dict[str, Any]) -> str:
     )
 
 
-def off_by(entry: dict[str, float]) -> str:
-    return f"{entry['mean']:+.4f} ± {entry['stderr']:.4f}"
-
-
-def mean(values: list[float]) -> str:
-    return f"{sum(values) / len(values):.4f}"
-
-
 def offline(data: dict[str, Any]) -> str:
     rows = [
         (name, spread(case["over_limit"]), spread(case["over_polyak"]))
@@ -484,6 +461,12 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Does it help? Text", "demo_text.json", "polyak demo --task text", demo),
     ("What is choosing afterwards worth?", "effect.json", "python benchmarks/effect.py", effect),
     ("Does choosing ever do harm?", "no_harm.json", "python benchmarks/no_harm.py", no_harm),
+    (
+        "When does averaging pay? Two small real tasks",
+        "real_tasks.json",
+        "python benchmarks/real_tasks.py",
+        real_tasks,
+    ),
     ("What would it score if I decayed now?", "preview.json", "python benchmarks/preview.py", preview),
     ("Does the average lie wider?", "valley.json", "python benchmarks/valley.py", valley),
     ("Does SWAG add to the average?", "posterior.json", "python benchmarks/posterior.py", posterior),

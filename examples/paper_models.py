@@ -87,8 +87,8 @@ def vgg16(channels: int, classes: int) -> nn.Sequential:
 # Name to a function of image channels and classes.
 MODELS: dict[str, Callable[[int, int], nn.Sequential]] = {
     "vgg16": vgg16,
-    # Of no paper, for two cores: its first convolution halves the image.
-    "preresnet8": lambda channels, classes: preresnet(8, channels, classes, first_stride=2),
+    # Of no paper, for two cores: half the width, and the first convolution halves the image.
+    "preresnet8": lambda channels, classes: preresnet(8, channels, classes, width=8, first_stride=2),
     "preresnet20": lambda channels, classes: preresnet(20, channels, classes),
     "preresnet110": lambda channels, classes: preresnet(110, channels, classes),
     "wrn": lambda channels, classes: wide_resnet(28, 10, channels, classes),
