@@ -51,7 +51,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/trajectory.py --output benchmarks/results/trajectory.json
 	$(BIN)/python benchmarks/tables.py
 
-# What averaging buys, rather than what it costs: an hour of training on two cores.
+# What averaging buys, rather than what it costs: some hours of training on two cores. The real tasks need apt-get and npm
+# for their data, and go on where they were interrupted.
 evidence: $(VENV)/.dev
 	$(BIN)/polyak demo --output polyak-demo
 	$(BIN)/polyak demo --task text --output polyak-demo
@@ -63,6 +64,10 @@ evidence: $(VENV)/.dev
 	$(BIN)/python benchmarks/valley.py --output benchmarks/results/valley.json
 	$(BIN)/python benchmarks/posterior.py --output benchmarks/results/posterior.json
 	$(BIN)/python benchmarks/quantised.py --output benchmarks/results/quantised.json
+	$(BIN)/python benchmarks/fetch_data.py polyak-evidence/data
+	$(BIN)/python benchmarks/real_tasks.py --data polyak-evidence/data --work polyak-evidence/runs \
+		--output benchmarks/results/real_tasks.json
+	$(BIN)/python benchmarks/real_page.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

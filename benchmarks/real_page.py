@@ -1,6 +1,6 @@
 """The study of `real_tasks` as a section of docs/results.md, and its map as the figure docs/averaging_pays.svg.
 
-    python benchmarks/real_page.py        writes the figure from benchmarks/results/real_tasks.json
+python benchmarks/real_page.py        writes the figure from benchmarks/results/real_tasks.json
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ COLOURS = {"SWA": "#0072b2", "EMA": "#d55e00", "selected": "#009e73"}
 def real_tasks(data: dict[str, Any]) -> str:
     """The map, what averaging adds to decayed runs, the predictor, and the paper's table."""
     parts = [
-        "Runs of 0.5, 1 and 2 budgets at two learning rates, each under a constant rate, linear decays, the SWA paper's "
-        "decay, a cosine and (images) SWA's own schedule: equal numbers of steps within a row, so equal compute; averages "
-        "add a fold every other step and one pass for BatchNorm statistics. Test loss, NLL in nats per image or byte. "
-        "*Tuned decay* is the best of all schedules that come down, chosen for each seed by the validation losses of the "
-        "other seeds; it and *cosine* are live weights with recomputed statistics. *SWA* has one sample an epoch from 75% "
-        "of the run on, at the constant rate or on its own schedule, tuned in the same way. *EMA* and *selected* are of "
-        "the recorded constant-rate run: the half-life and the average that validation prefers, live weights included. "
+        "Runs of 0.5, 1 and 2 budgets at two learning rates, each under a constant rate, schedules that come down "
+        "(linearly over the last 20 or 50%, as the SWA paper's baseline, by a cosine) and, for images, SWA's own "
+        "schedule. Within a row all took the same number of steps, so the same compute; averages add a fold every "
+        "other step and one pass for BatchNorm statistics. Test loss, NLL in nats per image or byte. *Tuned decay* is "
+        "the best of the schedules that come down, chosen for each seed by the validation losses of the other seeds; "
+        "it and *cosine* are live weights with recomputed statistics. *SWA* takes one sample every few steps from 75% "
+        "of the run on, at the constant rate or on its own schedule, tuned in the same way. *EMA* and *selected* are "
+        "of the recorded constant-rate run: the half-life, and the weights, live or averaged, that validation prefers. "
         "p-values are of paired t-tests over seeds.",
     ]
     for name, task in data["tasks"].items():
@@ -54,8 +55,8 @@ def task_text(name: str, task: dict[str, Any], settings: dict[str, Any]) -> str:
     parts = [
         f"{WHAT[name]}; one budget is {settings['unit_steps']} steps; {seeds} seeds.",
         table(heading, rows),
-        "The map: averages of the constant-rate run minus the decay tuned at the same rate (negative: averaging is ahead), "
-        "and the selected average minus the decay tuned over both rates.",
+        "The map: averages of the constant-rate run minus the decay tuned at the same rate (negative: averaging is "
+        "ahead), and the selected average minus the decay tuned over both rates.",
         table(
             ("budgets, steps, rate", *AVERAGES, "selected, against any rate"),
             [
@@ -72,7 +73,14 @@ def task_text(name: str, task: dict[str, Any], settings: dict[str, Any]) -> str:
         "On top of the decay tuned at each rate, averages of that decayed run itself minus its last weights (with "
         "recomputed statistics):",
         table(
-            ("budgets, steps, rate", "live as it is", "EMA", "selected", "selected, blends too", "blend chosen"),
+            (
+                "budgets, steps, rate",
+                "live as it is",
+                "EMA",
+                "selected",
+                "selected, blends too",
+                "blend chosen",
+            ),
             [
                 (
                     _place(cell),
@@ -110,7 +118,10 @@ def _where(cells: list[dict[str, Any]]) -> str:
     gains = [cell["minus"]["live, recalibrated"]["selected"] for cell in cells]
     won = sum(d["mean"] < 0 and d["p_value"] < SIGNIFICANT for d in gains)
     return " ".join(
-        [*sentences, f"Against the recalibrated live weights of the same run the selected one is ahead in {won}."]
+        [
+            *sentences,
+            f"Against the recalibrated live weights of the same run the selected one is ahead in {won}.",
+        ]
     )
 
 
@@ -120,7 +131,10 @@ def _listed(places: list[str]) -> str:
 
 def _tuned(cells: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """What tuning chose, and whether that lies on the edge of what was tried."""
-    chosen = [(cell["budget"], max(cell["tuned"]["tuned decay, any rate"].items(), key=lambda i: i[1])) for cell in cells]
+    chosen = [
+        (cell["budget"], max(cell["tuned"]["tuned decay, any rate"].items(), key=lambda i: i[1]))
+        for cell in cells
+    ]
     named = "; ".join(f"{budget:g} budgets: {setting}" for budget, (setting, _) in dict(chosen).items())
     rates = settings["rates"]
     return (
@@ -184,7 +198,13 @@ def paper_text(paper: dict[str, Any]) -> str:
                 difference(minus["nll"]) if minus else "",
             )
         )
-    heading = ("weights, budgets", "accuracy, %", "NLL", "accuracy minus conventional", "NLL minus conventional")
+    heading = (
+        "weights, budgets",
+        "accuracy, %",
+        "NLL",
+        "accuracy minus conventional",
+        "NLL minus conventional",
+    )
     rises = [
         (
             f"{rise['part']}, {rise['size']}, {rise['radius']:g}",
@@ -195,12 +215,12 @@ def paper_text(paper: dict[str, Any]) -> str:
         for rise in paper["rises"]
     ]
     return (
-        "`examples/paper_recipe.py` on 1,024 images of Fashion-MNIST: the eight-layer ResNet, 24 epochs a budget in "
-        f"batches of 32, the paper's rates; {len(paper['seeds'])} seeds, mean ± standard error, differences at the same "
-        "budget paired over seeds. SWA's samples begin at epoch 21 of one budget, so that it has few of them then.\n\n"
+        "`examples/paper_recipe.py` on 1,024 images of Fashion-MNIST: the eight-layer ResNet, 18 epochs a budget in "
+        f"batches of 64, the paper's rates; {len(paper['seeds'])} seeds, mean ± standard error, differences at the "
+        "same budget paired over seeds. SWA samples after epochs 16 to 18 of the first budget, three times.\n\n"
         + table(heading, rows)
-        + "\n\nHow much the loss rises in random directions (see *Does the average lie wider?*) from conventional weights "
-        "and SWA's, each of one budget:\n\n"
+        + "\n\nHow much the loss rises in random directions (see *Does the average lie wider?*) from conventional "
+        "weights and SWA's, each of one budget:\n\n"
         + table(("examples, directions, radius", "conventional", "SWA", "difference"), rises)
     )
 
@@ -217,7 +237,9 @@ def draw(data: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "polyak", "font.family": "sans-serif"})
+    matplotlib.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "polyak", "font.family": "sans-serif"}
+    )
     from matplotlib import pyplot as plt
 
     panels = [(name, rate) for name in data["tasks"] for rate in data["settings"][name]["rates"]]

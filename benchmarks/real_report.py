@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,9 @@ def task_summary(name: str, seeds: Sequence[Seed]) -> dict[str, Any]:
         swa = [(rate, schedule, steps) for schedule in task.schedules if schedule not in decays]
         same = [(rate, schedule, steps) for schedule in decays]
         every = [(other, schedule, steps) for other in task.rates for schedule in decays]
-        cells.append({"budget": budget, "steps": steps, "rate": rate} | cell(seeds, rate, steps, swa, same, every))
+        cells.append(
+            {"budget": budget, "steps": steps, "rate": rate} | cell(seeds, rate, steps, swa, same, every)
+        )
     return {
         "seeds": [next(iter(seed.values()))["seed"] for seed in seeds],
         "map": cells,
@@ -105,7 +107,9 @@ def cell(
         "test": test,
         "error": error if all(error["live"]) else None,
         "tuned": {
-            name: dict(Counter(f"{rate:g}, {schedule}" for rate, schedule, _ in chosen[name][0]).most_common())
+            name: dict(
+                Counter(f"{rate:g}, {schedule}" for rate, schedule, _ in chosen[name][0]).most_common()
+            )
             for name in ("tuned decay", "tuned decay, any rate", "SWA")
         },
         "selected": dict(Counter(seed[constant[0]]["average"]["name"] for seed in seeds).most_common()),
@@ -169,7 +173,9 @@ def predictor(seeds: Sequence[Seed]) -> dict[str, Any]:
 
 def _points(seed: Seed, belongs: Callable[[str], bool]) -> np.ndarray:
     """Rows of g and the gain, for the runs of which both are known."""
-    runs = [run for (_, schedule, _), run in seed.items() if belongs(schedule) and run.get("recent") is not None]
+    runs = [
+        run for (_, schedule, _), run in seed.items() if belongs(schedule) and run.get("recent") is not None
+    ]
     return np.array(
         [
             (
@@ -185,7 +191,7 @@ def paper_summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The paper's table with standard errors, and how much less the loss rises around SWA's weights."""
     swa, conventional = paper_recipe.SWA, paper_recipe.CONVENTIONAL
     values: dict[tuple[str, float], dict[str, list[float]]] = {}
-    for seed, row in ((seed, row) for seed in seeds for row in seed["rows"]):
+    for row in chain.from_iterable(seed["rows"] for seed in seeds):
         kept = values.setdefault((row["contender"], row["budget"]), {"accuracy": [], "nll": []})
         for metric in kept:
             kept[metric].append(row[metric])
@@ -202,7 +208,10 @@ def paper_summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rises = []
     for part, size in product(*(dict.fromkeys(keys) for keys in _parts_and_sizes(seeds[0]))):
         for index, radius in enumerate(RADII):
-            both = {name: [seed["around"][part][size][name][index] for seed in seeds] for name in (conventional, swa)}
+            both = {
+                name: [seed["around"][part][size][name][index] for seed in seeds]
+                for name in (conventional, swa)
+            }
             rises.append(
                 {
                     "part": part,
@@ -230,7 +239,9 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 
 def _map_table(name: str, task: dict[str, Any]) -> Table:
-    title = f"{name}, {len(task['seeds'])} seeds: test NLL, and averages minus the decay tuned at the same rate"
+    title = (
+        f"{name}, {len(task['seeds'])} seeds: test NLL, and averages minus the decay tuned at the same rate"
+    )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("budget, rate", "live", "recalibrated", "tuned decay", *AVERAGES):
         table.add_column(heading, no_wrap=True)
@@ -244,7 +255,9 @@ def _map_table(name: str, task: dict[str, Any]) -> Table:
 
 
 def _paper_table(paper: dict[str, Any]) -> Table:
-    table = Table(title=f"The paper's recipe, {len(paper['seeds'])} seeds", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"The paper's recipe, {len(paper['seeds'])} seeds", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for heading in ("budget", "weights", "accuracy, %", "NLL"):
         table.add_column(heading, no_wrap=True)
     for row in paper["rows"]:

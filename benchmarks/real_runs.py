@@ -26,8 +26,8 @@ from torch.optim import SGD, AdamW, Optimizer
 import polyak
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import paper_data  # noqa: E402
-import paper_recipe  # noqa: E402
+import paper_data
+import paper_recipe
 
 __all__ = ["TASKS", "Examples", "Run", "Split", "Task", "losses", "paper_recipe", "record", "runs_of"]
 
@@ -47,7 +47,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint parts; ``recalibrate`` are batches of training inputs for BatchNorm statistics, None without BatchNorm."""
+    """Disjoint parts; ``recalibrate`` are batches of training inputs for BatchNorm statistics, None without it."""
 
     batch: Callable[[int], Examples]
     validation: Examples
@@ -302,7 +302,10 @@ HELD_OUT_EVERY = 8
 
 def speeches(folder: Path, seed: int) -> Split:
     """Whole speeches are held out, every eighth to validate on and the one after it to test on."""
-    texts = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in sorted(folder.glob("*.txt"))]
+    texts = [
+        torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+        for path in sorted(folder.glob("*.txt"))
+    ]
     if not texts:
         raise FileNotFoundError(f"{folder} holds no speeches (*.txt)")
     held_out = [torch.cat(texts[first::HELD_OUT_EVERY]) for first in (0, 1)]
@@ -337,7 +340,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         queries, keys, values = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.norm1(x)).chunk(3, -1)
         )
         attended = scaled_dot_product_attention(queries, keys, values, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))

@@ -38,7 +38,7 @@ BLENDS = tuple(f"blend:{share}:decay:sqrt:0.5" for share in (0.25, 0.5, 0.75))
 
 
 def averages_of(trajectory: polyak.Trajectory, steps: int) -> list[str]:
-    """What is tried on a run of ``steps``: windows, EMAs by share of the run and blends, but what blocks do not resolve."""
+    """What is tried on a run of ``steps``: windows, EMAs and blends, without those that its blocks do not resolve."""
     emas = [f"ema:half_life={round(share * steps)}" for share in HALF_LIVES]
     resolved = []
     for profile in (*WINDOWS, *emas, *BLENDS):

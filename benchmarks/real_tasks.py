@@ -78,7 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.part == "all":
         jobs = [
-            Job(task, seed, options.data, options.work) for seed in range(options.seeds) for task in options.tasks
+            Job(task, seed, options.data, options.work)
+            for seed in range(options.seeds)
+            for task in options.tasks
         ]
         harness.on_two_processes(run, jobs)
     found = summary(collected(options.work))
@@ -97,8 +99,12 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = harness.study_parser(__doc__, seeds=8)
     parser.add_argument("--data", type=Path, required=True, help="the folder that fetch_data.py filled")
-    parser.add_argument("--work", type=Path, required=True, help="where runs are kept; the study goes on from there")
-    parser.add_argument("--tasks", nargs="+", choices=list(FOLDERS), default=list(FOLDERS), help="which (all)")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="where runs are kept; the study goes on from there"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(FOLDERS), default=list(FOLDERS), help="which (all)"
+    )
     parser.add_argument("--part", choices=("all", "report"), default="all", help="report: train nothing more")
     return parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""Images as their authors publish them: IDX files of MNIST and Fashion-MNIST, the Python files of CIFAR-10 and CIFAR-100.
+"""Images as their authors publish them: the IDX files of MNIST and Fashion-MNIST, the Python files of CIFAR.
 
 `load(folder)` finds out by the names of the files which of them it is. Nothing is downloaded, and reading a
 CIFAR file, which is a pickle, runs no code that it might hold.
@@ -64,8 +64,8 @@ def load(folder: Path) -> dict[str, Images]:
         if all((folder / name).is_file() for names in parts.values() for name in names):
             return {part: _cifar_images(folder, names, label_key) for part, names in parts.items()}
     raise FileNotFoundError(
-        f"{folder} holds neither the IDX files of MNIST or Fashion-MNIST ({IDX_FILES['train'][0]}, with or without .gz, "
-        "…) nor the Python files of CIFAR-10 (data_batch_1, …, test_batch) or CIFAR-100 (train, test)"
+        f"{folder} holds neither the IDX files of MNIST or Fashion-MNIST ({IDX_FILES['train'][0]}, with or without "
+        ".gz, …) nor the Python files of CIFAR-10 (data_batch_1, …, test_batch) or CIFAR-100 (train, test)"
     )
 
 

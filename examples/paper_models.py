@@ -62,7 +62,13 @@ def wide_resnet(depth: int, widening: int, channels: int, classes: int) -> nn.Se
 
 def with_head(layers: list[nn.Module], width: int, classes: int) -> nn.Sequential:
     """The last BatchNorm, the mean over the image, and the classifier."""
-    head = [nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)]
+    head = [
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, classes),
+    ]
     return nn.Sequential(*layers, *head)
 
 
@@ -79,7 +85,9 @@ def vgg16(channels: int, classes: int) -> nn.Sequential:
         layers += [nn.Dropout(), nn.Linear(512, 512), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(512, classes))
     for layer in model:
-        if isinstance(layer, nn.Conv2d):  # torch's own start is too small for so many layers without BatchNorm
+        if isinstance(
+            layer, nn.Conv2d
+        ):  # torch's own start is too small for so many layers without BatchNorm
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")
     return model
 

@@ -199,7 +199,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="one budget (default: the paper's 200, or 150)")
     parser.add_argument("--images", type=int, help="train on so many, drawn at random (default: all)")
     parser.add_argument("--batch", type=int, help="images in a batch (default 128)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the images drawn (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, batches and the images drawn (default 0)"
+    )
     parser.add_argument("--output", type=Path, help="write the figures to this file as JSON")
     return parser.parse_args(arguments)
 

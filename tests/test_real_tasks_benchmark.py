@@ -29,13 +29,15 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     sizes |= {"VALIDATION_WINDOWS": 4, "TEST_WINDOWS": 4, "TEXT_BATCH": 2}
     for name, value in sizes.items():
         monkeypatch.setattr(runs, name, value)
-    shortened = {
-        name: replace(task, epoch_steps=4, block_steps=2, unit_steps=16, budgets=(0.5, 1.0), warmup_steps=2)
-        for name, task in runs.TASKS.items()
-    }
-    monkeypatch.setattr(scores, "HALF_LIVES", (0.2, 0.5))
-    for name, task in shortened.items():
+    kept = {"images": ("constant", "paper", "swa:0.3"), "text": ("constant", "cosine")}
+    steps = {"sample_steps": 4, "block_steps": 2, "unit_steps": 16, "warmup_steps": 2}
+    for name, schedules in kept.items():
+        task = replace(runs.TASKS[name], schedules=schedules, budgets=(0.5, 1.0), **steps)
         monkeypatch.setitem(runs.TASKS, name, task)
+    monkeypatch.setattr(scores, "RECENT", "tail:0.5")
+    monkeypatch.setattr(scores, "WINDOWS", ("tail:0.5",))
+    monkeypatch.setattr(scores, "HALF_LIVES", (0.5,))
+    monkeypatch.setattr(import_module("real_report"), "LEAST_SEEDS", 2)
     write_mnist(tmp_path / "data" / "fashion-mnist", 60, 30)
     (tmp_path / "data" / "speeches").mkdir()
     for number in range(16):
@@ -88,14 +90,15 @@ def test_a_study_goes_on_where_it_was_and_says_what_follows(
     study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = import_module("real_scores")
-    monkeypatch.setattr(scores, "PAPER_EPOCHS", 6)
+    monkeypatch.setattr(scores, "PAPER_EPOCHS", 4)
     monkeypatch.setattr(scores, "PAPER_IMAGES", 16)
     monkeypatch.setattr(scores, "PAPER_BATCH", 8)
+    monkeypatch.setattr(scores, "DIRECTIONS", 1)
     monkeypatch.setattr(scores, "RADII", (0.1,))
     monkeypatch.setattr(import_module("real_report"), "RADII", (0.1,))
     work, data = tmp_path / "work", tmp_path / "data"
     for task in study.FOLDERS:
-        for seed in range(3):
+        for seed in range(2):
             study.run(study.Job(task, seed, data, work))
     monkeypatch.setattr(study, "scored", None)  # what is there is not made again
     study.run(study.Job("images", 0, data, work))
@@ -104,7 +107,7 @@ def test_a_study_goes_on_where_it_was_and_says_what_follows(
     found = json.loads(output.read_text())
     assert {name: len(task["map"]) for name, task in found["tasks"].items()} == {"images": 4, "text": 4}
     cell = found["tasks"]["images"]["map"][0]
-    assert all(len(losses) == 3 for losses in cell["test"].values())
+    assert all(len(losses) == 2 for losses in cell["test"].values())
     page = import_module("real_page")
     assert "| 0.5, 8, 0.1 |" in page.real_tasks(found)
     page.draw(found, tmp_path / "map.svg")
