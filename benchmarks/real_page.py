@@ -256,7 +256,6 @@ def draw(data: dict[str, Any], path: Path) -> None:
                 [d["stderr"] for d in found],
                 color=colour,
                 marker="o",
-                capsize=3,
                 label=kind,
             )
         axis.axhline(0, color="#808080", linewidth=1)

@@ -17,13 +17,14 @@ from polyak import landscape
 from polyak.errors import OptionError
 from real_runs import EARLY, SWA, TRAJECTORY, Run, Split, Task, losses, paper_recipe, runs_of
 
-__all__ = ["BLENDS", "RECENT", "averages_of", "paper_seed", "score_runs"]
+__all__ = ["RADII", "paper_seed", "score_runs"]
 
 SCORES = "scores.json"
 # A short average: what the live weights are compared with before it is known whether averaging pays.
 RECENT = "tail:0.1"
 HALF_LIVES = (0.02, 0.05, 0.1, 0.2)
 WINDOWS = (
+    "tail:0.05",
     RECENT,
     "tail:0.2",
     "tail:0.35",
@@ -34,14 +35,14 @@ WINDOWS = (
     "decay:sqrt:0.8",
     "power:gamma=4",
 )
-BLENDS = tuple(f"blend:{share}:decay:sqrt:0.5" for share in (0.25, 0.5, 0.75))
+SHARES = (0.25, 0.5, 0.75)
 
 
 def averages_of(trajectory: polyak.Trajectory, steps: int) -> list[str]:
-    """What is tried on a run of ``steps``: windows, EMAs and blends, without those that its blocks do not resolve."""
+    """What is tried on a run of ``steps``: windows and EMAs, without those that its blocks do not resolve."""
     emas = [f"ema:half_life={round(share * steps)}" for share in HALF_LIVES]
     resolved = []
-    for profile in (*WINDOWS, *emas, *BLENDS):
+    for profile in (*WINDOWS, *emas):
         with suppress(OptionError):
             trajectory.explain(profile)
             resolved.append(profile)
@@ -110,29 +111,39 @@ def score_run(scorer: Scorer, run: Run, folder: Path) -> dict[str, Any]:
 def chosen_of(
     scorer: Scorer, run: Run, trajectory: polyak.Trajectory, scores: dict[str, Any]
 ) -> dict[str, Any]:
-    """The EMA, the average, the blend and the choice that validation prefers, and its loss of a recent average."""
-    choice = polyak.select(
-        trajectory,
-        scorer.model,
-        score=scorer.validation_losses,
-        mode="min",
-        profiles=averages_of(trajectory, run.steps),
-        recalibrate=scorer.split.recalibrate,
-        progress=False,
-    )
-    tried = {one.name: one.score for one in choice.table if one.profile is not None}
-    kinds = {
-        "EMA": [name for name in tried if name.startswith("ema:")],
-        "average": [name for name in tried if not name.startswith("blend:")],
-        "blend": [name for name in tried if name.startswith("blend:")],
-    }
-    best = {kind: min(names, key=lambda name: tried[name]) for kind, names in kinds.items()}
+    """The EMA, the average, the blend with that average and the choice that validation prefers.
+
+    Beside them its loss of a recent average.
+    """
+    tried = validation_scores(scorer, trajectory, averages_of(trajectory, run.steps))
+    best = {"average": lowest(tried), "EMA": lowest({n: s for n, s in tried.items() if n.startswith("ema:")})}
+    blends = [f"blend:{share}:{best['average']}" for share in SHARES]
+    best["blend"] = lowest(validation_scores(scorer, trajectory, blends))
     scored = {name: {"name": name, **scorer.of(trajectory.average(name))} for name in set(best.values())}
     found: dict[str, Any] = {kind: scored[name] for kind, name in best.items()}
     everything = scores | found
     found["selected"] = _best(everything, ("live", "recalibrated", "average"))
     found["selected, blends too"] = _best(everything, ("live", "recalibrated", "average", "blend"))
     return found | {"recent": tried.get(RECENT)}
+
+
+def validation_scores(scorer: Scorer, trajectory: polyak.Trajectory, profiles: list[str]) -> dict[str, float]:
+    """Profile to its validation loss."""
+    choice = polyak.select(
+        trajectory,
+        scorer.model,
+        score=scorer.validation_losses,
+        mode="min",
+        profiles=profiles,
+        recalibrate=scorer.split.recalibrate,
+        progress=False,
+    )
+    return {one.name: one.score for one in choice.table if one.profile is not None}
+
+
+def lowest(scores: dict[str, float]) -> str:
+    """The name of the lowest score."""
+    return min(scores, key=lambda name: scores[name])
 
 
 def _best(scores: dict[str, Any], kinds: Iterable[str]) -> dict[str, Any]:
