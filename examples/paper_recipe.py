@@ -29,7 +29,7 @@ from paper_models import MODELS
 
 BUDGETS = (1.0, 1.25, 1.5)
 LIVE, SWA, CONVENTIONAL, COSINE = "live, at the end of SWA's run", "SWA", "conventional", "cosine"
-SHIFT = 4
+SHIFT, LEAST_EPOCHS = 4, 4
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = paper_settings(options.model, data.classes)
     given = {"epochs": options.epochs, "batch": options.batch}
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    if settings.epochs < LEAST_EPOCHS:
+        raise SystemExit(f"--epochs: at least {LEAST_EPOCHS}, so that SWA samples within the first budget")
     if len(data.train[1]) < settings.batch:
         raise SystemExit(f"--images: {len(data.train[1])} do not fill one batch of {settings.batch}")
     rows = []

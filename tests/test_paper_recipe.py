@@ -134,6 +134,8 @@ def test_the_recipe_runs_and_its_contenders_share_a_budget(
     assert {row["contender"] for row in rows} == {recipe.LIVE, recipe.SWA, recipe.CONVENTIONAL, recipe.COSINE}
     assert sorted({row["budget"] for row in rows}) == [1, 1.25, 1.5] and len(rows) == 12
     assert "1.5 budgets" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--epochs: at least 4"):
+        recipe.main([*arguments, "--epochs", "3"])
     with pytest.raises(SystemExit, match="do not fill one batch"):
         recipe.main([*arguments, "--images", "10"])
 

@@ -52,7 +52,7 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleTyp
 
 def test_a_run_that_shares_its_beginning_is_the_run_trained_alone(study: ModuleType, tmp_path: Path) -> None:
     runs = import_module("real_runs")
-    task = runs.TASKS["images"]
+    task = replace(runs.TASKS["images"], schedules=("constant", "paper"))
     split = task.load(tmp_path / "data" / "fashion-mnist", 3)
     runs.record(task, split, 3, 0.1, tmp_path / "runs")
     for run in (runs.Run(3, 0.1, "constant", 8), runs.Run(3, 0.1, "paper", 16)):
@@ -88,7 +88,7 @@ def test_schedules(study: ModuleType, schedule: str, begins: int, factors: dict[
     assert {step: run.factor(step, begins) for step in factors} == pytest.approx(factors)
 
 
-@pytest.mark.parametrize("task", ["images", "text"])
+@pytest.mark.parametrize("task", [pytest.param("images", marks=pytest.mark.slow), "text"])
 def test_a_seed_is_trained_and_scored_once(
     study: ModuleType, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +113,7 @@ def test_the_papers_recipe_is_scored_and_looked_around(
     study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = import_module("real_scores")
-    small = {"PAPER_EPOCHS": 2, "PAPER_IMAGES": 16, "PAPER_BATCH": 8, "DIRECTIONS": 1, "RADII": (0.1,)}
+    small = {"PAPER_EPOCHS": 4, "PAPER_IMAGES": 16, "PAPER_BATCH": 8, "DIRECTIONS": 1, "RADII": (0.1,)}
     for name, value in small.items():
         monkeypatch.setattr(scores, name, value)
     found = scores.paper_seed(tmp_path / "data" / "fashion-mnist", 0)
