@@ -7,7 +7,7 @@ written into docs/choosing.md, between its two marks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -140,27 +140,14 @@ def kept(ratio: dict[str, float], aim: float) -> str:
 
 def effect(data: dict[str, Any]) -> str:
     seeds = len(data["settings"]["seeds"])
-    found, horizons, fit = data["regret"], data["any_horizon"], data["fit"]
-    regrets, worse = found["mean_regret"], found["significantly_worse_cells"]
+    horizons, fit = data["any_horizon"], data["fit"]
     parts = [
         f"Protocol C: the demo's byte language model on {seeds} seeds that nothing was tuned on. Test NLL in nats "
         "per byte; profiles were chosen on validation; p-values are of paired t-tests over seeds.",
-        f"**A badly set rate or decay.** Mean regret against the best of the whole grid: {regrets['last']:.4f} for "
-        f"the last weights, {regrets['selected']:.4f} for the selected average, "
-        f"{found['share_removed']:.0%} less (aim: 80%). Cells in which the selected average is significantly "
-        f"worse: {', '.join(worse) or 'none'}.",
-        table(
-            ("learning rate, decay", "last weights", "selected", "difference"),
-            [
-                (name, mean(c["last"]), mean(c["selected"]), difference(c["selected_minus_last"]))
-                for name, c in found["cells"].items()
-            ],
-        ),
-        "The same by learning rate: an average takes out the noise of the last steps, not what a rate that is too low "
-        "or a decay that began too early has left unlearned.",
-        table(
-            ("learning rate", "regret of the last weights", "of the selected", "removed"),
-            [(rate, *row) for rate, row in regrets_by_rate(found).items()],
+        *(
+            bound(data["bound"])
+            if "bound" in data
+            else ["How far choosing comes to the linear bound: not measured yet."]
         ),
         f"**Any horizon from one run.** Averages selected along one recorded run at the constant rate "
         f"{horizons['constant_lr']:g}, against the decay (rate and share) tuned for each horizon on other seeds, at "
@@ -192,18 +179,54 @@ def effect(data: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def regrets_by_rate(found: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
-    """Mean regret of the last weights and of the selected ones over the decays of each learning rate."""
-    cells: dict[str, list[tuple[float, float]]] = {}
-    for name, cell in found["cells"].items():
-        last, selected = (
-            sum(cell[kind]) / len(cell[kind]) - found["best_mean_test"] for kind in ("last", "selected")
-        )
-        cells.setdefault(name.partition(",")[0], []).append((last, selected))
-    sums = {
-        rate: [sum(column) / len(rows) for column in zip(*rows, strict=True)] for rate, rows in cells.items()
-    }
-    return {rate: (f"{a:.4f}", f"{b:.4f}", f"{1 - b / a:.0%}") for rate, (a, b) in sums.items()}
+def bound(found: dict[str, Any]) -> list[str]:
+    worse, tuned = found["significantly_worse_cells"], found["tuned_decay"]
+    return [
+        "**From the live weights to the linear bound.** The bound is the best signed combination of all blocks and the "
+        "live weights for the test examples themselves: no linear average can do better there, and nobody can find it "
+        "without them. The way is the part of the distance to it that choosing covers; beside it what the same fit "
+        f"gives that has seen the validation examples only. Aim: {found['aim']}; "
+        f"{'met' if found['aim_met'] else 'not met'}: the least is {found['least_way']:.0%}, and cells in which what "
+        f"was selected is significantly worse than the live weights: {', '.join(worse) or 'none'}.",
+        table(
+            (
+                "rate, decay",
+                "live",
+                "best average",
+                "selected",
+                "minus live",
+                "bound",
+                "way",
+                "fitted on validation",
+            ),
+            [
+                (
+                    name,
+                    *(mean(cell[kind]) for kind in ("live", "average", "selected")),
+                    difference(cell["selected_minus_live"]),
+                    mean(cell["bound"]),
+                    f"{cell['way']:.0%}",
+                    mean(cell["fitted_on_validation"]),
+                )
+                for name, cell in {**found["cells"], "tuned decay": tuned}.items()
+            ],
+        ),
+        "**Blends**, which are among what was selected, against the best average alone, and how often one was chosen:",
+        table(
+            ("rate, decay", "selected minus best average", "live chosen", "an average", "a blend"),
+            [
+                (name, difference(cell["selected_minus_average"]), *kinds_chosen(cell["chosen"]))
+                for name, cell in {**found["cells"], "tuned decay": tuned}.items()
+            ],
+        ),
+    ]
+
+
+def kinds_chosen(names: Sequence[str]) -> tuple[str, str, str]:
+    """How many of those that were chosen are live weights, averages and blends."""
+    live = names.count("live")
+    blends = sum(name.startswith("blend:") for name in names)
+    return str(live), str(len(names) - live - blends), str(blends)
 
 
 def no_harm(data: dict[str, Any]) -> str:
