@@ -452,7 +452,8 @@ def write_sharded(
     if any(group.gather(path.exists())) and not overwrite:
         raise OutputExistsError(f"{path} exists already: name another output, or pass overwrite=True")
     if not path.suffix or not any(path.suffix in format.suffixes for format in FORMATS.values()):
-        _dcp.write_folder(path, {**tensors, **{tied: tensors[name] for tied, name in ties.items()}})
+        tied = {further: tensors[name] for further, name in ties.items()}
+        _dcp.write_folder(path, {**tensors, **tied}, group, overwrite)
         return
     refuse_unplaced(tensors)
     layout = Layout({name: TensorInfo.of(t) for name, t in tensors.items()}, ties, metadata or {})
