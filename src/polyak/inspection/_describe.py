@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from polyak._checks import checked
 from polyak import checkpoints
 from polyak.checkpoints import Checkpoint
 from polyak.checkpoints._base import NoWeightsError
@@ -243,6 +244,7 @@ Summary = _measure.CheckpointSummary | FolderSummary | TrajectorySummary | _meas
 """What ``describe`` and ``compare`` return; each has ``to_dict``."""
 
 
+@checked
 def describe(
     path: str | PathLike[str],
     key: str | None = None,

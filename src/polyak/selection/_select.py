@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from polyak._checks import checked
 from polyak import _evaluate, _terminal
 from polyak._distributed import is_main_rank
 from polyak._evaluate import Mode, Score
@@ -186,6 +187,7 @@ class _Trials:
         return _evaluate.try_weights(self.model, weights, score, self.recalibrate, self.prepare)
 
 
+@checked
 def select(
     trajectory: Trajectory,
     model: nn.Module,

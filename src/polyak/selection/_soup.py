@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from polyak._checks import checked
 from polyak import _evaluate
 from polyak._evaluate import Mode, ScoreFunction
 from polyak.batchnorm import tracks_statistics
@@ -75,6 +76,7 @@ class Soup:
         return f"Soup({[str(path) for path in self.ingredients]})"
 
 
+@checked
 def soup(
     checkpoints: Iterable[str | PathLike[str]],
     model: nn.Module,
