@@ -1,6 +1,5 @@
 """Checkpoints of every format, and what happens to files: shared by the tests of readers."""
 
-
 import numpy as np
 import pytest
 import torch

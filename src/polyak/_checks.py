@@ -106,7 +106,14 @@ _TESTS: Mapping[str, Callable[[Any], bool]] = {
     "Trajectory": lambda value: hasattr(value, "average_many") and not isinstance(value, type),
 }
 _PATHS = "Iterable[str | PathLike[str]] | str | PathLike[str]"
-_ALIASES = {"ScoreFunction": "Callable", "LossFunction": "Callable", "Prepare": "Callable", "Progress": "Callable"}
+_ALIASES = {
+    "ScoreFunction": "Callable",
+    "LossFunction": "Callable",
+    "Prepare": "Callable",
+    "Progress": "Callable",
+}
+# Whose elements are looked at: a loader might take hours.
+_GONE_THROUGH = ("list", "tuple", "set", "dict", "bytes", "Tensor")
 _MOST_SHOWN = 60
 
 
@@ -170,7 +177,7 @@ def _is_of(name: str, elements: str, value: Any) -> bool:
         is_one = test(value)
     except Exception:  # of comparing what cannot be
         return False
-    if is_one and elements and name in ("Iterable", "Sequence") and isinstance(value, list | tuple):
+    if is_one and elements and name in ("Iterable", "Sequence") and type(value).__name__ in _GONE_THROUGH:
         return all(_fits(elements, element) for element in value)
     return is_one
 

@@ -459,7 +459,7 @@ def update_bn(
     >>> model[0].running_mean, model[0].running_var
     (tensor([4.]), tensor([18.6667]))
     """
-    if passes != 1:
+    if not (isinstance(passes, int) and passes == 1):
         passes = _checked_passes(passes, loader)
     network = bare_model(model)  # DistributedDataParallel would wait for the other ranks in every forward
     layers = layers_to_refresh(network, keep_frozen=network.training)

@@ -119,7 +119,9 @@ CALLS: dict[str, Callable[[Setting], object]] = {
     "Trajectory.live": lambda s: s.trajectory.live(),
     "attach": _attached,
     "average_checkpoints": lambda s: polyak.average_checkpoints(s.files, s.folder / "out.pt", overwrite=True),
-    "average_checkpoints, a folder": lambda s: polyak.average_checkpoints(s.files, s.folder / "hf", overwrite=True),
+    "average_checkpoints, a folder": lambda s: polyak.average_checkpoints(
+        s.files, s.folder / "hf", overwrite=True
+    ),
     "update_bn": lambda s: polyak.update_bn(LOADER, s.model),
     "select": _selected,
     "select, recalibrated": lambda s: _selected(s, recalibrate=LOADER),
@@ -138,7 +140,9 @@ CALLS: dict[str, Callable[[Setting], object]] = {
         s.model, _points(s), loss, radii=[0.1], directions=1, mode="min", progress=False
     ),
     "checkpoints.open": lambda s: checkpoints.open(s.files[0]).read("0.weight"),
-    "checkpoints.write": lambda s: checkpoints.write(s.folder / "out.npz", s.model.state_dict(), overwrite=True),
+    "checkpoints.write": lambda s: checkpoints.write(
+        s.folder / "out.npz", s.model.state_dict(), overwrite=True
+    ),
     "checkpoints.write_sharded": lambda s: checkpoints.write_sharded(
         s.folder / "dcp", dict(s.model.named_parameters()), overwrite=True
     ),

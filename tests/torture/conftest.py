@@ -35,7 +35,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line("")
     terminalreporter.write_line(_terminal.as_text(rows))
     if (output := config.getoption("torture_output", None)) is not None:
-        found = {title: {"cases": c.total(), **dict(sorted(c.items()))} for title, c in sorted(counts.items())}
+        found = {
+            title: {"cases": c.total(), **dict(sorted(c.items()))} for title, c in sorted(counts.items())
+        }
         seed = config.getoption("torture_seed")
         settings = {"seed": seed, "polyak": polyak.__version__}
         output.write_text(json.dumps({"settings": settings, "families": found}, indent=1) + "\n")

@@ -39,7 +39,8 @@ def same_values(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
         return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
     return found.keys() == wanted.keys() and all(
-        (t.shape, t.dtype, bits(t)) == (wanted[n].shape, wanted[n].dtype, bits(wanted[n])) for n, t in found.items()
+        (t.shape, t.dtype, bits(t)) == (wanted[n].shape, wanted[n].dtype, bits(wanted[n]))
+        for n, t in found.items()
     )
 
 
@@ -77,8 +78,12 @@ def changed_bytes(kind: str, how: str, share: float, value: Any, folder: Path) -
     for tensor, there in found.items():
         if tensor not in wanted or there.shape != wanted[tensor].shape or there.dtype != wanted[tensor].dtype:
             assert path.is_file(), f"{tensor!r} became {tuple(there.shape)} {there.dtype}"
-            assert (theirs := reference(copy)) is not None, f"{tensor!r} became {tuple(there.shape)} {there.dtype}"
-            assert tensor in theirs and theirs[tensor].shape == there.shape, f"{tensor!r} is read as by nobody else"
+            assert (theirs := reference(copy)) is not None, (
+                f"{tensor!r} became {tuple(there.shape)} {there.dtype}"
+            )
+            assert tensor in theirs and theirs[tensor].shape == there.shape, (
+                f"{tensor!r} is read as by nobody else"
+            )
 
 
 @family("bytes changed in checkpoints", apart=40)
@@ -99,7 +104,9 @@ ODD_VALUES = (None, -1, 2**70, float("nan"), 1e308, "../x", "", [], {}, [[]], Tr
 
 def places_of(tree: Any, above: tuple = ()) -> Iterator[tuple]:
     """The way to every value in a tree of JSON."""
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+    for key, value in (
+        tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    ):
         yield (*above, key)
         yield from places_of(value, (*above, key))
 
@@ -199,7 +206,9 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "json": lambda p: p.write_text('{"weight": [1, 2]}'),
     "json list": lambda p: p.write_text("[1, 2]"),
     "deep json": lambda p: p.write_text("[" * 100_000),
-    "lfs pointer": lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"),
+    "lfs pointer": lambda p: p.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+    ),
     "docx": _zip,
     "zip with a data.pkl of text": lambda p: _zip(p, "a/data.pkl"),
     "png": lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50)),
@@ -395,7 +404,13 @@ def in_dcp(path: Path, data: bytes) -> None:
     (path / ".metadata").write_bytes(data)
 
 
-PLACES_OF_PICKLES = {"pt": in_pt, "legacy pt": in_legacy, "npz": in_npz, "dcp": in_dcp, "bare": Path.write_bytes}
+PLACES_OF_PICKLES = {
+    "pt": in_pt,
+    "legacy pt": in_legacy,
+    "npz": in_npz,
+    "dcp": in_dcp,
+    "bare": Path.write_bytes,
+}
 
 
 def runs_code(code: tuple, place: str, protocol: int, folder: Path) -> None:
@@ -465,7 +480,10 @@ def odd_tensor_name(name: str, suffix: str, folder: Path) -> None:
     path = folder / f"out{suffix}"
     checkpoints.write(path, values)
     found = read_all(path)
-    bare = {n.replace("module.", "").replace("_orig_mod.", "").replace("_fsdp_wrapped_", ""): t for n, t in values.items()}
+    bare = {
+        n.replace("module.", "").replace("_orig_mod.", "").replace("_fsdp_wrapped_", ""): t
+        for n, t in values.items()
+    }
     assert same_values(found, values) or same_values(found, bare), sorted(found)
 
 

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 
 from polyak.errors import PolyakError
 
-__all__ = ["FAMILIES", "Case", "cases", "errors_named", "family", "judged", "mean64", "near", "same_model", "walk"]
+__all__ = [
+    "FAMILIES",
+    "Case",
+    "cases",
+    "errors_named",
+    "family",
+    "judged",
+    "mean64",
+    "near",
+    "same_model",
+    "walk",
+]
 
 RIGHT, REFUSED = "right", "refused"
 FAMILIES: dict[str, Family] = {}
@@ -71,8 +82,6 @@ def judged(case: Case, folder: Path) -> str:
         outcome = RIGHT
     except PolyakError as error:
         said = str(error).lower()
-        global LAST
-        LAST = str(error)[:200]
         missing = [name for name in case.names if name.lower() not in said]
         assert not missing, f"a refusal that does not name {missing}: {error}"
         assert said, "a refusal without words"
@@ -135,7 +144,10 @@ def near(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float =
 def state_of(model: nn.Module) -> dict[str, object]:
     """Everything of a model that nothing may change behind its owner's back."""
     modes = {f"{name}.training": module.training for name, module in model.named_modules()}
-    hooks = {f"{name}.hooks": len(m._forward_pre_hooks) + len(m._forward_hooks) for name, m in model.named_modules()}
+    hooks = {
+        f"{name}.hooks": len(m._forward_pre_hooks) + len(m._forward_hooks)
+        for name, m in model.named_modules()
+    }
     return {name: tensor.clone() for name, tensor in model.state_dict().items()} | modes | hooks
 
 

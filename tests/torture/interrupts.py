@@ -85,7 +85,9 @@ def check_model(s: Setting, name: str, before: dict[str, object]) -> None:
     if name == "update_bn" and not torch.equal(s.model[1].running_mean, before["1.running_mean"]):
         wanted = torch.cat([s.model[0](batch) for batch in LOADER]).double().mean(0)
         assert torch.allclose(s.model[1].running_mean.double(), wanted, atol=1e-5)
-        before |= {n: t for n, t in state_of(s.model).items() if n.startswith("1.running") or "num_batches" in n}
+        before |= {
+            n: t for n, t in state_of(s.model).items() if n.startswith("1.running") or "num_batches" in n
+        }
     same_model(s.model, before)
 
 

@@ -24,7 +24,9 @@ Target = tuple[Callable[[Setting], Callable], Callable[[Setting], dict[str, Any]
 
 def plain(function: Callable, **arguments: Any) -> Target:
     """One that needs nothing of the setting, or of it what a lambda takes."""
-    return lambda s: function, lambda s: {n: a(s) if inspect.isfunction(a) else a for n, a in arguments.items()}
+    return lambda s: function, lambda s: {
+        n: a(s) if inspect.isfunction(a) else a for n, a in arguments.items()
+    }
 
 
 def score(s: Setting) -> Callable:
@@ -40,13 +42,19 @@ TARGETS: dict[str, Target] = {
     "Average.applied": (lambda s: partial(entered, s.average.applied), lambda s: {"share": 0.5}),
     "Average.swap_in": (lambda s: s.average.swap_in, lambda s: {"share": 0.5}),
     "Average.copy_to": (lambda s: s.average.copy_to, lambda s: {"model": small_model(1)}),
-    "Average.load_state_dict": (lambda s: s.average.load_state_dict, lambda s: {"state": s.average.state_dict()}),
+    "Average.load_state_dict": (
+        lambda s: s.average.load_state_dict,
+        lambda s: {"state": s.average.state_dict()},
+    ),
     "Average.module": (lambda s: s.average.module, lambda s: {"factory": small_model}),
     "Average.save": (lambda s: s.average.save, lambda s: {"path": s.folder / "out.pt"}),
     "Recorder": (lambda s: recorded, lambda s: {"model": s.model, "directory": s.folder / "new"}),
     "Recorder.applied": (lambda s: partial(entered, s.recorder.applied), lambda s: {"profile": "uniform"}),
     "Recorder.average": (lambda s: s.recorder.average, lambda s: {"profile": "uniform"}),
-    "Recorder.load_state_dict": (lambda s: s.recorder.load_state_dict, lambda s: {"state": s.recorder.state_dict()}),
+    "Recorder.load_state_dict": (
+        lambda s: s.recorder.load_state_dict,
+        lambda s: {"state": s.recorder.state_dict()},
+    ),
     "Trajectory": (lambda s: polyak.Trajectory, lambda s: {"directory": s.folder / "run"}),
     "Trajectory.from_checkpoints": plain(polyak.Trajectory.from_checkpoints, paths=lambda s: s.files),
     "Trajectory.average": (lambda s: s.trajectory.average, lambda s: {"profile": "uniform"}),
@@ -78,7 +86,9 @@ TARGETS: dict[str, Target] = {
         profiles=["uniform"],
         progress=False,
     ),
-    "soup": plain(polyak.soup, checkpoints=lambda s: s.files, model=lambda s: s.model, score=score, mode="min"),
+    "soup": plain(
+        polyak.soup, checkpoints=lambda s: s.files, model=lambda s: s.model, score=score, mode="min"
+    ),
     "update_bn": plain(polyak.update_bn, loader=LOADER, model=lambda s: s.model),
     "EMA": plain(polyak.EMA, half_life=3.0),
     "EMA, decay": plain(polyak.EMA, decay=0.5),
@@ -102,7 +112,13 @@ TARGETS: dict[str, Target] = {
         lambda s: {"model": s.model, "function": lambda m: m(LOADER[0]), "samples": 1, "progress": False},
     ),
     "landscape.path": plain(
-        landscape.path, model=lambda s: s.model, weights=points, score=score, mode="min", positions=[0.0], progress=False
+        landscape.path,
+        model=lambda s: s.model,
+        weights=points,
+        score=score,
+        mode="min",
+        positions=[0.0],
+        progress=False,
     ),
     "landscape.rays": plain(
         landscape.rays,
@@ -180,7 +196,11 @@ def parameters(name: str) -> Mapping[str, inspect.Parameter]:
     if path is None:
         owner: Any = polyak
         for part in name.partition(",")[0].split("."):
-            owner = getattr(owner, part) if hasattr(owner, part) else getattr(optim if part == "SWA" else polyak, part)
+            owner = (
+                getattr(owner, part)
+                if hasattr(owner, part)
+                else getattr(optim if part == "SWA" else polyak, part)
+            )
         path = owner
     found = inspect.signature(path).parameters
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -198,7 +218,9 @@ def misused(name: str, parameter: str, value: Any, folder: Path) -> None:
         except PolyakError:
             now = contents(folder)
             assert {n: now.get(n) for n in files} == files, "a refused call changed files"
-            assert not [n for n in now.keys() - files.keys() if not n.startswith("new")], "a refused call left files"
+            assert not [n for n in now.keys() - files.keys() if not n.startswith("new")], (
+                "a refused call left files"
+            )
             raise
         finally:
             if setting.average.swapped:
@@ -207,9 +229,28 @@ def misused(name: str, parameter: str, value: Any, folder: Path) -> None:
                 same_model(setting.model, before)
 
 
-@family("wrong values of public arguments", apart=100)
+# What is handed to functions of the caller's own, whose errors are theirs: batches of any kind, and what can be called.
+BATCHES, FUNCTIONS = (
+    ("batches", "loader", "recalibrate"),
+    ("function", "holdout", "loss", "prepare", "score", "forward"),
+)
+THEIRS = {"text", "bytes", "a list", "a dict", "a tensor"}
+# fit says in a TypeError of Python's own that it takes batches and a loss, or a score.
+LEFT_OUT = {("fit", name) for name in ("batches", "loss", "score")}
+PER_ARGUMENT = 4
+
+
+@family("wrong values of public arguments", apart=75)
 def wrong_values(rng: random.Random) -> Iterator[Case]:
     for name in TARGETS:
         for parameter in parameters(name):
-            for label in JUNK:
+            theirs = (
+                THEIRS
+                if parameter in BATCHES
+                else {"a class"}
+                if parameter in (*FUNCTIONS, "shape")
+                else set()
+            )
+            labels = [label for label in JUNK if label not in theirs and (name, parameter) not in LEFT_OUT]
+            for label in rng.sample(labels, min(PER_ARGUMENT, len(labels))):
                 yield Case(f"{name}({parameter} = {label})", partial(misused, name, parameter, JUNK[label]))

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def changed(change: str, use: str, folder: Path) -> None:
     """Three samples, a change, and three more: the mean by name of what was seen, or a refusal; never a mixture."""
     model = small_model()
     average = polyak.Average(model, "uniform")
-    run = polyak.Recorder(model, folder / "run", block=2, buffers="average" if use.endswith("averaged") else "copy")
+    run = polyak.Recorder(
+        model, folder / "run", block=2, buffers="average" if use.endswith("averaged") else "copy"
+    )
     samples = []
 
     def step(number: int) -> None:
@@ -101,10 +104,8 @@ def changed(change: str, use: str, folder: Path) -> None:
     finally:
         if change == "meta":
             run._release()
-        try:
+        with suppress(PolyakError):
             run.close()
-        except PolyakError:
-            pass
     recorded = run.trajectory
     assert not recorded.usable.damaged
     for block, stored in zip(recorded.blocks, recorded.checkpoints, strict=True):
@@ -135,7 +136,9 @@ def many(use: str, count: int, folder: Path) -> None:
         found = run.trajectory.average("uniform")
     else:
         for number in (1, 2):
-            checkpoints.write(folder / f"step{number}{use}", {f"{n}": p.detach() for n, p in enumerate(model)})
+            checkpoints.write(
+                folder / f"step{number}{use}", {f"{n}": p.detach() for n, p in enumerate(model)}
+            )
         polyak.average_checkpoints(sorted(folder.glob("step*")), folder / f"out{use}")
         with checkpoints.open(folder / f"out{use}") as opened:
             found = {name: opened.read(name) for name in opened.tensors}

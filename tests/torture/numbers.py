@@ -67,7 +67,9 @@ def in_a_file(value: float, dtype: torch.dtype, suffix: str, folder: Path) -> No
         weight = torch.full((50,), float(number)).to(dtype)
         if number == 2:
             weight[7] = value
-        checkpoints.write(folder / f"step{number}{suffix}", {"w": weight, "b": torch.full((3,), float(number))})
+        checkpoints.write(
+            folder / f"step{number}{suffix}", {"w": weight, "b": torch.full((3,), float(number))}
+        )
     polyak.average_checkpoints(sorted(folder.glob("step*")), folder / f"out{suffix}")
     found = checkpoints.open(folder / f"out{suffix}").read("w").double()
     good = torch.arange(50) != 7
@@ -84,7 +86,9 @@ def as_score(value: float, at: int, mode: str, folder: Path) -> None:
             return value if len(calls) == at else float(len(calls))
 
         profiles = ["uniform", "tail:0.5"]
-        choice = polyak.select(s.trajectory, s.model, score=score, mode=mode, profiles=profiles, progress=False)
+        choice = polyak.select(
+            s.trajectory, s.model, score=score, mode=mode, profiles=profiles, progress=False
+        )
         bad_wins = (mode == "min" and value == -math.inf) or (mode == "max" and value == math.inf)
         assert math.isfinite(choice.best.score) or bad_wins, choice.best
         same_model(s.model, before)

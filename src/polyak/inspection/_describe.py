@@ -8,8 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from polyak._checks import checked
 from polyak import checkpoints
+from polyak._checks import checked
 from polyak.checkpoints import Checkpoint
 from polyak.checkpoints._base import NoWeightsError
 from polyak.checkpoints._checkpoint import is_checkpoint_folder, is_recording
@@ -278,6 +278,7 @@ def describe(
         return _measure.summarise_checkpoint(checkpoint)
 
 
+@checked
 def compare(
     path: str | PathLike[str],
     other: str | PathLike[str],

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from polyak._checks import checked
 from polyak import _evaluate, _terminal
+from polyak._checks import checked
 from polyak._distributed import is_main_rank
 from polyak._evaluate import Mode, Score
 from polyak._mean import mean_dtype

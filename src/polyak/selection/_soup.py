@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polyak._checks import checked
 from polyak import _evaluate
+from polyak._checks import checked
 from polyak._evaluate import Mode, ScoreFunction
 from polyak.batchnorm import tracks_statistics
 from polyak.errors import OptionError

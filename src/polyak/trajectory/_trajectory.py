@@ -12,8 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from polyak._checks import checked, warn_user
 from polyak import checkpoints
+from polyak._checks import checked, warn_user
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
 from polyak.combine import MemoryWriter, _inputs, batchnorm_statistics, combine, common_layout, is_averaged
 from polyak.combine._reading import Reading, read_inputs
@@ -311,6 +311,8 @@ class Trajectory:
             raise OptionError(
                 f"dtype must be a floating-point torch.dtype, such as torch.float32, got {dtype!r}"
             )
+        if not profiles:
+            raise OptionError("profiles is empty: give at least one")
         rows = [self._coefficients(profile) for profile in profiles]
         writers = [MemoryWriter(self._assembly.layout(row, dtype)) for row in rows]
         self._fill(rows, writers, max_memory)
