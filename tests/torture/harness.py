@@ -21,12 +21,14 @@ __all__ = [
     "FAMILIES",
     "Case",
     "cases",
-    "errors_named",
+    "contents",
     "family",
     "judged",
     "mean64",
     "near",
     "same_model",
+    "small_model",
+    "state_of",
     "walk",
 ]
 

@@ -150,6 +150,8 @@ SIGNATURES = {
     "Recorder": polyak.Recorder,
     "Recorder.applied": polyak.Recorder.applied,
     "SWAG.samples": polyak.SWAG.samples,
+    "swa_schedule": schedules.swa_schedule,
+    "cyclical_schedule": schedules.cyclical_schedule,
 }
 
 
@@ -232,7 +234,7 @@ def misused(name: str, parameter: str, value: Any, folder: Path) -> None:
 # What is handed to functions of the caller's own, whose errors are theirs: batches of any kind, and what can be called.
 BATCHES, FUNCTIONS = (
     ("batches", "loader", "recalibrate"),
-    ("function", "holdout", "loss", "prepare", "score", "forward"),
+    ("function", "holdout", "loss", "prepare", "score", "forward", "progress", "factory"),
 )
 THEIRS = {"text", "bytes", "a list", "a dict", "a tensor"}
 # fit says in a TypeError of Python's own that it takes batches and a loss, or a score.

@@ -307,7 +307,8 @@ class TrajectoryFolder:
         listed = self.manifest.checksums
         unlisted = [n for n in os.listdir(self.path) if _TRANSIENT.fullmatch(n) and n not in listed]
         for name in unlisted:
-            (self.path / name).unlink(missing_ok=True)
+            if not (self.path / name).is_dir():  # nobody writes folders of such names but somebody else
+                (self.path / name).unlink(missing_ok=True)
 
     def _refuse_orphans(self) -> None:
         orphans = [name for name in sorted(os.listdir(self.path)) if name.startswith("block-")]

@@ -69,7 +69,6 @@ class Assembly:
         frozen: what all blocks share, if anything.
     """
 
-    @checked
     def __init__(self, blocks: Sequence[Checkpoint | None], frozen: Checkpoint | None):
         self._blocks = blocks
         self._frozen = frozen
@@ -177,6 +176,7 @@ class Trajectory:
     _live: Path | Weights | None
     _live_beside: Checkpoint | None = None  # opened for a sum that counts it
 
+    @checked
     def __init__(self, directory: str | PathLike[str]):
         folder = Path(directory)
         manifest, self._inputs, self.damaged = _read(folder)
