@@ -121,7 +121,7 @@ def checked(call: Call) -> Call:
     """Refuse arguments that are not of the types in the signature, and paths that no system takes, before the call.
 
     >>> @checked
-    ... def read(path: "str | os.PathLike[str]", names: "Iterable[str] | None" = None): ...
+    ... def read(path: str | os.PathLike[str], names: Iterable[str] | None = None): ...
     >>> read("a.pt", ["weight", 3])
     Traceback (most recent call last):
     polyak.errors.OptionError: names must be of type Iterable[str] | None, got ['weight', 3]

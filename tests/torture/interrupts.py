@@ -123,7 +123,7 @@ def check_recording(s: Setting) -> None:
         near({name: stored.read(name) for name in sample}, sample)
 
 
-@family("interrupts in public calls", apart=6)
+@family("interrupts in public calls", apart=24)
 def interrupts(rng: random.Random) -> Iterator[Case]:
     if sys.gettrace() is not None:
         return  # an interrupt and a measurement of coverage want the same hook

@@ -27,7 +27,7 @@ JSON = st.recursive(
     max_leaves=5,
 )
 SHARES = st.floats(0, 1, exclude_max=True)
-EXAMPLES = [25, pytest.param(1000, marks=pytest.mark.torture)]
+EXAMPLES = [10, pytest.param(1000, marks=pytest.mark.torture)]
 
 
 def fuzzed(examples: int, tree: Any, check) -> None:
