@@ -101,9 +101,7 @@ _TESTS: Mapping[str, Callable[[Any], bool]] = {
     "Sequence": lambda value: hasattr(value, "__len__") and hasattr(value, "__getitem__"),
     "Mapping": lambda value: isinstance(value, Mapping),
     "dict": lambda value: isinstance(value, Mapping),
-    "nn.Module": lambda value: hasattr(value, "named_parameters") and not isinstance(value, type),
     "Optimizer": lambda value: hasattr(value, "param_groups"),
-    "Trajectory": lambda value: hasattr(value, "average_many") and not isinstance(value, type),
 }
 _PATHS = "Iterable[str | PathLike[str]] | str | PathLike[str]"
 _ALIASES = {

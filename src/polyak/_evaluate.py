@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from polyak import checkpoints
 from polyak._checks import Difference, warn_user
-from polyak._model import ModelTensors, NamedTensor, local
+from polyak._model import ModelTensors, NamedTensor, bare_model, local
 from polyak._swap import Swap, modes, undoing
 from polyak.batchnorm import tracks_statistics, update_bn
 from polyak.errors import NotStartedError, OptionError, StructureError, name_list
@@ -331,6 +331,7 @@ def refuse_one_pass(recalibrate: Iterable[Any] | None) -> None:
 
 def check_statistics(model: nn.Module, recalibrate: Iterable[Any] | None) -> None:
     """Warn where BatchNorm statistics would be of other weights, and refuse batches as ``refuse_one_pass``."""
+    bare_model(model)  # refuses what is none
     refuse_one_pass(recalibrate)
     if recalibrate is None and tracks_statistics(model):
         warn_user(
