@@ -478,6 +478,18 @@ def spread(entry: dict[str, float]) -> str:
     return f"{entry['median']:.2f} ({width:.2f})"
 
 
+def torture(data: dict[str, Any]) -> str:
+    families = data["families"]
+    kinds = ("cases", "right", "refused", "wrong")
+    rows = [(title, *(f"{count.get(kind, 0):,}" for kind in kinds)) for title, count in families.items()]
+    rows.append(("all", *(f"{sum(c.get(kind, 0) for c in families.values()):,}" for kind in kinds)))
+    introduction = (
+        f"Each case ends in the right result, or is refused in words that name the thing, with nothing half-written. "
+        f"Seed {data['settings']['seed']}."
+    )
+    return f"{introduction}\n\n{table(('faults and abuse', *kinds), rows)}"
+
+
 # Title, file, the command that makes it, and what to write.
 SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Does it help? Digits, BatchNorm", "demo_digits.json", "polyak demo", demo),
@@ -503,6 +515,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ),
     ("What averaging checkpoint files costs", "offline.json", "python benchmarks/offline.py", offline),
     ("What update_bn costs", "batchnorm_cost.json", "python benchmarks/batchnorm_cost.py", batchnorm_cost),
+    ("Does it hold under faults and abuse?", "torture.json", "make torture", torture),
 ]
 
 

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, wraps
 from importlib import import_module
 from numbers import Integral, Real
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from polyak.errors import MissingExtraError, OptionError, StateError, name_list
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Difference", "refuse_other_state", "require", "warn_user", "whole_within", "within"]
+__all__ = ["Difference", "checked", "refuse_other_state", "require", "warn_user", "whole_within", "within"]
 
 # What lies between a line of a user's and what it makes polyak do.
 _BETWEEN = {"polyak", "contextlib", "functools", "torch", "lightning", "pytorch_lightning"} | {
@@ -80,6 +83,115 @@ def _lies_in(interval: str, number: float) -> bool:
     low, high = map(float, interval[1:-1].split(","))
     above = number > low or (interval[0] == "[" and number == low)
     return above and (number < high or (interval[-1] == "]" and number == high))
+
+
+# Arguments of another type than a signature says.
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+# What the parts of an annotation stand for; numbers are looked at by who uses them, and what is not here by nobody.
+_TESTS: Mapping[str, Callable[[Any], bool]] = {
+    "None": lambda value: value is None,
+    "str": lambda value: isinstance(value, str),
+    "PathLike": lambda value: isinstance(value, os.PathLike),
+    "Path": lambda value: isinstance(value, os.PathLike),
+    "bool": lambda value: isinstance(value, bool) or type(value).__name__ == "bool_" or value in (0, 1),
+    "Callable": callable,
+    "Iterable": lambda value: isinstance(value, Iterable),
+    "Sequence": lambda value: hasattr(value, "__len__") and hasattr(value, "__getitem__"),
+    "Mapping": lambda value: isinstance(value, Mapping),
+    "dict": lambda value: isinstance(value, Mapping),
+    "Optimizer": lambda value: hasattr(value, "param_groups"),
+}
+_PATHS = "Iterable[str | PathLike[str]] | str | PathLike[str]"
+_ALIASES = {
+    "ScoreFunction": "Callable",
+    "LossFunction": "Callable",
+    "Prepare": "Callable",
+    "Progress": "Callable",
+}
+# Whose elements are looked at: a loader might take hours.
+_GONE_THROUGH = ("list", "tuple", "set", "dict", "bytes", "Tensor")
+_MOST_SHOWN = 60
+
+
+def checked(call: Call) -> Call:
+    """Refuse arguments that are not of the types in the signature, and paths that no system takes, before the call.
+
+    >>> @checked
+    ... def read(path: str | os.PathLike[str], names: Iterable[str] | None = None): ...
+    >>> read("a.pt", ["weight", 3])
+    Traceback (most recent call last):
+    polyak.errors.OptionError: names must be of type Iterable[str] | None, got ['weight', 3]
+    """
+    signature = inspect.signature(call)
+
+    @wraps(call)
+    def checking(*positional: Any, **named: Any) -> Any:
+        try:
+            given = signature.bind(*positional, **named).arguments
+        except TypeError:
+            return call(*positional, **named)  # Python's own words for unknown and missing ones
+        for name, value in given.items():
+            parameter = signature.parameters[name]
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                _refuse_misfit(name, parameter.annotation, value)
+        return call(*positional, **named)
+
+    return checking  # type: ignore[return-value]
+
+
+def _refuse_misfit(name: str, annotation: Any, value: Any) -> None:
+    if not isinstance(annotation, str):
+        return
+    if not _fits(annotation, value):
+        raise OptionError(f"{name} must be of type {annotation}, got {value!r:.{_MOST_SHOWN}}")
+    if "torch.device" in annotation and value is not None:
+        try:
+            import_module("torch").device(value)
+        except Exception as error:  # of several kinds
+            reason = str(error).partition("\n")[0]
+            raise OptionError(f"{name} cannot be {value!r:.{_MOST_SHOWN}}: {reason:.200}") from error
+    if "PathLike" in annotation and isinstance(value, str | os.PathLike):
+        try:
+            os.lstat(value)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OptionError(f"{name} cannot be {value!r:.{_MOST_SHOWN}}: {reason}") from error
+
+
+def _fits(annotation: str, value: Any) -> bool:
+    """Whether ``value`` is of one of the types, or one of them is not known here."""
+    return any(_is_of(*part, value) for part in _parts(annotation))
+
+
+def _is_of(name: str, elements: str, value: Any) -> bool:
+    test = _TESTS.get(_ALIASES.get(name, name))
+    if test is None:
+        return True
+    try:
+        is_one = test(value)
+    except Exception:  # of comparing what cannot be
+        return False
+    if is_one and elements and name in ("Iterable", "Sequence") and type(value).__name__ in _GONE_THROUGH:
+        return all(_fits(elements, element) for element in value)
+    return is_one
+
+
+@cache
+def _parts(annotation: str) -> tuple[tuple[str, str], ...]:
+    """The types of a union, each with what is in its brackets."""
+    parts, depth, start = [], 0, 0
+    annotation = annotation.replace("Paths", _PATHS).replace("os.PathLike", "PathLike") + "|"
+    for n, letter in enumerate(annotation):
+        depth += (letter == "[") - (letter == "]")
+        if letter == "|" and not depth:
+            name, _, inside = annotation[start:n].strip().partition("[")
+            parts.append((re.sub(r"^_evaluate\.", "", name), inside[:-1]))
+            start = n + 1
+    return tuple(parts)
 
 
 # How two sets of named things differ.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyak import checkpoints
-from polyak._checks import Difference
-from polyak._model import ModelTensors, NamedTensor, local
+from polyak._checks import Difference, warn_user
+from polyak._model import ModelTensors, NamedTensor, bare_model, local
 from polyak._swap import Swap, modes, undoing
 from polyak.batchnorm import tracks_statistics, update_bn
 from polyak.errors import NotStartedError, OptionError, StructureError, name_list
@@ -332,13 +331,12 @@ def refuse_one_pass(recalibrate: Iterable[Any] | None) -> None:
 
 def check_statistics(model: nn.Module, recalibrate: Iterable[Any] | None) -> None:
     """Warn where BatchNorm statistics would be of other weights, and refuse batches as ``refuse_one_pass``."""
+    bare_model(model)  # refuses what is none
     refuse_one_pass(recalibrate)
     if recalibrate is None and tracks_statistics(model):
-        warnings.warn(
+        warn_user(
             "the model has BatchNorm layers, whose statistics do not fit the weights that are tried: the results are "
-            "not those the weights can have. Give recalibrate the batches to recompute them from",
-            UserWarning,
-            stacklevel=3,
+            "not those the weights can have. Give recalibrate the batches to recompute them from"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from polyak import _torch
 from polyak._attach import Attachment
-from polyak._checks import Difference, refuse_other_state, warn_user, whole_within, within
+from polyak._checks import Difference, checked, refuse_other_state, warn_user, whole_within, within
 from polyak._mean import Accumulator, CheckFinite
 from polyak._model import (
     Binding,
@@ -88,6 +88,7 @@ class Average:
     _blended: list[Tensor] | None = None  # what is in the model, where it is not the average alone
     _share: float
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -289,6 +290,7 @@ class Average:
         self._swap.undo()
         self._swap = self._blended = None
 
+    @checked
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged model into ``model``, by name; for the live model this is for good.
 
@@ -308,6 +310,7 @@ class Average:
             raise StructureError(f"the average does not fit this model: it {unfit}; nothing was written")
         copy_into(local(t.tensor for t in targets), local(sources[t.name] for t in targets))
 
+    @checked
     def module(self, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
         """The averaged model as a module of its own, in evaluation mode, to be called beside the live one.
 
@@ -358,6 +361,7 @@ class Average:
         self._modules.add(module, self._binding, accumulator, is_copy=factory is None)
         return module
 
+    @checked
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the averaged model as a checkpoint, in the average's own dtype, atomically.
 
@@ -412,6 +416,7 @@ class Average:
             **self._saved_tensors(accumulator),
         }
 
+    @checked
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state, also where other parameters are frozen now than were then.
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from polyak import _distributed, _terminal, _torch
-from polyak._checks import whole_within
+from polyak._checks import checked, whole_within
 from polyak._distributed import is_distributed, is_main_rank, sum_over_ranks
 from polyak._model import bare_model
 from polyak._swap import modes, undoing
@@ -385,6 +385,7 @@ def moved(batch: Any, device: torch.device | str | int) -> Any:
 
 
 @torch.no_grad()
+@checked
 def update_bn(
     loader: Iterable[Any],
     model: nn.Module,
@@ -458,7 +459,7 @@ def update_bn(
     >>> model[0].running_mean, model[0].running_var
     (tensor([4.]), tensor([18.6667]))
     """
-    if passes != 1:
+    if not (isinstance(passes, int) and passes == 1):
         passes = _checked_passes(passes, loader)
     network = bare_model(model)  # DistributedDataParallel would wait for the other ranks in every forward
     layers = layers_to_refresh(network, keep_frozen=network.training)

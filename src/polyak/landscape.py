@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyak import _evaluate, _plots, _terminal
-from polyak._checks import whole_within, within
+from polyak._checks import checked, whole_within, within
 from polyak._distributed import is_main_rank
 from polyak._evaluate import Mode, Score, ScoreFunction
 from polyak._mean import mean_dtype
@@ -268,6 +268,7 @@ class PathScores:
         return f"beyond {name}, by {beyond:.3g} of their distance"
 
 
+@checked
 def path(
     model: nn.Module,
     weights: Mapping[str, Mapping[str, Tensor]],
@@ -391,6 +392,7 @@ class PlaneScores:
         return "\n".join([*rows, reach])
 
 
+@checked
 def plane(
     model: nn.Module,
     weights: Mapping[str, Mapping[str, Tensor]],
@@ -547,6 +549,7 @@ class RayScores:
         return f"Directions have the size of {size}.\n{_terminal.as_text(table)}"
 
 
+@checked
 def rays(
     model: nn.Module,
     weights: Mapping[str, Mapping[str, Tensor]],

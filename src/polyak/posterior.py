@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyak import _terminal
-from polyak._checks import whole_within, within
+from polyak._checks import checked, whole_within, within
 from polyak._distributed import is_main_rank
 from polyak._evaluate import check_statistics, refuse_no_trajectory, trial
 from polyak._mean import mean_dtype
@@ -87,6 +87,7 @@ class SWAG:
     mean: dict[str, Tensor]
     variance: dict[str, Tensor]
 
+    @checked
     def __init__(self, trajectory: Trajectory, profile: Profile | str, *, rank: int = 20, scale: float = 1.0):
         refuse_no_trajectory(trajectory)
         self._trajectory = trajectory
@@ -120,6 +121,7 @@ class SWAG:
         count, seed = whole_within("[1, inf)", "samples", count), whole_within("[0, 1e18]", "seed", seed)
         return self._drawn(count, seed, self.scale if scale is None else _scale(scale))
 
+    @checked
     def predict(
         self,
         model: nn.Module,

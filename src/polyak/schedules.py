@@ -42,12 +42,13 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from polyak._checks import whole_within
+from polyak._checks import checked, whole_within
 from polyak.errors import OptionError
 
 __all__ = ["cyclical_schedule", "swa_schedule"]
 
 
+@checked
 def swa_schedule(optimizer: Optimizer, *, swa_start: int, swa_lr: float | Sequence[float]) -> LambdaLR:
     """The SWA paper's schedule: hold the learning rate, go down linearly to ``swa_lr``, hold that.
 
@@ -92,6 +93,7 @@ def swa_schedule(optimizer: Optimizer, *, swa_start: int, swa_lr: float | Sequen
     return LambdaLR(optimizer, factors)
 
 
+@checked
 def cyclical_schedule(
     optimizer: Optimizer, *, lr_min: float | Sequence[float], cycle_steps: int, start: int = 0
 ) -> LambdaLR:

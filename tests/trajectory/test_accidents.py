@@ -339,11 +339,11 @@ def test_misused_arguments_are_named(tmp_path):
     assert trajectory.explain("tail:1").exact
     score = lambda m: 0.0  # noqa: E731
     for profiles in ("uniform", polyak.Tail(0.4), [0.4]):
-        with pytest.raises(OptionError, match="list|profile is needed"):
+        with pytest.raises(OptionError, match="list|profile is needed|profiles must be"):
             polyak.select(trajectory, model, score=score, profiles=profiles, progress=False)
     with pytest.raises(OptionError, match="must be a Trajectory"):
         polyak.select(str(tmp_path), model, score=score)
-    with pytest.raises(OptionError, match="must be a list"):
+    with pytest.raises(OptionError, match="must be a list|paths must be"):
         polyak.Trajectory.from_checkpoints(tmp_path)
     with pytest.raises(OptionError, match="a tuple"):
         polyak.select(trajectory, model, score=lambda m: (0.5, 0.9), progress=False)

@@ -337,6 +337,11 @@ class Layout:
                 raise StructureError(
                     f"{tied!r} cannot be tied to {name!r}: one must be written and the other not"
                 )
+        for name in (*self.tensors, *self.ties):
+            if "\0" in name or name != name.encode("utf-8", "replace").decode():
+                raise StructureError(
+                    f"a tensor cannot be named {name!r}: files take names of Unicode without a null"
+                )
         if not all(isinstance(text, str) for entry in self.metadata.items() for text in entry):
             raise OptionError("metadata must map text to text: convert numbers with str()")
 

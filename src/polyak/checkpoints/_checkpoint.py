@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from polyak._checks import checked
 from polyak._distributed import RankGroup, refuse_unplaced, shard_runs
 from polyak._model import local
 from polyak.checkpoints import _dcp, _pt
@@ -341,6 +342,7 @@ def _text_step(metadata: dict[str, str]) -> tuple[int, str] | tuple[None, None]:
 # The verbs.
 
 
+@checked
 def open(path: str | PathLike[str], key: str | None = None, *, allow: Sequence[str] = ()) -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
@@ -360,6 +362,7 @@ def open(path: str | PathLike[str], key: str | None = None, *, allow: Sequence[s
     return Checkpoint(path, format.name, format.read(path), key)
 
 
+@checked
 def create(
     path: str | PathLike[str], layout: Layout, *, format: str | None = None, overwrite: bool = False
 ) -> Writer:
@@ -388,6 +391,7 @@ def create(
     return FORMATS[format_for(path, format)].writer(path, layout, overwrite)
 
 
+@checked
 def write(
     path: str | PathLike[str],
     tensors: Mapping[str, Tensor],
@@ -423,6 +427,7 @@ def write(
         writer.fill(tensors)
 
 
+@checked
 def write_sharded(
     path: str | PathLike[str],
     tensors: Mapping[str, Tensor],
@@ -452,7 +457,8 @@ def write_sharded(
     if any(group.gather(path.exists())) and not overwrite:
         raise OutputExistsError(f"{path} exists already: name another output, or pass overwrite=True")
     if not path.suffix or not any(path.suffix in format.suffixes for format in FORMATS.values()):
-        _dcp.write_folder(path, {**tensors, **{tied: tensors[name] for tied, name in ties.items()}})
+        tied = {further: tensors[name] for further, name in ties.items()}
+        _dcp.write_folder(path, {**tensors, **tied}, group, overwrite)
         return
     refuse_unplaced(tensors)
     layout = Layout({name: TensorInfo.of(t) for name, t in tensors.items()}, ties, metadata or {})

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polyak._distributed import RankGroup
 from polyak.checkpoints import _base, _pickle, _pt
 from polyak.checkpoints._base import Contents, Layout, StoredTensor, TensorInfo
 from polyak.checkpoints._dialects import STEP_KEYS
-from polyak.checkpoints._io import DataFile
+from polyak.checkpoints._io import AtomicOutput, DataFile
 from polyak.errors import CheckpointError, name_list
 
 __all__ = ["write_folder"]
@@ -86,14 +87,40 @@ class DcpFormat(_base.Format):
         return DcpWriter(path, layout, overwrite)
 
 
-def write_folder(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write DTensors from all ranks, each its own shards, into one folder; a collective call.
+def write_folder(path: Path, tensors: Mapping[str, Tensor], group: RankGroup, overwrite: bool) -> None:
+    """Write DTensors from all ranks, each its own shards, into one folder, whole or not at all; a collective call.
 
-    torch's writer puts ``.metadata`` there last, so a folder that has it is whole.
+    Raises:
+        OutputExistsError: as ``AtomicOutput``.
+        CheckpointError: it cannot be written.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    save(dict(tensors), checkpoint_id=path)
+    made: list[AtomicOutput] = []  # on the first rank
+
+    def begin() -> Path:
+        made.append(AtomicOutput(path, overwrite))
+        return made[0].create_folder()
+
+    try:
+        folder = group.first(begin)
+        try:
+            save(dict(tensors), checkpoint_id=folder)
+        except CheckpointException as error:
+            raise _failure(path, error.failures) from error
+        group.first(lambda: made[0].commit())
+    finally:
+        for output in made:
+            output.abort()
+
+
+def _failure(path: Path, failures: Mapping[int, tuple[BaseException, Any]]) -> BaseException:
+    """What torch wraps so that ``except Exception`` passes it by, interrupts among it, as what it is."""
+    errors = {rank: error for rank, (error, _) in failures.items()}
+    interrupt = next((error for error in errors.values() if not isinstance(error, Exception)), None)
+    reasons = "; ".join(f"rank {rank} failed with {error!r:.200}" for rank, error in errors.items())
+    return interrupt or CheckpointError(f"cannot write {path}: {reasons}; nothing was changed there")
 
 
 def _known(name: str) -> Any:

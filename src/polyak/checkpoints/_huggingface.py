@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -138,7 +139,7 @@ def _trainer_step(path: Path) -> str | None:
 def _sharded(index: Path, format: Format) -> Contents:
     shard_of = _weight_map(index)
     shards = sorted(set(shard_of.values()))
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    missing = [shard for shard in shards if not os.path.isfile(index.parent / shard)]
     if missing:
         raise CheckpointError(f"{index.parent} lacks {name_list(missing, most=20)}: fetch the shards again")
     contents = [format.read(index.parent / shard) for shard in shards]

@@ -73,7 +73,7 @@ def planned(
     """
     if mode not in MODES:
         raise OptionError(f"adapters are averaged as product or as factors, not as {mode!r}")
-    if rank is not None and rank < 1:
+    if rank is not None and not (isinstance(rank, int) and rank >= 1):
         raise OptionError(f"the rank of an update must be at least 1, got {rank}")
     adapters = [is_adapter(checkpoint) for checkpoint in inputs]
     if not any(adapters):

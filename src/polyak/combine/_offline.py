@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from polyak import checkpoints
+from polyak._checks import checked, warn_user
 from polyak._distributed import RankGroup
 from polyak.checkpoints import _base, _io
 from polyak.checkpoints._checkpoint import format_for
@@ -376,6 +376,7 @@ def run_on_ranks(plan: Plan, progress: Progress | None = None) -> AverageReport:
 # ``average_checkpoints``: checkpoints of any tool in, one average out.
 
 
+@checked
 def average_checkpoints(
     inputs: Paths,
     output: str | PathLike[str],
@@ -468,11 +469,10 @@ def average_checkpoints(
     )
     report = plan.run(progress)
     if report.left_out:
-        warnings.warn(report.left_out, stacklevel=2)
+        warn_user(report.left_out)
     if report.differing:
-        warnings.warn(
+        warn_user(
             f"integer and bool tensors were copied from the last input, though the inputs differ in "
-            f"{name_list([*report.differing])}",
-            stacklevel=2,
+            f"{name_list([*report.differing])}"
         )
     return report

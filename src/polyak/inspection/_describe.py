@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak import checkpoints
+from polyak._checks import checked
 from polyak.checkpoints import Checkpoint
 from polyak.checkpoints._base import NoWeightsError
 from polyak.checkpoints._checkpoint import is_checkpoint_folder, is_recording
@@ -243,6 +244,7 @@ Summary = _measure.CheckpointSummary | FolderSummary | TrajectorySummary | _meas
 """What ``describe`` and ``compare`` return; each has ``to_dict``."""
 
 
+@checked
 def describe(
     path: str | PathLike[str],
     key: str | None = None,
@@ -276,6 +278,7 @@ def describe(
         return _measure.summarise_checkpoint(checkpoint)
 
 
+@checked
 def compare(
     path: str | PathLike[str],
     other: str | PathLike[str],

@@ -421,6 +421,8 @@ def parse(text: str) -> Profile:
     polyak.errors.OptionError: cannot read the profile 'emma:decay=0.9': there is no profile 'emma';
     did you mean 'ema'? Known: uniform, ema, power, ... For example: ema:half_life=2000
     """
+    if not isinstance(text, str):
+        raise OptionError(f"a profile is read from text such as uniform, got {text!r:.60}")
     name, colon, rest = text.strip().partition(":")
     known = _REGISTRY.get(name)
     try:

@@ -467,7 +467,12 @@ class Tail(Profile):
 
     def __post_init__(self) -> None:
         given, value = self._exactly_one("fraction", "steps")
-        if given == "fraction" and isinstance(value, int | float) and value >= 2 and value == int(value):
+        if (
+            given == "fraction"
+            and isinstance(value, int | float)
+            and 2 <= value < 1e9
+            and value == int(value)
+        ):
             raise OptionError(
                 f"fraction must be a number in (0, 1], got {value:g}: the newest {value:g} checkpoints are "
                 f"--last {value:g}, or last={value:g} in Python, and the last {value:g} steps are tail:steps={value:g}"
@@ -607,6 +612,8 @@ class Weights(Profile):
     examples = ("weights:1,2,3", "weights:-0.5,1.5")
 
     def __post_init__(self) -> None:
+        if not hasattr(self.a, "__iter__"):
+            raise OptionError(f"weights must be a sequence of numbers, got {self.a!r:.60}")
         a = tuple(within("(-inf, inf)", "a weight", value) for value in self.a)
         total = sum(a)
         # A sum of rounding errors is no sum: dividing by it would give weights of any size.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak import _terminal
-from polyak._checks import require
+from polyak._checks import checked, require
 from polyak._evaluate import refuse_no_trajectory
 from polyak._version import __version__
 from polyak.checkpoints import _io
@@ -29,6 +29,7 @@ _SUFFIXES = (".html", ".htm")
 _SETTLED = "How long to average, the scores above have settled."
 
 
+@checked
 def write_report(
     trajectory: Trajectory,
     path: str | PathLike[str],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from polyak._checks import whole_within
+from polyak._checks import checked, whole_within
 from polyak._evaluate import Mode, ScoreFunction, matched, refuse_no_trajectory
 from polyak._mean import mean_dtype
 from polyak._model import ModelTensors, bare_model
@@ -62,6 +62,7 @@ class Fit:
 
 
 @overload
+@checked
 def fit(
     trajectory: Trajectory,
     model: nn.Module,

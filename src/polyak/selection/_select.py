@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyak import _evaluate, _terminal
+from polyak._checks import checked
 from polyak._distributed import is_main_rank
 from polyak._evaluate import Mode, Score
 from polyak._mean import mean_dtype
@@ -186,6 +187,7 @@ class _Trials:
         return _evaluate.try_weights(self.model, weights, score, self.recalibrate, self.prepare)
 
 
+@checked
 def select(
     trajectory: Trajectory,
     model: nn.Module,

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyak import _evaluate
+from polyak._checks import checked
 from polyak._evaluate import Mode, ScoreFunction
 from polyak.batchnorm import tracks_statistics
 from polyak.errors import OptionError
@@ -75,6 +76,7 @@ class Soup:
         return f"Soup({[str(path) for path in self.ingredients]})"
 
 
+@checked
 def soup(
     checkpoints: Iterable[str | PathLike[str]],
     model: nn.Module,

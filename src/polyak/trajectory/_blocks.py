@@ -308,7 +308,7 @@ def _entry(block: Block) -> dict[str, Any]:
 
 
 def _parsed(data: bytes) -> Manifest:
-    entries = json.loads(data)
+    entries = json.loads(data, parse_constant=_refuse_constant)
     if entries.pop("format") != _FORMAT:
         raise ValueError(f"it is not of the format {_FORMAT!r}")
     blocks = tuple(_parsed_block(entry) for entry in entries.pop("blocks"))
@@ -317,6 +317,10 @@ def _parsed(data: bytes) -> Manifest:
     if [block.start for block in blocks] != edges[:-1] or any(b.steps < 1 or b.count < 1 for b in blocks):
         raise ValueError("its blocks do not follow each other")
     return manifest
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"it holds {text}, which is no number")
 
 
 def _parsed_block(entry: dict[str, Any]) -> Block:

@@ -70,6 +70,8 @@ def steps_worth_writing(least_steps: int, seconds_per_step: float, write_seconds
     512
     """
     allowed_seconds = _WRITE_SHARE * least_steps * seconds_per_step
+    if min(allowed_seconds, write_seconds) <= 0:  # a clock that stood still, or was set back
+        return least_steps
     doublings = max(0, math.ceil(math.log2(write_seconds / allowed_seconds)))
     return least_steps << doublings
 

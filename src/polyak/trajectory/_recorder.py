@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from polyak import _torch
 from polyak._attach import Attachment
-from polyak._checks import refuse_other_state, warn_user, whole_within
+from polyak._checks import checked, refuse_other_state, warn_user, whole_within
 from polyak._distributed import RankGroup, refuse_unplaced
 from polyak._model import Binding, ModelTensors, refuse_swapped, watch_for_thaws
 from polyak._swap import Swap, undoing
@@ -103,6 +103,7 @@ class Recorder:
 
     _attachment: Attachment | None = None  # to the optimizer that calls update()
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -305,6 +306,7 @@ class Recorder:
             self._kept_edges.append(block.start)
         return {**self._options, "step": self._step, **block.state_dict()}
 
+    @checked
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state: the clock is that of the state, and blocks recorded after it are dropped.
 

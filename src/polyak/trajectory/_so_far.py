@@ -85,8 +85,8 @@ class OpenBlock:
 
     def sample(self, step: int, *, overlaps: bool = False) -> None:
         """Take the weights as they are after ``step``; see :meth:`Accumulator.add`."""
+        self.last_sample = step  # first: an interrupt must leave no sample that lies outside the block
         self._filling.add(self._binding.live, overlaps=overlaps)
-        self.last_sample = step
 
     @property
     def count(self) -> int:
@@ -104,6 +104,7 @@ class OpenBlock:
             self._metrics.summaries(),
         )
         means = self._filling.means
+        self._resting.restart()  # before it fills: an interrupt must leave nothing of an older block in it
         self._filling, self._resting = self._resting, self._filling
         self.begin(block.stop)
         return block, means

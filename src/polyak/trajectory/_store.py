@@ -200,11 +200,13 @@ class TrajectoryFolder:
         """Add a block, then merge neighbours until no more than ``max_blocks`` are left.
 
         Args:
-            block: begins where the newest one ends.
+            block: begins where the newest one ends; if a block between them was lost, as to an interrupt, its
+                samples stand for those steps too.
             snapshot: the model, with the block's means.
             max_blocks: how many blocks may remain.
             kept_edges: optimizer steps at which a border between blocks stays.
         """
+        block = replace(block, start=self.manifest.stop)
         if snapshot.frozen and not self.manifest.blocks:
             self._write_frozen(snapshot)
         checksum = _blocks.write_block(self._file(block), snapshot, self._group)
@@ -305,7 +307,8 @@ class TrajectoryFolder:
         listed = self.manifest.checksums
         unlisted = [n for n in os.listdir(self.path) if _TRANSIENT.fullmatch(n) and n not in listed]
         for name in unlisted:
-            (self.path / name).unlink(missing_ok=True)
+            if not (self.path / name).is_dir():  # nobody writes folders of such names but somebody else
+                (self.path / name).unlink(missing_ok=True)
 
     def _refuse_orphans(self) -> None:
         orphans = [name for name in sorted(os.listdir(self.path)) if name.startswith("block-")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from polyak import checkpoints
+from polyak._checks import checked, warn_user
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
 from polyak.combine import MemoryWriter, _inputs, batchnorm_statistics, combine, common_layout, is_averaged
 from polyak.combine._reading import Reading, read_inputs
@@ -46,11 +46,9 @@ def _warn_of_other_order(
     pairs = sorted((told.get(item.path, 0), item.step or 0, item.name) for item in reading.taken)
     for (number, step, first), (other, later, second) in pairwise(pairs):
         if number < other and step > later:
-            warnings.warn(
+            warn_user(
                 f"steps say that {first} is of step {step} and {second} of {later}, which is not the order of "
-                "their names or metadata: give one step for each path, in the order of paths",
-                UserWarning,
-                stacklevel=3,
+                "their names or metadata: give one step for each path, in the order of paths"
             )
             return
 
@@ -178,6 +176,7 @@ class Trajectory:
     _live: Path | Weights | None
     _live_beside: Checkpoint | None = None  # opened for a sum that counts it
 
+    @checked
     def __init__(self, directory: str | PathLike[str]):
         folder = Path(directory)
         manifest, self._inputs, self.damaged = _read(folder)
@@ -191,6 +190,7 @@ class Trajectory:
         self._frozen_checksum = manifest.frozen_checksum
 
     @classmethod
+    @checked
     def from_checkpoints(
         cls,
         paths: Iterable[str | PathLike[str]],
@@ -235,7 +235,7 @@ class Trajectory:
         if steps is not None:
             _warn_of_other_order(reading, steps, paths)
         if reading.left_out:
-            warnings.warn(reading.left_out, UserWarning, stacklevel=2)
+            warn_user(reading.left_out)
         return cls._of_reading(reading)
 
     @classmethod
@@ -298,6 +298,7 @@ class Trajectory:
         """
         return self.average_many([profile], dtype=dtype, max_memory=max_memory)[0]
 
+    @checked
     def average_many(
         self,
         profiles: Sequence[Profile | str],
@@ -310,11 +311,14 @@ class Trajectory:
             raise OptionError(
                 f"dtype must be a floating-point torch.dtype, such as torch.float32, got {dtype!r}"
             )
+        if not profiles:
+            raise OptionError("profiles is empty: give at least one")
         rows = [self._coefficients(profile) for profile in profiles]
         writers = [MemoryWriter(self._assembly.layout(row, dtype)) for row in rows]
         self._fill(rows, writers, max_memory)
         return [writer.tensors for writer in writers]
 
+    @checked
     def write(
         self,
         profile: Profile | str,
@@ -340,12 +344,10 @@ class Trajectory:
         counts = [*(block.count for block in self.blocks), 1]
         n_samples = sum(count for count, a in zip(counts, row, strict=False) if a)
         if n_samples > 1 and (statistics := batchnorm_statistics(layout.tensors)):
-            warnings.warn(
+            warn_user(
                 f"{name_list(statistics)} in {path} are BatchNorm statistics of other weights than the average: "
                 "recompute them with polyak.update_bn, or let polyak select choose, which recalibrates and writes an "
-                "average with its own",
-                UserWarning,
-                stacklevel=2,
+                "average with its own"
             )
         with checkpoints.create(path, layout, overwrite=overwrite) as writer:
             self._fill([row], [writer], max_memory)
