@@ -97,7 +97,7 @@ _TESTS: Mapping[str, Callable[[Any], bool]] = {
     "Path": lambda value: isinstance(value, os.PathLike),
     "bool": lambda value: isinstance(value, bool) or type(value).__name__ == "bool_" or value in (0, 1),
     "Callable": callable,
-    "Iterable": lambda value: isinstance(value, Iterable),
+    "Iterable": lambda value: hasattr(value, "__iter__") or hasattr(value, "__getitem__"),
     "Sequence": lambda value: hasattr(value, "__len__") and hasattr(value, "__getitem__"),
     "Mapping": lambda value: isinstance(value, Mapping),
     "dict": lambda value: isinstance(value, Mapping),
