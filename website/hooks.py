@@ -62,7 +62,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(r"\]\(\.\./src/polyak/average\.py\)", f"]({up}reference/averages.md)", markdown)
-    markdown = re.sub(r"\]\(\.\./examples/(\w+)\.py\)", rf"]({up}examples/\1.md)", markdown)
+    markdown = re.sub(r"\]\(\.\./examples/(\w+)\.(?:py|ipynb)\)", rf"]({up}examples/\1.md)", markdown)
     markdown = re.sub(r"^```python\n(?=>>>)", "```pycon\n", markdown, flags=re.M)
     if page.file.src_uri == "results.md":
         for heading, name in figures.PLACES.items():
