@@ -18,6 +18,18 @@ def small_model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
+class NormedWeight(nn.Module):
+    """One weight, and a BatchNorm layer whose mean is that of the weight where the statistics fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x * self.weight)
+
+
 class RecordedWalk:
     """A model that walks at random while a recorder watches.
 

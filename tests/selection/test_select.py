@@ -16,23 +16,13 @@ from polyak import EMA, Decay, Power, Tail, Uniform, Weights, checkpoints, parse
 from polyak.errors import NotStartedError, OptionError
 from polyak.selection._select import averages, coarse_grid, fine_grid
 from polyak.trajectory import Trajectory
-from recorded_runs import RecordedWalk, largest_error
-
-
-class Line(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.norm = nn.BatchNorm1d(1)
-
-    def forward(self, x):
-        return self.norm(x * self.weight)
+from recorded_runs import NormedWeight, RecordedWalk, largest_error
 
 
 @pytest.fixture
 def recorded(tmp_path):
     """A run that circles around 3: its later average is better than its last weights."""
-    model = Line()
+    model = NormedWeight()
     with polyak.Recorder(model, tmp_path / "run", block=5) as run:
         for step in range(1, 101):
             model.weight.data.fill_(3 * min(1, step / 50) + (0.5 if step % 2 else -0.5))
@@ -112,10 +102,10 @@ def test_live_are_the_weights_that_the_run_ended_with_whatever_the_model_holds(r
     first = select(recorded, holdout=distance)
     first.apply(model)
     assert "Live are the weights in the model" not in first.verdict
-    for present in (model, Line()):
+    for present in (model, NormedWeight()):
         again = select((present, trajectory), holdout=distance)
         assert again.to_dict() == first.to_dict()
-    fresh = Line()
+    fresh = NormedWeight()
     kept = select((fresh, trajectory), score=lambda m: float((m.weight.detach() - last).abs()))
     assert kept.best.name == "live" and fresh.weight.item() == 0
     kept.apply(fresh)
@@ -125,7 +115,7 @@ def test_live_are_the_weights_that_the_run_ended_with_whatever_the_model_holds(r
 
 
 def test_live_is_the_newest_checkpoint_with_its_own_statistics(tmp_path):
-    trained = Line()
+    trained = NormedWeight()
     for step in (10, 20, 30):
         trained.weight.data.fill_(step)
         trained.norm.running_mean.fill_(-step)
@@ -133,7 +123,7 @@ def test_live_is_the_newest_checkpoint_with_its_own_statistics(tmp_path):
     trajectory = Trajectory.from_checkpoints(tmp_path.glob("*.pt"))
     batches = [torch.randn(8, 1)]
     choice = select(
-        (Line(), trajectory),
+        (NormedWeight(), trajectory),
         score=lambda m: m.norm.running_mean.item() + 30,
         profiles=["uniform"],
         recalibrate=batches,
@@ -143,7 +133,7 @@ def test_live_is_the_newest_checkpoint_with_its_own_statistics(tmp_path):
 
 
 def test_of_a_recording_that_goes_on_live_are_the_weights_in_the_model(tmp_path):
-    model = Line()
+    model = NormedWeight()
     run = polyak.Recorder(model, tmp_path / "run", block=1)
     for value in (1.0, 2.0, 5.0):
         model.weight.data.fill_(value)
@@ -233,7 +223,7 @@ def test_the_holdout_scores_the_best_and_the_live_weights_once_more(recorded):
     holdout = Losses(seed=1)
     choice = select(recorded, score=Losses(), holdout=holdout)
     model, trajectory = recorded
-    averaged = Line()
+    averaged = NormedWeight()
     averaged.weight.data.copy_(trajectory.average(choice.best.profile)["weight"])
     assert choice.holdout.baseline_score == pytest.approx(holdout(model).mean().item())
     assert choice.holdout.best_score == pytest.approx(holdout(averaged).mean().item(), abs=1e-6)
@@ -337,7 +327,7 @@ def test_options_are_refused_before_anything_is_scored(recorded, tmp_path):
         select(recorded, score=unscored, mode="lowest")
     with pytest.raises(OptionError, match="can be gone through only once"):
         select(recorded, score=unscored, recalibrate=iter([torch.zeros(2, 1)]))
-    model = Line()
+    model = NormedWeight()
     with polyak.Recorder(model, tmp_path / "empty", block=5) as run, pytest.raises(NotStartedError):
         polyak.select(run.trajectory, model, score=unscored)
 

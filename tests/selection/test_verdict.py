@@ -17,19 +17,7 @@ from polyak.errors import OptionError, StructureError
 from polyak.selection._result import LIVE, RECALIBRATED, Selection, simplicity
 from polyak.selection._select import _ranked
 from polyak.trajectory import Trajectory
-
-
-class Normed(nn.Module):
-    """One weight, and a BatchNorm layer whose mean is that of the weight where the statistics fit."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.norm = nn.BatchNorm1d(1)
-
-    def forward(self, x):
-        return self.norm(x * self.weight)
-
+from recorded_runs import NormedWeight
 
 BATCHES = [torch.tensor([[0.0], [2.0]])]
 EXAMPLES = torch.linspace(-1, 1, 101, dtype=torch.float64)
@@ -114,7 +102,7 @@ def stale(model):
 
 
 def test_a_gain_of_recalibration_alone_is_not_called_one_of_averaging(tmp_path):
-    model = Normed()
+    model = NormedWeight()
     trajectory = recorded(tmp_path / "run", model, [1.8, 2.2, 1.8, 2.0])
     choice = select(trajectory, model, stale, recalibrate=BATCHES, holdout=stale)
     scores = {c.name: c.score for c in choice.table}
@@ -140,7 +128,7 @@ def test_a_gain_of_recalibration_alone_is_not_called_one_of_averaging(tmp_path):
 
 
 def test_an_average_is_compared_with_the_recalibrated_live_weights_everywhere(tmp_path):
-    model = Normed()
+    model = NormedWeight()
     trajectory = recorded(tmp_path / "run", model, [1.0, 3.0])
     holdout = lambda m: stale(m) + 0.5  # noqa: E731
     choice = select(trajectory, model, stale, recalibrate=BATCHES, holdout=holdout)
@@ -153,7 +141,7 @@ def test_an_average_is_compared_with_the_recalibrated_live_weights_everywhere(tm
 
 
 def test_live_weights_that_are_worse_recalibrated_are_the_baseline_as_they_are(tmp_path):
-    model = Normed()
+    model = NormedWeight()
     trajectory = recorded(tmp_path / "run", model, [1.0, 3.0])
     worse = lambda m: off(m) + 0.1 * m.norm.running_mean.double()  # noqa: E731
     choice = select(trajectory, model, worse, recalibrate=BATCHES)
@@ -166,7 +154,7 @@ def test_live_weights_that_are_worse_recalibrated_are_the_baseline_as_they_are(t
 
 
 def test_live_weights_in_the_model_are_recalibrated_where_the_recording_goes_on(tmp_path):
-    model = Normed()
+    model = NormedWeight()
     trajectory = recorded(tmp_path / "run", model, [5.0, 3.0, 2.0], close=False)
     choice = select(trajectory, model, stale, recalibrate=BATCHES)
     assert choice.best.name == RECALIBRATED and model.norm.running_mean.item() == 0
