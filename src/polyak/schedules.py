@@ -35,7 +35,7 @@ step_size_down`` steps and ends at ``base_lr``, which is where the average shoul
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -171,6 +171,7 @@ def _per_group(option: str, value: float | Sequence[float], rates: list[float]) 
     values = list(value) if isinstance(value, Sequence) else [value] * len(rates)
     if len(values) != len(rates):
         raise OptionError(f"{option} has {len(values)} values for {len(rates)} parameter groups.")
-    if not all(isinstance(one, int | float) and math.isfinite(one) for one in values):
+    # An int may be finite and too large for a float.
+    if not all(isinstance(one, int | float) and abs(one) <= sys.float_info.max for one in values):
         raise OptionError(f"{option} must be finite: one number, or one for each group. Got {value!r}.")
     return [float(one) for one in values]

@@ -316,6 +316,7 @@ def _parsed(data: bytes) -> Manifest:
     edges = [manifest.start, *(block.stop for block in blocks)]
     if [block.start for block in blocks] != edges[:-1] or any(b.steps < 1 or b.count < 1 for b in blocks):
         raise ValueError("its blocks do not follow each other")
+    _ = manifest.checksums  # whose names are made of numbers: TypeError or ValueError of what is none
     return manifest
 
 
