@@ -25,6 +25,7 @@ test-browser: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(ON_ALL_CORES) --hypothesis-profile=default -m hypothesis
 
 # Faults and abuse by the hundred, of which `make test` runs some; the counts by family are written down.
 torture: $(VENV)/.dev

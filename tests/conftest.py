@@ -4,6 +4,7 @@ import re
 import sys
 
 import torch
+from hypothesis import settings
 
 from polyak import _host_kernel
 
@@ -12,6 +13,10 @@ torch.set_num_threads(1)
 
 # Nor do most of them need compiled loops, which each process would load; `devices.as_if_on("compiled")` uses them.
 _host_kernel._LEAST_NUMEL = sys.maxsize
+
+# The same examples on every run, so that what fails is what was changed; `make test-slow` looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

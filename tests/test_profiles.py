@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak import EMA, Decay, Polynomial, Power, Tail, Uniform, Weights, Window
+from polyak import EMA, Blend, Decay, Polynomial, Power, Tail, Uniform, Weights, Window
 from polyak.errors import OptionError
 from profile_examples import ANY_PROFILE
 
@@ -19,10 +19,11 @@ from profile_examples import ANY_PROFILE
     profile=ANY_PROFILE, total=st.integers(1, 10**7), parts=st.lists(st.floats(0, 1), min_size=2, max_size=9)
 )
 def test_cumulative_rises_for_any_hyper_parameters(profile, total, parts):
-    if isinstance(profile, Weights):
-        total = len(profile.a)
-    if isinstance(profile, Window) and profile.start >= total:
-        profile = Window(0, profile.stop)
+    averaged = profile.profile if isinstance(profile, Blend) else profile
+    if isinstance(averaged, Weights):
+        total = len(averaged.a)
+    if isinstance(averaged, Window):
+        total += averaged.start
     share = profile.cumulative(np.array([0.0, *sorted(parts), 1.0]) * total, total)
     assert share[0] == 0
     assert share[-1] == 1
