@@ -212,8 +212,8 @@ def bound(found: dict[str, Any]) -> list[str]:
             ],
         ),
         "Why the bound lies so far off where the rate was decayed: validation and test are drawn from the same pages, "
-        "which training never saw, so a fit with as many free weights as there are blocks learns those pages too. Nor is "
-        "it cheap: some 25 passes over 10,000 examples, about twice the training of the run; the last table of this "
+        "which training never saw, so a fit with as many free weights as there are blocks learns those pages too. Nor "
+        "is it cheap: some 25 passes over 10,000 examples, about twice the training of the run; the last table of this "
         "section has what a tenth of the run in more training steps brings.",
         "**Blends**, which are among what was selected, against the best average alone, and how often one was chosen:",
         table(
