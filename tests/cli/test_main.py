@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -66,6 +67,22 @@ def test_bad_input_is_one_line_and_code_2_in_a_real_process(tmp_path):
     assert result.stderr.startswith("polyak: error: seeds must be 2 to 1000")
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
     assert result.stdout == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")
+@pytest.mark.parametrize("arguments", [["profiles"], ["profiles", "--json"], ["--help"]])
+def test_a_result_that_cannot_be_printed_is_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "polyak", *arguments]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "polyak: error: cannot print the result: No space left on device\n"
+
+
+def test_an_error_of_the_system_elsewhere_keeps_its_traceback(command):
+    command(OSError(28, "No space left on device"))
+    with pytest.raises(OSError):
+        main(["fail"])
 
 
 @pytest.fixture

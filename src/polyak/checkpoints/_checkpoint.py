@@ -120,6 +120,8 @@ def is_checkpoint_folder(path: Path) -> bool:
         return path.is_dir() and bool(recognise(path))
     except CheckpointError:
         return False
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
 def is_recording(folder: Path) -> bool:

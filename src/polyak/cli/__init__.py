@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -48,7 +49,8 @@ def polyak(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for bad input, 130 if interrupted.
 
-    Bad input is one line on stderr; a traceback is a bug in polyak.
+    Bad input is one line on stderr; a traceback is a bug in polyak. Where nobody reads on, as after ``| head``, it ends
+    with 1 and says nothing.
     """
     try:
         with warnings.catch_warnings():
@@ -58,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = error.for_command
     except (typer.Abort, KeyboardInterrupt):
         return 130
+    except OSError as error:
+        if not _is_of_printing(error):
+            raise
+        message = f"cannot print the result: {error.strerror}"
     except Exception as error:
         # A wrong command line. typer keeps the class in other places, or in click, from version to version.
         if not hasattr(error, "format_message"):
@@ -65,6 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _wrong_use(error)
     print(f"polyak: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _is_of_printing(error: OSError) -> bool:
+    """Whether stdout is what could not be written, as on a full disk: polyak prints by these libraries alone."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].partition(".")[0] in ("click", "rich", "typer")
 
 
 def _warn(message: Warning | str, *_: object) -> None:

@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(help="A checkpoint (file or folder), a folder of them, or a recorded run."),
+        typer.Argument(
+            readable=False, help="A checkpoint (file or folder), a folder of them, or a recorded run."
+        ),
     ],
-    other: Annotated[Path | None, typer.Argument(help="A second checkpoint to compare with.")] = None,
+    other: Annotated[
+        Path | None, typer.Argument(readable=False, help="A second checkpoint to compare with.")
+    ] = None,
     key: Annotated[
         list[str] | None,
         typer.Option(help="Nested key of the weights; given twice, one for each of two paths."),
