@@ -145,6 +145,13 @@ def test_statistics_are_those_of_the_weights_that_are_scored(tmp_path):
     assert run.callback_metrics["val_loss"].item() != pytest.approx(expected, rel=1e-2)
 
 
+def test_that_statistics_do_not_fit_is_said_once_and_in_words_of_the_callback(tmp_path):
+    recording = Recording(tmp_path / "run", preview="uniform")
+    with pytest.warns(UserWarning, match="pass recalibrate=loader") as caught:
+        fit(tmp_path, recording, model=Scored(norm=True))
+    assert not [warning for warning in caught if "applied()" in str(warning.message)]
+
+
 def test_a_run_is_scored_as_if_it_ended_now(tmp_path):
     previews = ["decay:sqrt:0.5", "tail:steps=2"]
     recording = Recording(tmp_path / "run", block=2, preview=previews)

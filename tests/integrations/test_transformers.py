@@ -217,9 +217,32 @@ def test_a_lost_average_of_the_best_checkpoint_is_said(tmp_path):
     )
     averaging = Averaging(trainer, polyak.Uniform())
     trainer.add_callback(Lose())
-    with pytest.warns(UserWarning, match="has the live weights of that checkpoint"):
+    with pytest.warns(UserWarning, match="the model has that checkpoint's live weights"):
         trainer.train()
     assert torch.equal(weights(trainer.model), steps.weights[-1])
+
+
+def test_the_best_checkpoint_may_be_from_before_the_scheme_was_changed(tmp_path):
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "distance",
+        "greater_is_better": False,
+    }
+    losses = iter([1.0, 2.0, 3.0, 2.0, 3.0])
+    for scheme in ("uniform", "ema:half_life=9"):
+        trainer, steps = trainer_for(tmp_path, **options)
+        trainer.compute_metrics = lambda _: {"distance": next(losses)}
+        averaging = Averaging(trainer, scheme, change_scheme=True)
+        checkpoint = tmp_path / "checkpoint-4"
+        goes_on = checkpoint.exists()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if goes_on else None)
+        assert trainer.state.best_model_checkpoint == str(checkpoint)
+        if not goes_on:
+            best = mean(steps.weights[:4])
+        torch.testing.assert_close(weights(trainer.model), best)
+        assert averaging.average.n_averaged == 4
 
 
 def test_statistics_are_those_of_the_averaged_weights(tmp_path):

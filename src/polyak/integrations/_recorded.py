@@ -166,6 +166,7 @@ class RecordedRun:
         # A state says more than resume= and step= do.
         options = {**self._options, **({"resume": True, "step": None} if state or resumes else {})}
         recorder = self._recorder = Recorder(model, self._directory, optimizer=optimizer, **options)
+        recorder._warned_of_statistics = True  # recalibration says it, in words of this framework
         try:
             if state:
                 recorder.load_state_dict(dict(state))

@@ -267,9 +267,9 @@ class Averaging(Watching):
         if not self._apply:
             return
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best is not None and not self._load(best, self.file_name):
+        if best is not None and not self._load_best(Path(best)):
             warn_user(
-                f"there is no {self.file_name} in {best}, so the model has the live weights of that checkpoint"
+                f"the best checkpoint, {best}, has no {self.file_name}, so the model has that checkpoint's live weights"
             )
             return
         self._following.apply()
@@ -317,6 +317,12 @@ class Averaging(Watching):
         else:
             self._load(checkpoint, others[0])
             self.average.scheme = self._following.scheme
+
+    def _load_best(self, checkpoint: Path) -> bool:
+        """Take up the average of the best checkpoint, which may be from before the scheme was changed."""
+        others = self._of_other_schemes(checkpoint) if self._change_scheme else []
+        names = [self.file_name, *(others if len(others) == 1 else [])]
+        return any(self._load(checkpoint, name) for name in names)
 
     def _of_other_schemes(self, checkpoint: Path) -> list[str]:
         """The averages in a checkpoint that no callback takes up."""
