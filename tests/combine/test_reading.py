@@ -415,7 +415,7 @@ def test_the_cure_for_a_broken_file_in_a_folder(tmp_path):
     run_of(tmp_path, "step_{}.pt")
     (tmp_path / "step_3.pt").write_bytes(b"PK\3\4")
     refusal = read_inputs(tmp_path).refusal
-    assert str(refusal).endswith("use another copy, or, to leave it out, name the others")
+    assert str(refusal).endswith("use another copy; to leave it out, name the others")
     assert read_inputs(sorted(tmp_path.glob("step_[12].pt"))).refusal is None
 
 
@@ -425,3 +425,45 @@ def test_averages_under_keys_of_other_spellings(tmp_path, key):
         put(tmp_path / f"{step}.pt", 50, **{key: {"w": torch.full((2,), float(step))}})
     polyak.average_checkpoints(tmp_path, tmp_path / "out.npz")
     assert checkpoints.open(tmp_path / "out.npz").read("w")[0] == 1.5
+
+
+def test_the_order_in_which_a_shell_gives_numbers_that_are_no_steps_is_none(tmp_path):
+    paths = [tmp_path / f"tokens_{name}.pt" for name in ("10B", "4B")]
+    for value, path in enumerate(paths):
+        put(path, value)
+    polyak.average_checkpoints(paths, tmp_path / "mean.npz")
+    with pytest.raises(OptionError, match=r"no step is known for .* in no order of training"):
+        polyak.average_checkpoints(paths, tmp_path / "tail.npz", profile="tail:0.5")
+    report = polyak.average_checkpoints(reversed(paths), tmp_path / "tail.npz", profile="tail:0.5")
+    assert report.coefficients == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["fold_{}/final.pth", "seed{}/model.pt", "model_seed{}.pt", "Trial-{}/weights.pt"]
+)
+def test_runs_that_began_apart_are_said_to_be_so_by_every_command(tmp_path, capsys, name):
+    paths = [tmp_path / "runs" / name.format(number) for number in (0, 1)]
+    for path in paths:
+        put(path, 1)
+    with pytest.warns(UserWarning, match="by their names these are runs of their own"):
+        polyak.average_checkpoints(paths, tmp_path / "out.npz")
+    with pytest.warns(UserWarning, match="by their names these are runs of their own"):
+        polyak.Trajectory.from_checkpoints(paths)
+    assert main(["average", *map(str, paths), "-o", str(tmp_path / "out.pt")]) == 0
+    assert main(["inspect", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out.count("trained apart") == 2
+
+
+@pytest.mark.parametrize("name", ["seed1/step_{}.pt", "step_{}_seed1.pt", "unfold_{}.pt", "run_{}.pt"])
+def test_a_run_is_not_taken_for_several(tmp_path, name):
+    paths = [tmp_path / name.format(number) for number in (0, 1)]
+    for value, path in enumerate(paths):
+        put(path, value)
+    polyak.average_checkpoints(paths, tmp_path / "out.npz")  # warnings are errors
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="the administrator reads everything")
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    run_of(tmp_path, "step_{}.pt")
+    (tmp_path / "closed").mkdir(mode=0)
+    assert str(read_inputs(tmp_path).refusal) == f"cannot read {tmp_path / 'closed'}: Permission denied"

@@ -124,8 +124,8 @@ def opened(inputs: list[str], how: HowToRead) -> polyak.Trajectory:
         raise OptionError(f"{paths[0]} is a part of a recorded run: give {run} alone")
     reading = read_inputs(paths, found=found, **how.keywords()).required()
     reading.refuse_unordered()
-    if reading.left_out:
-        typer.echo(_terminal.printable(reading.left_out), err=True)
+    for line in filter(None, (reading.left_out, reading.of_several_runs)):
+        typer.echo(_terminal.printable(line), err=True)
     return Trajectory._of_reading(reading)
 
 

@@ -230,6 +230,7 @@ class Plan:
                 *_notes(self.opened),
                 *_single_note(counted),
                 *_ranks.part_notes(self.reading.taken),
+                *filter(None, (self.reading.of_several_runs,)),
                 *(_batchnorm_note(tensors, recalibrated) if counted > 1 or recalibrated else ()),
                 *self.output_notes,
                 *self._adapter_notes(),
@@ -468,8 +469,7 @@ def average_checkpoints(
         lora=lora,
     )
     report = plan.run(progress)
-    if report.left_out:
-        warn_user(report.left_out)
+    plan.reading.warn()
     if report.differing:
         warn_user(
             f"integer and bool tensors were copied from the last input, though the inputs differ in "

@@ -15,11 +15,11 @@ from os import PathLike
 from pathlib import Path
 
 from polyak import checkpoints
-from polyak._checks import whole_within
+from polyak._checks import warn_user, whole_within
 from polyak.checkpoints import Checkpoint, _checkpoint
 from polyak.checkpoints._base import NoWeightsError
 from polyak.checkpoints._dialects import is_no_weights_file
-from polyak.combine import _beside
+from polyak.combine import _beside, _runs
 from polyak.combine._ranks import (
     opened_parts,
     refuse_missing_parts,
@@ -45,7 +45,7 @@ from polyak.combine._roles import (
     refuse_without_names,
     same_weights,
 )
-from polyak.combine._steps import counted_from_one, number_in_name, of_two_runs, steps_in_names
+from polyak.combine._steps import counted_from_one, number_in_name, steps_in_names
 from polyak.errors import OptionError, PolyakError, name_list
 
 __all__ = ["Reading", "read_inputs"]
@@ -95,6 +95,16 @@ class Reading:
                 reasons[item.why].append(item.name)
         parts = [f"{name_list(names)} ({why})" for why, names in reasons.items()]
         return f"left out: {'; '.join(parts)}" if parts else ""
+
+    @property
+    def of_several_runs(self) -> str:
+        """One line where what is taken is of runs that began apart, as seeds and folds; else empty."""
+        return _runs.said_of_several([item.path for item in self.taken])
+
+    def warn(self) -> None:
+        """Say what is to be said on every run."""
+        for line in filter(None, (self.left_out, self.of_several_runs)):
+            warn_user(line)
 
     def refuse_unordered(self) -> None:
         """Raise ``OptionError`` where no order is known: a profile is about one run."""
@@ -280,7 +290,7 @@ def _open(items: list[Item], key: str | None, allow: Sequence[str], keep_going: 
             if item.given:
                 raise
             if not (keep_going or isinstance(error, NoWeightsError)):
-                cure = ", or, to leave it out, name the others" if len(items) > 1 else ""
+                cure = "; to leave it out, name the others" if len(items) > 1 else ""
                 raise type(error)("", f"{error}{cure}", error.for_command + cure) from error
             item.why = "holds no weights" if isinstance(error, NoWeightsError) else "cannot be read"
     errors = [item.error for item in items if item.error is not None]
@@ -311,9 +321,9 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         return
     if known is None:
         order, known = _order_in_names(reading, items)
-    pair = None if known is None else of_two_runs([item.path for item in items], known)
+    pair = None if known is None else _runs.of_two([item.path for item in items], known)
     if known is not None and pair is not None and (given is None or known[pair[0]] == known[pair[1]]):
-        reading.unordered = _of_two_runs(items, known, pair)
+        reading.unordered = _runs.refused_as_two([item.name for item in items], known, pair)
         folders = {item.path.parent for item in items}
         if len(set(known)) > 1 or len(folders) < len(items):  # else a soup, a file of each run
             _refuse_what_was_found(reading, items, all_count)
@@ -324,7 +334,9 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         item.step = step
     if known is not None and not all_count:
         order = sorted(range(len(items)), key=known.__getitem__)
-    reading.order_known = order is not None or all(item.given for item in items)
+    reading.order_known = order is not None or (
+        all(item.given for item in items) and not _runs.in_order_of_letters([item.path for item in items])
+    )
     if not reading.order_known and reading.unordered is None:
         reading.unordered = _no_order(items)
     if order is not None and not all_count:
@@ -438,19 +450,6 @@ def _tell_apart(items: list[Item]) -> bool:
     return named is not None and named.values is not None and named.unit != "epoch"
 
 
-def _of_two_runs(items: list[Item], steps: Sequence[int], pair: tuple[int, int]) -> OptionError:
-    first, other = (items[index].name for index in pair)
-    at, end = (steps[index] for index in pair)
-    how = (
-        f"are both of step {at}"
-        if at == end
-        else f"are of steps {at} and {end}, which overlap with each other's"
-    )
-    return _asking_for_steps(
-        f"{first} and {other} {how}, as of two runs: name the files of one, or name each file and no profile, or"
-    )
-
-
 def _refuse_several_nets(items: list[Item]) -> None:
     """Refuse two nets at each of several steps, also where they were named one by one, as by a shell's pattern."""
     numbers = {number_in_name(item.path.stem) for item in items}
@@ -501,7 +500,8 @@ def _asking_for_steps(message: str) -> OptionError:
 
 def _no_order(items: list[Item]) -> OptionError:
     return OptionError(
-        f"no step is known for {name_list([item.name for item in items])}, and the paths come in no order: ",
+        f"no step is known for {name_list([item.name for item in items])}, and the paths come in no order "
+        "of training: ",
         "give steps, or a list from the oldest to the newest",
         "give the step of each with --steps",
     )

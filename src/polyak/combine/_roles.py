@@ -387,8 +387,8 @@ def leave_out_specials(items: list[Item]) -> None:
             named.append(item.name)
     if named:
         raise OptionError(
-            f"{name_list(named)} stand beside a numbered series, {series[0].name} to {series[-1].name}, and are "
-            "no part of it: name the folder or a pattern of the series to leave them out, or say how much each counts "
+            f"no part of the numbered series from {series[0].name} to {series[-1].name}: {name_list(named)}; name the "
+            "folder or a pattern of the series to leave them out, or say how much each counts "
             "with ",
             "weights",
             "--weights",

@@ -12,7 +12,12 @@ from typing import Any
 
 from polyak.errors import OptionError
 
-__all__ = ["NamedSteps", "counted_from_one", "number_in_name", "of_two_runs", "steps_in_names"]
+__all__ = [
+    "NamedSteps",
+    "counted_from_one",
+    "number_in_name",
+    "steps_in_names",
+]
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ def steps_in_names(paths: Sequence[Path]) -> NamedSteps | None:
     _refuse_unclear_thousands(levels[0], paths)
     levels = [_columns(_without_separators(names)) for names in levels]
     if len(paths) == 1:
-        columns = [*levels[0], *(column for level in levels[1:] for column in level if column.word in _WORDS)]
+        columns = [column for column in levels[0] if not _is_size(column.word, column.values[0])]
+        columns += [column for level in levels[1:] for column in level if column.word in _WORDS]
     else:
         columns = [column for level in [*levels, moments] for column in level if not column.is_constant]
     steps = [column for word in _STEP_WORDS for column in columns if column.word == word]
@@ -79,7 +85,7 @@ def steps_in_names(paths: Sequence[Path]) -> NamedSteps | None:
 def number_in_name(name: str) -> int | None:
     """The number in one name that could be its training step; None for names such as ``best.pt``.
 
-    Dates are none, and neither is what belongs to the name of a model in ``gpt2-best.pt``.
+    Dates are none, and neither is what belongs to the name of a model in ``gpt2-best.pt`` and ``olmo-1B.pt``.
 
     >>> number_in_name("checkpoint_0500.pth"), number_in_name("ckpt_1.5M.pt"), number_in_name("best_0.91_fp16.pt")
     (500, 1500000, None)
@@ -94,9 +100,16 @@ def number_in_name(name: str) -> int | None:
         said = [
             number
             for number in reversed(found)
-            if number.word == "number" and not (number.is_attached and stands_apart)
+            if number.word == "number"
+            and not (number.is_attached and stands_apart)
+            and not _is_size(number.word, number.value)
         ]
     return int(said[0].value) if said else None
+
+
+def _is_size(word: str, value: Fraction) -> bool:
+    """Whether a number may be that of a model's parameters; only other names tell whether ``1B`` counts anything."""
+    return word == "number" and value >= _UNITS["B"]
 
 
 def counted_from_one(values: Sequence[int], unit: str) -> tuple[int, ...]:
@@ -108,48 +121,6 @@ def counted_from_one(values: Sequence[int], unit: str) -> tuple[int, ...]:
     if unit in ("epoch", "number") and min(values) <= 0:
         return tuple(value + 1 for value in values)
     return tuple(values)
-
-
-def of_two_runs(paths: Sequence[Path], steps: Sequence[int]) -> tuple[int, int] | None:
-    """Positions of two checkpoints that are of two runs: of one step, or of folders whose steps lie between each other.
-
-    Folders of which one begins where the other ends are those of one run that was gone on with.
-
-    >>> of_two_runs([Path("a/1.pt"), Path("a/3.pt"), Path("b/2.pt"), Path("b/4.pt")], [1, 3, 2, 4])
-    (2, 1)
-    >>> of_two_runs([Path("a/1.pt"), Path("a/2.pt"), Path("b/3.pt"), Path("b/4.pt")], [1, 2, 3, 4])
-    """
-    order = sorted(range(len(paths)), key=steps.__getitem__)
-    for one, other in pairwise(order):
-        if steps[one] == steps[other]:
-            return one, other
-    runs = _runs(paths, steps)
-    oldest: dict[tuple[str, ...], int] = {}
-    newest: dict[tuple[str, ...], int] = {}
-    for at in order:
-        oldest.setdefault(runs[at], at)
-        newest[runs[at]] = at
-    several = [run for run, at in oldest.items() if newest[run] != at]
-    for run in several:
-        begin, end = oldest[run], newest[run]
-        for at in order:
-            if runs[at] != run and runs[at] in several and steps[begin] < steps[at] < steps[end]:
-                return at, end
-    return None
-
-
-def _runs(paths: Sequence[Path], steps: Sequence[int]) -> list[tuple[str, ...]]:
-    """The folders of each checkpoint, without those that are named after its step."""
-    folders = [path.parent.parts for path in paths]
-    of_runs = [
-        depth
-        for depth in range(max(map(len, folders)))
-        if not all(
-            depth < len(parts) and number_in_name(parts[depth]) in (step, step - 1)
-            for parts, step in zip(folders, steps, strict=True)
-        )
-    ]
-    return [tuple(parts[depth] for depth in of_runs if depth < len(parts)) for parts in folders]
 
 
 # From columns, each a number that all names have, to steps.
@@ -482,12 +453,13 @@ _BLANKED = re.compile(
     re.IGNORECASE,
 )
 _TOKEN = re.compile(
-    r"(?P<number>(?<![0-9A-Za-z])\d{1,3}(?:\.\d+)?e\d\d?(?![0-9A-Za-z])|\d+(?:\.\d+)?(?:[km](?![0-9A-Za-z]))?)"
+    r"(?P<number>(?<![0-9A-Za-z])\d{1,3}(?:\.\d+)?e\d\d?(?![0-9A-Za-z])|\d+(?:\.\d+)?(?:(?:[km]|(?-i:B))(?![0-9A-Za-z]))?)"
     r"|(?P<word>[A-Za-z]+)|(?P<gap>[^0-9A-Za-z]+)",
     re.IGNORECASE,
 )
 _CAMEL = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-_UNITS = {"k": 10**3, "m": 10**6}
+# Billions are written with a capital; a small b is a letter behind an a.
+_UNITS = {"k": 10**3, "K": 10**3, "m": 10**6, "M": 10**6, "B": 10**9}
 # More signs than this between a word and a number, as in a blank, and they do not belong together.
 _MOST_SIGNS = 3
 
@@ -502,7 +474,7 @@ def _readings(stem: str) -> list[_Number]:
 
 
 def _reading(tokens: Sequence[tuple[str, str]], index: int, words_follow: bool) -> _Number | None:
-    text = tokens[index][1].lower()
+    text = tokens[index][1]
     before, is_before_glued = _neighbour(tokens, index, -1)
     after, is_after_glued = _neighbour(tokens, index, 1)
     digits, scale = (text[:-1], _UNITS[text[-1]]) if text[-1] in _UNITS else (text, 1)
@@ -514,7 +486,7 @@ def _reading(tokens: Sequence[tuple[str, str]], index: int, words_follow: bool) 
     else:
         word = _word(after) if words_follow else None
     word = word or _word(before)
-    has_unit = scale > 1 or "e" in text
+    has_unit = scale > 1 or "e" in text.lower()
     value = Fraction(digits) * scale
     if word is not None:
         return _Number(word, value, has_unit)
@@ -542,7 +514,7 @@ def _neighbour(tokens: Sequence[tuple[str, str]], index: int, side: int) -> tupl
 
 def _unit(letters: str) -> tuple[int, str] | None:
     """What letters behind a number say, as in 10epoch, 5ksteps and 10kimg; None for anything else, as in 7b."""
-    scale, rest = _UNITS.get(letters[0].lower()), letters[1:]
+    scale, rest = _UNITS.get(letters[0]), letters[1:]
     if scale is not None and (word := "step" if rest.lower() == "img" else _word(rest)):
         return scale, word
     word = _word(letters)

@@ -66,6 +66,7 @@ class FolderSummary:
         rows: one for each checkpoint.
         movement: how the readable ones lie to each other; None unless it was asked for.
         refusal: why no average of the folder is made; None where one can be.
+        of_several_runs: what is said of checkpoints of runs that began apart; empty where they are of one.
     """
 
     path: str
@@ -73,6 +74,7 @@ class FolderSummary:
     rows: tuple[FolderRow, ...]
     movement: _measure.Movement | None = None
     refusal: str | None = None
+    of_several_runs: str = ""
 
     @property
     def readable(self) -> tuple[FolderRow, ...]:
@@ -102,6 +104,7 @@ class FolderSummary:
             "reference": self.reference,
             "same_layout": self.same_layout,
             "refusal": self.refusal,
+            "of_several_runs": self.of_several_runs,
             "checkpoints": [asdict(row) for row in self.rows],
             "movement": self.movement.to_dict() if self.movement else None,
         }
@@ -145,6 +148,7 @@ def summarise_folder(
         tuple(rows),
         _measure.measure_movement(opened) if opened else None,
         None if reading.refusal is None else reading.refusal.for_command,
+        reading.of_several_runs,
     )
 
 

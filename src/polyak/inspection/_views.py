@@ -225,6 +225,8 @@ def _cells(row: _describe.FolderRow) -> list[str]:
 def _refusal(summary: _describe.FolderSummary) -> Iterator[RenderableType]:
     if summary.refusal is not None:
         yield from (line(), line(f"an average of this folder is refused: {summary.refusal}"))
+    elif summary.of_several_runs:
+        yield from (line(), line(summary.of_several_runs))
 
 
 def _movement(summary: _describe.FolderSummary) -> Iterator[RenderableType]:

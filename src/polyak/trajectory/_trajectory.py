@@ -234,8 +234,7 @@ class Trajectory:
         reading.refuse_unordered()
         if steps is not None:
             _warn_of_other_order(reading, steps, paths)
-        if reading.left_out:
-            warn_user(reading.left_out)
+        reading.warn()
         return cls._of_reading(reading)
 
     @classmethod
