@@ -7,7 +7,6 @@ import json
 from contextlib import nullcontext
 from importlib import import_module
 from itertools import count
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +30,6 @@ from ranks import run_on_ranks
 SCHEMES = [s for cls in registered().values() for s in map(parse, cls.examples) if isinstance(s, Scheme)]
 # Small ones, one that is staged alone, and one without elements.
 SHAPES = [(3,), (2, 5), (), (0,), (130, 140)]
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def on_accelerator(tensors, scheme=None, **options):
@@ -239,10 +237,7 @@ LIMITS = {
 
 
 @pytest.fixture
-def accelerator(monkeypatch):
-    if not BENCHMARKS.exists():
-        pytest.skip("benchmarks come with a checkout only")
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def accelerator():
     return import_module("accelerator")
 
 

@@ -2,20 +2,14 @@
 
 import json
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks come with a checkout only")
-
 
 @pytest.fixture
-def effect(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def effect():
     threads = torch.get_num_threads()
     yield import_module("effect")
     torch.set_num_threads(threads)

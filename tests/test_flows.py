@@ -1,18 +1,12 @@
 """Through how many files a call passes: what a reader has to open to follow it."""
 
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks come with a checkout only")
-
 
 @pytest.fixture
-def flows(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def flows():
     return import_module("flows")
 
 

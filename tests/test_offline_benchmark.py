@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks come with a checkout only")
-
 
 @pytest.fixture
 def offline(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     module = import_module("offline")
     monkeypatch.setattr(module, "MODEL", lambda: [(300, 400), (7,)])
     monkeypatch.setattr(module, "LARGE_TENSOR", (2, 1_000_000))

@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from importlib import import_module
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -25,8 +24,6 @@ from devices import SlowStream, as_if_offloaded
 from polyak import _offload, _torch
 from polyak._offload import SideStream
 from polyak.errors import NonFiniteError, NotStartedError
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 class Writing(torch.optim.Optimizer):
@@ -513,9 +510,7 @@ def test_a_writer_waits_for_each_device_once(streams):
 # The benchmark, which waits for a GPU.
 
 
-@pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks come with a checkout only")
 def test_the_benchmark_runs_to_its_end(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     accelerator = import_module("accelerator")
     shapes = import_module("shapes")
     monkeypatch.setattr(accelerator, "_MATRIX_WIDTH", 8)

@@ -17,15 +17,10 @@ import torch
 import polyak
 from image_files import write_mnist
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks come with a checkout only")
-
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
     """The benchmark with tasks of a second each, and its data in ``tmp_path / "data"``."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     runs, scores = import_module("real_runs"), import_module("real_scores")
     study = import_module("real_tasks")
     sizes = {"TRAINED_ON": 32, "VALIDATED_ON": 20, "TESTED_ON": 20, "IMAGE_BATCH": 8}
@@ -161,7 +156,6 @@ def test_what_follows_is_written_as_tables_a_page_and_a_figure(
     study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.syspath_prepend(BENCHMARKS)
     tasks = import_module("real_runs").TASKS
     radii = len(import_module("real_scores").RADII)
     for seed in range(4):
