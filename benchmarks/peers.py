@@ -112,11 +112,11 @@ def _ema_pytorch(model: nn.Module) -> Averager:
 
 
 def _timm(model: nn.Module) -> Averager:
-    ema = _timm_model_ema().ModelEmaV3(model, decay=DECAY, dtype=torch.float32, foreach=True)
+    ema = timm_model_ema().ModelEmaV3(model, decay=DECAY, dtype=torch.float32, foreach=True)
     return Averager(partial(ema.update, model), lambda: list(ema.module.parameters()))
 
 
-def _timm_model_ema() -> ModuleType:
+def timm_model_ema() -> ModuleType:
     """timm's module of averages by its path, since importing timm itself needs torchvision."""
     package = importlib.util.find_spec("timm")
     if package is None or package.origin is None:

@@ -1,6 +1,5 @@
 """The page for those who come from other tools: what it says to write now runs, and has the other tool's numbers."""
 
-import importlib.util
 import re
 import sys
 import warnings
@@ -12,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+from peers import timm_model_ema
 
 PAGE = (Path(__file__).parent.parent / "docs" / "migration.md").read_text()
 SECTIONS = {
@@ -100,14 +101,8 @@ def test_the_lightning_callback() -> None:
 
 @pytest.fixture
 def timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm's package imports torchvision, and what is used of it needs only torch."""
-    package = importlib.util.find_spec("timm")
-    if package is None or package.origin is None:
-        pytest.skip("timm is not installed")
-    source = Path(package.origin).parent / "utils" / "model_ema.py"
-    spec = importlib.util.spec_from_file_location("timm.utils", source)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """What is used of timm, whose package imports torchvision."""
+    module = timm_model_ema()
     monkeypatch.setitem(sys.modules, "timm", ModuleType("timm"))
     monkeypatch.setitem(sys.modules, "timm.utils", module)
 

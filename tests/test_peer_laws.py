@@ -1,8 +1,6 @@
 """The laws of other tools' EMAs: against what they say, written plainly, and against the tools themselves."""
 
-import importlib.util
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import polyak
+from peers import timm_model_ema
 from polyak import EMA, Power, WarmupEMA
 from polyak.errors import OptionError
 from polyak.profiles import decay_at_batch_size
@@ -180,18 +179,6 @@ def assert_same(average, tensors, tolerance=1e-12):
         torch.testing.assert_close(own, theirs, rtol=tolerance, atol=tolerance)
 
 
-def timm_module():
-    # timm's package imports torchvision; the class itself needs only torch.
-    package = importlib.util.find_spec("timm")
-    if package is None or package.origin is None:
-        pytest.skip("timm is not installed")
-    source = Path(package.origin).parent / "utils" / "model_ema.py"
-    spec = importlib.util.spec_from_file_location("timm_model_ema", source)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("options", "scheme"),
     [
@@ -204,14 +191,14 @@ def timm_module():
     ],
 )
 def test_timm(model, options, scheme):
-    theirs = timm_module().ModelEmaV3(model, decay=0.97, **options)
+    theirs = timm_model_ema().ModelEmaV3(model, decay=0.97, **options)
     average = polyak.Average(model, scheme)
     follow(model, lambda step: (theirs.update(model, step=step), average.update()))
     assert_same(average, theirs.module.parameters())
 
 
 def test_timm_that_starts_late(model):
-    theirs = timm_module().ModelEmaV3(model, decay=0.97, use_warmup=True, update_after_step=20)
+    theirs = timm_model_ema().ModelEmaV3(model, decay=0.97, use_warmup=True, update_after_step=20)
     average = polyak.Average(model, WarmupEMA(decay=0.97, power=2 / 3), start=20)
     follow(model, lambda step: (theirs.update(model, step=step), average.update()))
     assert_same(average, theirs.module.parameters())

@@ -1,18 +1,17 @@
 """Checkpoints written by the tools people use are recognised, and the right weights come out of them."""
 
-import importlib.util
 import logging
 import os
 import warnings
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
 import polyak
+from peers import timm_model_ema
 from polyak import checkpoints
 from polyak.errors import CheckpointError, OptionError
 
@@ -73,17 +72,8 @@ def test_wrapped_models(tmp_path, wrap):
 
 
 def test_timm_model_ema(tmp_path):
-    # timm's package imports torchvision; the class itself needs only torch.
-    package = importlib.util.find_spec("timm")
-    assert package is not None and package.origin is not None
-    source = Path(package.origin).parent / "utils" / "model_ema.py"
-    spec = importlib.util.spec_from_file_location("timm_model_ema", source)
-    assert spec is not None and spec.loader is not None
-    timm = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(timm)
-
     model = small_model()
-    ema = timm.ModelEmaV3(model, decay=0.5)
+    ema = timm_model_ema().ModelEmaV3(model, decay=0.5)
     ema.update(moved(model))
     saved = {"epoch": 7, "arch": "mlp", "state_dict": model.state_dict(), "state_dict_ema": ema.state_dict()}
     torch.save(saved, tmp_path / "model_best.pth.tar")
