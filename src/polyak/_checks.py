@@ -145,7 +145,8 @@ def _refuse_misfit(name: str, annotation: Any, value: Any) -> None:
     if not isinstance(annotation, str):
         return
     if not _fits(annotation, value):
-        raise OptionError(f"{name} must be of type {annotation}, got {value!r:.{_MOST_SHOWN}}")
+        called = ": call it, and give what it returns" if callable(value) and "Iterable" in annotation else ""
+        raise OptionError(f"{name} must be {_in_words(annotation)}, got {value!r:.{_MOST_SHOWN}}{called}")
     if "torch.device" in annotation and value is not None:
         try:
             import_module("torch").device(value)
@@ -160,6 +161,14 @@ def _refuse_misfit(name: str, annotation: Any, value: Any) -> None:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OptionError(f"{name} cannot be {value!r:.{_MOST_SHOWN}}: {reason}") from error
+
+
+def _in_words(annotation: str) -> str:
+    """The annotation for those who have not read the signature."""
+    names = {name for name, _ in _parts(annotation)}
+    if names <= {*_ALIASES, "Callable", "None"}:
+        return "a function or None" if "None" in names else "a function"
+    return f"of type {annotation}"
 
 
 def _fits(annotation: str, value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -55,9 +56,13 @@ Floats = NDArray[np.float64]
 # More examples than this are resampled in this many groups of neighbours. That bounds the cost whatever the
 # data, and is right where neighbours are alike, as the tokens of one text are.
 _MOST_GROUPS = 1024
+# Fewer say nothing of how much they vary.
+_LEAST_EXAMPLES = 5
 _RESAMPLES = 2000
 _SEED = 0
 _ROUNDING = 1e-12
+# Errors of an example, or right answers, are fewer; beyond it every number in single precision is a whole one.
+_LARGEST_COUNT = 2**24
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,9 @@ class Score:
         if self.group_sums is None or self.group_sizes is None:
             return None
         groups = len(self.group_sums)
-        residuals = self.group_sums - self.value * self.group_sizes
-        return float(np.sqrt(np.sum(residuals**2) * groups / (groups - 1)) / self.group_sizes.sum())
+        with np.errstate(invalid="ignore", over="ignore"):
+            residuals = self.group_sums - self.value * self.group_sizes
+            return float(np.sqrt(np.sum(residuals**2) * groups / (groups - 1)) / self.group_sizes.sum())
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,12 @@ class Interval:
     high: float
 
 
-def read_score(result: object) -> Score:
+def read_score(result: object, called: str = "score") -> Score:
     """What a score function returned, as a :class:`Score`.
 
     Args:
         result: a number, a tensor or array of one element, or one of shape [N] with the losses of N examples.
+        called: what the function is called in messages.
 
     Raises:
         OptionError: anything else, or no examples.
@@ -109,24 +116,23 @@ def read_score(result: object) -> Score:
     >>> read_score(torch.tensor([1.0, 2.0, 3.0])).value, read_score(0.5).value
     (2.0, 0.5)
     """
-    if isinstance(result, torch.Tensor):
+    if isinstance(result, torch.Tensor) and not result.is_complex():
         result = result.detach().cpu().to(torch.float64).numpy()
-    if result is None or isinstance(
-        result, str | tuple
-    ):  # NumPy would make numbers of them, or of (loss, accuracy)
-        raise OptionError(_not_a_score(f"a {type(result).__name__}"))
+    # NumPy would make numbers of these, or of (loss, accuracy).
+    if result is None or isinstance(result, str | tuple) or _is_complex(result):
+        raise OptionError(_not_a_score(called, f"a {type(result).__name__}"))
     try:
         losses = np.asarray(result, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise OptionError(_not_a_score(f"a {type(result).__name__}")) from None
+    except (TypeError, ValueError, RuntimeError):  # the last of tensors in a list that need gradients
+        raise OptionError(_not_a_score(called, f"a {type(result).__name__}")) from None
     if losses.ndim > 1 or not losses.size:
-        raise OptionError(_not_a_score(f"an array of shape {losses.shape}"))
+        raise OptionError(_not_a_score(called, f"an array of shape {losses.shape}"))
     if losses.size == 1:
         return Score(float(losses.item()))
     groups = min(len(losses), _MOST_GROUPS)
     starts = np.arange(groups) * len(losses) // groups
     sizes = np.diff(starts, append=len(losses)).astype(np.float64)
-    counts = bool((losses == np.floor(losses)).all())
+    counts = bool((losses == np.floor(losses)).all() and np.abs(losses).max() < _LARGEST_COUNT)
     return Score(float(losses.mean()), np.add.reduceat(losses, starts), sizes, counts)
 
 
@@ -134,14 +140,14 @@ def paired_intervals(scores: Sequence[Score], baseline: Score) -> list[Interval 
     """A 95% interval of each score minus that of ``baseline``, by the paired percentile bootstrap.
 
     Examples are drawn with replacement, the same ones for all, 2,000 times with a fixed seed; the interval
-    holds the middle 95% of the mean differences. None where scores are single numbers.
+    holds the middle 95% of the mean differences. None where scores are single numbers, or of fewer than five examples.
 
     Raises:
         OptionError: scores of different numbers of examples.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
 
-    >>> live, other = read_score([1.0, 2.0, 3.0]), read_score([0.5, 1.5, 2.5])
+    >>> live, other = read_score([1.0, 2.0, 3.0, 4.0, 5.0]), read_score([0.5, 1.5, 2.5, 3.5, 4.5])
     >>> paired_intervals([other], live)
     [Interval(low=-0.5, high=-0.5)]
     """
@@ -160,14 +166,15 @@ def simultaneous_intervals(
     With the paired differences d_c of C candidates, their bootstrap d_cb and its standard deviation s_c, the
     interval is d_c ± q s_c, where q is the 95% quantile over b of max_c |d_cb - d_c| / s_c. So the best of many
     candidates seems to beat the baseline, where none does, in 5% of cases at most, whichever way it was chosen from
-    among them. The intervals minus ``others`` have the same q.
+    among them. As s_c itself is not sure where examples are few, q is widened as Student's t is over the normal
+    distribution. The intervals minus ``others`` have the same q.
 
     Raises:
         OptionError: scores of different numbers of examples.
 
     Source: Westfall and Young 1993, Resampling-Based Multiple Testing; Romano and Wolf 2005.
 
-    >>> live, other = read_score([1.0, 2.0, 3.0]), read_score([0.5, 1.5, 2.5])
+    >>> live, other = read_score([1.0, 2.0, 3.0, 4.0, 5.0]), read_score([0.5, 1.5, 2.5, 3.5, 4.5])
     >>> simultaneous_intervals([live, other], live)
     [[Interval(low=0.0, high=0.0), Interval(low=-0.5, high=-0.5)]]
     """
@@ -179,16 +186,22 @@ def simultaneous_intervals(
             continue
         differences = np.array([score.value - against.value for score in scores])
         errors = _standard_errors(means, scores, against)
-        factor = factor or _largest_deviation(means - differences, errors)
+        factor = factor or _as_of_student(
+            _largest_deviation(means - differences, errors), len(np.asarray(against.group_sums)) - 1
+        )
         bounds = zip(differences - factor * errors, differences + factor * errors, strict=True)
         found.append([Interval(float(low), float(high)) for low, high in bounds])
     return found
 
 
 def _resampled_differences(scores: Sequence[Score], baseline: Score) -> Floats | None:
-    """The mean difference of each score to ``baseline`` in each resample, [B, C]; None for single numbers."""
+    """The mean difference of each score to ``baseline`` in each resample, [B, C]; None where noise cannot be told."""
     _refuse_other_examples(scores, baseline)
-    if baseline.group_sums is None or baseline.group_sizes is None:
+    if (
+        baseline.group_sums is None
+        or baseline.group_sizes is None
+        or len(baseline.group_sums) < _LEAST_EXAMPLES
+    ):
         return None
     differences = np.array([np.asarray(score.group_sums) - baseline.group_sums for score in scores])  # [C, G]
     times_drawn = _times_drawn(len(baseline.group_sums))  # [B, G]
@@ -214,6 +227,23 @@ def _largest_deviation(deviations: Floats, errors: Floats) -> float:
     return float(np.quantile(np.abs(deviations[:, varying] / errors[varying]).max(axis=1), 0.95))
 
 
+def _as_of_student(quantile: float, freedom: int) -> float:
+    """The quantile of Student's t where that of the normal distribution is ``quantile``.
+
+    Source: Abramowitz and Stegun 1964, 26.7.5.
+
+    >>> round(_as_of_student(1.96, 9), 2), round(_as_of_student(1.96, 799), 3)
+    (2.26, 1.963)
+    """
+    q = quantile
+    terms = (
+        (q**3 + q) / 4,
+        (5 * q**5 + 16 * q**3 + 3 * q) / 96,
+        (3 * q**7 + 19 * q**5 + 17 * q**3 - 15 * q) / 384,
+    )
+    return q + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+
+
 def _times_drawn(groups: int) -> Floats:
     """How often each group is in each resample, [resamples, groups]."""
     generator = np.random.default_rng(_SEED)
@@ -231,8 +261,13 @@ def _refuse_other_examples(scores: Sequence[Score], baseline: Score) -> None:
         )
 
 
-def _not_a_score(got: str) -> str:
-    return f"score must return a number, or a tensor [N] with one loss per example; it returned {got}"
+def _is_complex(result: object) -> bool:
+    dtype = getattr(result, "dtype", None)
+    return dtype.is_complex if isinstance(dtype, torch.dtype) else getattr(dtype, "kind", "") == "c"
+
+
+def _not_a_score(called: str, got: str) -> str:
+    return f"{called} must return a number, or a tensor [N] with one loss per example; it returned {got}"
 
 
 # Averaged weights in a live model: for the length of a trial, for good, or on disk.
@@ -415,11 +450,13 @@ def try_weights(
     score: ScoreFunction,
     recalibrate: Iterable[Any] | None = None,
     prepare: Prepare | None = None,
+    called: str = "score",
 ) -> Score:
     """``score(model)`` in evaluation mode with ``weights`` in the model, which is as before afterwards.
 
     Empty ``weights`` are those that the model has. With ``prepare`` a copy of the model with these weights is scored,
-    as ``prepare(copy)`` returns it, or has changed it where it returns None.
+    as ``prepare(copy)`` returns it, or has changed it where it returns None. Random numbers that are drawn meanwhile
+    are drawn again by the next trial, so that luck is no part of a difference. ``called`` is the name in messages.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = model.weight.data.fill_(3.0)
@@ -428,8 +465,28 @@ def try_weights(
     >>> model.weight.item()
     3.0
     """
-    with trial(model, weights, recalibrate):
-        return read_score(score(model if prepare is None else _prepared(model, prepare)))
+    with _random_numbers_come_back(model), trial(model, weights, recalibrate):
+        if prepare is None:
+            return read_score(score(model), called)
+        prepared = _prepared(model, prepare)
+        with modes(prepared):
+            return read_score(score(prepared), called)
+
+
+@contextmanager
+def _random_numbers_come_back(model: nn.Module) -> Iterator[None]:
+    """torch's generators, of the model's devices too, NumPy's and Python's own are as before on leaving."""
+    places = {
+        e.tensor.device for e in ModelTensors(model).values() if e.tensor.device.type not in ("cpu", "meta")
+    }
+    kind = next((place.type for place in places), "cuda")
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([place for place in places if place.type == kind], device_type=kind):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def _prepared(model: nn.Module, prepare: Prepare) -> nn.Module:
@@ -450,12 +507,12 @@ def _prepared(model: nn.Module, prepare: Prepare) -> nn.Module:
 
 
 def badness(value: float, mode: Mode) -> float:
-    """A number that is lower the better the score; a score that is not a number is the worst.
+    """A number that is lower the better the score; a score that is not finite is the worst.
 
-    >>> badness(0.9, "max"), badness(math.nan, "max")
-    (-0.9, inf)
+    >>> badness(0.9, "max"), badness(math.nan, "max"), badness(-math.inf, "min")
+    (-0.9, inf, inf)
     """
-    if math.isnan(value):
+    if not math.isfinite(value):
         return math.inf
     return value if mode == "min" else -value
 

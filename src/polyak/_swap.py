@@ -56,6 +56,7 @@ class Swap:
         self._watched = [tensor for tensor in targets if id(tensor) not in may_change]
         self._places = list(places)
         self._device = device
+        self._devices: list[torch.device] = []
         self._backup: list[Tensor] = []
         self._versions: list[int] = []
         self.active = False
@@ -84,6 +85,7 @@ class Swap:
         try:
             # Before the backup, which would be of another swap's values if that one came in between.
             note_swapped(self._live)
+            self._devices = [tensor.device for tensor in self._live]
             self._backup = _copies(self._live, self._device)
             copy_into(self._targets, values)
             self._versions = _torch.versions(self._watched)
@@ -121,10 +123,18 @@ class Swap:
             for place, key, tensor in self._places:
                 place[key] = tensor
             if self._backup:  # there is none where making it failed
+                self._undo_conversions()
                 copy_into(self._live, self._backup)
         finally:
             note_unswapped(self._live)
         self.active = False
+
+    def _undo_conversions(self) -> None:
+        """What ``model.half()`` or ``model.to(device)`` made of the same tensors is no place for the live values."""
+        for tensor, kept, device in zip(self._live, self._backup, self._devices, strict=True):
+            was = (kept.dtype, kept.shape, device)
+            if kept is not tensor and (tensor.dtype, tensor.shape, tensor.device) != was:
+                tensor.data = torch.empty_like(kept, device=device)
 
 
 @torch.inference_mode()  # tensors that were made in inference mode may be written to in it only
@@ -141,7 +151,9 @@ def copy_into(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 @contextmanager
 def modes(model: nn.Module, training: Collection[nn.Module] = ()) -> Iterator[None]:
-    """The modules of ``model`` in evaluation mode, but for those of ``training``; their own modes are back on leaving.
+    """The modules of ``model`` in evaluation mode, but for those of ``training``.
+
+    Their own modes, and the modules inside each, are back on leaving.
 
     >>> model = nn.Sequential(nn.Dropout())
     >>> with modes(model):
@@ -150,11 +162,14 @@ def modes(model: nn.Module, training: Collection[nn.Module] = ()) -> Iterator[No
     >>> model.training, model[0].training
     (True, True)
     """
-    before = {module: module.training for module in model.modules()}
+    before = {module: (module.training, dict(module._modules)) for module in model.modules()}
 
     def restore() -> None:
-        for module, mode in before.items():
+        for module, (mode, inside) in before.items():
             module.training = mode
+            if module._modules != inside:
+                module._modules.clear()
+                module._modules.update(inside)
 
     with undoing(restore):
         # The flags, not `eval()`: some modules merge weights there, which restoring a flag would not undo.

@@ -28,6 +28,12 @@ def losses(model):
 def goodness(model):
     return -losses(model).mean().item()
 
+def unseen(model):
+    return goodness(model) - 1
+
+def broken(model):
+    return losses(model) * float("nan")
+
 def no_model():
     return 7
 
@@ -82,13 +88,14 @@ def test_a_recorded_run_brings_its_live_weights(folder, capsys):
 
 def test_the_table_and_the_verdict_are_printed(folder, capsys):
     arguments = ["--model", "user_code:build", "--score", "user_code:goodness", "--mode", "max"]
-    assert main(["select", "ckpts", *arguments, "--holdout", "user_code:goodness"]) == 0
+    assert main(["select", "ckpts", *arguments, "--holdout", "user_code:unseen"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     legend, head, *_ = captured.out.splitlines()
     assert legend == "Higher is better; differences are to live"
     assert head.split()[:3] == ["candidate", "≈", "score"]
     assert "scores best" in captured.out and "On the holdout" in captured.out
+    assert re.search(r"\d more candidates scored worse", " ".join(captured.out.split()))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +114,19 @@ def test_the_table_and_the_verdict_are_printed(folder, capsys):
         (["ckpts", *USE, "--mode", "least"], "least"),
         (["ckpts", *USE, "-o", "best.doc"], "suffix of no known format"),
         (["ckpts", *USE, "-o", "user_code.py"], "user_code.py"),
+        (["ckpts", *USE, "--holdout", "user_code:losses"], "the very losses that score gives"),
+        (
+            [
+                "ckpts",
+                *USE[:3],
+                "user_code:broken",
+                "-o",
+                "best.safetensors",
+                "--profiles",
+                "uniform, tail:0.5",
+            ],
+            "no candidate has a finite score",
+        ),
     ],
 )
 def test_bad_input_is_one_line(folder, capsys, arguments, message):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import polyak
-from polyak.errors import OptionError
+from polyak.errors import NonFiniteError, OptionError
 from recorded_runs import RecordedWalk
 
 
@@ -71,14 +71,14 @@ def test_many_blocks_are_fitted_in_groups_that_keep_the_proportions_of_the_start
     assert best > 0 and fitted.scores[best] < fitted.scores[0]
 
 
-@pytest.mark.parametrize("constant", [0.5, float("nan")])
-def test_a_score_that_says_nothing_gives_the_start_back(tmp_path, constant):
+def test_a_score_that_says_nothing_gives_the_start_back(tmp_path):
     model = nn.Linear(2, 1, bias=False)
     trajectory = recorded_points(tmp_path, [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], model)
-    fitted = polyak.fit(
-        trajectory, model, score=lambda m: constant, mode="max", start="uniform", evaluations=30
-    )
+    options = {"mode": "max", "start": "uniform", "evaluations": 30}
+    fitted = polyak.fit(trajectory, model, score=lambda m: 0.5, **options)
     assert fitted.profile.a == pytest.approx([1 / 3] * 3) and len(fitted.scores) == 30
+    with pytest.raises(NonFiniteError, match="none of 30 scores is finite"):
+        polyak.fit(trajectory, model, score=lambda m: float("nan"), **options)
 
 
 @pytest.mark.parametrize(

@@ -99,11 +99,11 @@ def test_live_are_the_weights_that_the_run_ended_with_whatever_the_model_holds(r
     """Choosing in another process, or again after `apply`, compares with the run, not with the model at hand."""
     model, trajectory = recorded
     last = model.weight.detach().clone()
-    first = select(recorded, holdout=distance)
+    first = select(recorded, holdout=lambda m: 2 * distance(m))
     first.apply(model)
     assert "Live are the weights in the model" not in first.verdict
     for present in (model, NormedWeight()):
-        again = select((present, trajectory), holdout=distance)
+        again = select((present, trajectory), holdout=lambda m: 2 * distance(m))
         assert again.to_dict() == first.to_dict()
     fresh = NormedWeight()
     kept = select((fresh, trajectory), score=lambda m: float((m.weight.detach() - last).abs()))
@@ -160,7 +160,7 @@ def test_a_score_that_is_not_a_number_is_never_the_best(recorded):
         assert choice.best.name == "live" and choice.table[-1].to_dict()["score"] is None
         json.dumps(choice.to_dict(), allow_nan=False)
     choice = select(recorded, score=lambda m: float("nan") if m.weight.item() == 2.5 else distance(m))
-    assert "the score of the live weights is not a number" in choice.verdict
+    assert "the score of the live weights is not finite" in choice.verdict
 
 
 def test_a_finer_grid_lies_around_the_best_of_the_coarse_one(recorded):
@@ -231,7 +231,7 @@ def test_the_holdout_scores_the_best_and_the_live_weights_once_more(recorded):
     assert "The holdout confirms it" in choice.verdict and "optimistic" not in choice.verdict
     other = select(recorded, score=Losses(), holdout=Losses(centre=2.5, seed=1))
     assert "The holdout does not confirm it" in other.verdict and "above the live weights" in other.verdict
-    assert "On the holdout it is better" in select(recorded, holdout=distance).verdict
+    assert "On the holdout it is better" in select(recorded, holdout=lambda m: distance(m) + 1).verdict
 
 
 def test_recalibration_gives_every_candidate_its_own_statistics(recorded):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -86,6 +87,7 @@ def answered(trajectory: polyak.Trajectory, questions: Questions) -> Answers:
 
     build, score = imported("--model", questions.model), imported("--score", questions.score)
     holdout = None if questions.holdout is None else imported("--holdout", questions.holdout)
+    holdout = score if questions.holdout == questions.score else holdout
     prepare = None if questions.prepare is None else imported("--prepare", questions.prepare)
     recalibrate = questions.recalibrate
     batches = None if recalibrate is None else imported("--recalibrate", recalibrate)()
@@ -96,13 +98,22 @@ def answered(trajectory: polyak.Trajectory, questions: Questions) -> Answers:
         network,
         score=score,
         mode=None if questions.mode is None else questions.mode.value,
-        profiles=None if questions.profiles is None else " ".join(questions.profiles).split(),
+        profiles=None if questions.profiles is None else listed(questions.profiles),
         recalibrate=batches,
         holdout=holdout,
         prepare=prepare,
         progress=sys.stderr.isatty(),
     )
     return Answers(network, score, batches, choice)
+
+
+def listed(texts: Sequence[str]) -> list[str]:
+    """Profiles that stand beside each other, with commas or without.
+
+    >>> listed(["tail:0.4, window:100,200", "uniform"])
+    ['tail:0.4', 'window:100,200', 'uniform']
+    """
+    return [profile.rstrip(",") for profile in " ".join(texts).split()]
 
 
 def opened(inputs: list[str], how: HowToRead) -> polyak.Trajectory:

@@ -48,9 +48,9 @@ def write_report(
     much each step counts, and every block. It is light or dark as the reader's system is, and fits a telephone.
     Equal inputs give equal pages on the same day, which the page names.
 
-    An average is shipped if it is better than the live weights beyond chance: on the holdout, where there is one, or
+    An average is shipped if it is better than the live weights beyond noise: on the holdout, where there is one, or
     else on the data that it was chosen on, with an interval that allows for the choice. Where the score is one
-    number, chance is unknown, and the holdout must be better.
+    number, noise is unknown, and the holdout must be better.
 
     Args:
         trajectory: a recorded run, or a folder of checkpoints. All blocks are read, in slices.

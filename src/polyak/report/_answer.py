@@ -43,7 +43,7 @@ class Answer:
     Attributes:
         decision: which weights to ship.
         headline: the same in a few words.
-        lead: what it brings, and whether that is more than chance.
+        lead: what it brings, and whether that is more than noise.
         check: what a holdout said; empty where there was none.
         simpler: which simpler average is as good, if one is.
         figures: live, chosen, gain; empty where nothing was scored.
@@ -94,11 +94,11 @@ def answer(trajectory: Trajectory, selection: Selection | None, command: str | N
 def decided(selection: Selection) -> Decision:
     """Which weights to ship: data that nothing was chosen on decide, where there are any.
 
-    An average must be better beyond chance; where that cannot be known, from one number for each, the holdout must
+    An average must be better beyond noise; where that cannot be known, from one number for each, the holdout must
     be better as well.
     """
     best, holdout = selection.best, selection.holdout
-    if math.isnan(best.score) or math.isnan(best.difference):
+    if not (math.isfinite(best.score) and math.isfinite(best.difference)):
         return "open"
     if best.profile is None:
         return "live"
@@ -146,7 +146,11 @@ def signed(value: float | None) -> str:
     >>> signed(-0.01234), signed(0.5)
     ('−0.0123', '+0.5')
     """
-    return "unknown" if value is None else f"{value:+.3g}".replace("-", "\N{MINUS SIGN}")
+    return (
+        "unknown"
+        if value is None or not math.isfinite(value)
+        else f"{value:+.3g}".replace("-", "\N{MINUS SIGN}")
+    )
 
 
 def _unscored(trajectory: Trajectory) -> Answer:
@@ -171,8 +175,13 @@ def _confirms(selection: Selection) -> bool:
 
 def _lead(selection: Selection) -> str:
     best, baseline = selection.best, selection.baseline
-    if math.isnan(best.score) or math.isnan(best.difference):
-        return "A score is not a number: look at what the score returns for the live weights first."
+    if not selection.has_best:
+        return "No candidate has a finite score: look at what the score returns for the live weights first."
+    if not math.isfinite(best.difference):
+        return (
+            "The live weights have no finite score, and averages have: either the run diverged, and the best of it may "
+            "be no good model, or the score is broken. Look at what it returns for the live weights first."
+        )
     if best.profile is None:
         averages = sum(candidate.profile is not None for candidate in selection.table)
         count = (
@@ -185,11 +194,13 @@ def _lead(selection: Selection) -> str:
     sentence = f"The best average scores better than {against}"
     if selection.beats_baseline is None:
         unknown = (
-            "" if selection.holdout else "; whether that is more than chance, one number for each cannot tell"
+            "" if selection.holdout else "; whether that is more than noise, one number for each cannot tell"
         )
         return f"{sentence}{unknown}."
-    on = "" if selection.examples is None else f" on these {selection.examples:,} examples"
-    return f"{sentence}, by {'more' if selection.beats_baseline else 'no more'} than chance explains{on}."
+    return (
+        f"{sentence}, {'beyond' if selection.beats_baseline else 'but not beyond'} the noise of these "
+        f"{selection.examples:,} examples."
+    )
 
 
 def _checked(selection: Selection) -> str:
@@ -198,6 +209,8 @@ def _checked(selection: Selection) -> str:
     if holdout is None:
         return ""
     on = "other data" if holdout.examples is None else f"{holdout.examples:,} other examples"
+    if not math.isfinite(holdout.difference):
+        return "\N{BALLOT X} Not confirmed: on the holdout a score is not finite."
     size = f"a difference of {signed(holdout.difference)}{_interval(holdout.low, holdout.high, ', ')}"
     mark = "\N{CHECK MARK} Confirmed" if _confirms(selection) else "\N{BALLOT X} Not confirmed"
     return f"{mark} on a holdout, {on} that nothing was chosen on: {size}."
@@ -207,7 +220,7 @@ def _simpler(selection: Selection) -> str:
     simplest = selection.simplest
     if simplest is selection.best or simplest.profile is None:
         return ""
-    return f"{_result.shortened(simplest.name)} is as good within chance, and simpler."
+    return f"{_result.shortened(simplest.name)} is as good within noise, and simpler."
 
 
 def _figures(trajectory: Trajectory, selection: Selection) -> tuple[Figure, ...]:
@@ -229,7 +242,7 @@ def _figures(trajectory: Trajectory, selection: Selection) -> tuple[Figure, ...]
 
 
 def _interval(low: float | None, high: float | None, before: str = "") -> str:
-    if low is None or high is None:
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return ""
     return f"{before}95% interval {signed(low)} to {signed(high)}"
 
@@ -245,7 +258,7 @@ def _caveats(selection: Selection) -> Sequence[str]:
         )
     elif selection.beats_baseline is None:
         caveats.append(
-            "There was one number for each set of weights, so how large chance is stays unknown. Let the score return "
+            "There was one number for each set of weights, so how large noise is stays unknown. Let the score return "
             "one loss per example."
         )
     return [*caveats, *(f"{warning[:1].upper()}{warning[1:]}." for warning in selection.best.warnings)]

@@ -54,7 +54,7 @@ def candidates_chart(selection: Selection) -> Picture:
     """The best few candidates with their intervals."""
     intervals = (
         " The bar says where the true difference lies, with 95% certainty for all rows at once; those marked ≈ are as "
-        "good as the best within chance."
+        "good as the best within noise."
     )
     return Picture.of(
         selection.plot(),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, overload
 
 import torch
@@ -62,7 +63,6 @@ class Fit:
 
 
 @overload
-@checked
 def fit(
     trajectory: Trajectory,
     model: nn.Module,
@@ -85,6 +85,7 @@ def fit(
     recalibrate: Iterable[Any] | None = None,
     seed: int = 0,
 ) -> ScoreFit: ...
+@checked
 def fit(
     trajectory: Trajectory,
     model: nn.Module,
@@ -141,7 +142,7 @@ def fit(
         MissingExtraError: cma is not installed, and ``score`` needs it.
         NotStartedError: the trajectory holds no block yet.
         BatchError: there are no batches.
-        NonFiniteError: a loss was NaN or infinite.
+        NonFiniteError: a loss was NaN or infinite, or no score was finite.
         StructureError: the trajectory is that of another model.
 
     Source: TWA, Li et al. 2023, arXiv:2205.13104, which trains the weights of a trajectory's points.
@@ -171,10 +172,18 @@ def fit(
     if score is not None:
         if batches is not None or loss is not None:
             raise TypeError("fit takes either batches and a loss, or a score")
+        _refuse_other_options(fit_to_score, "a score", options)
         return fit_to_score(trajectory, model, score, start, **options)
     if batches is None or loss is None:
         raise TypeError("fit needs batches and a loss, or a score")
+    _refuse_other_options(_fit_to_batches, "batches and a loss", options)
     return _fit_to_batches(trajectory, model, batches, loss, start, **options)
+
+
+def _refuse_other_options(way: Callable[..., object], given: str, options: Mapping[str, Any]) -> None:
+    known = [name for name, one in signature(way).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    if other := [name for name in options if name not in known]:
+        raise TypeError(f"fit with {given} takes {', '.join(known)}, not {', '.join(other)}")
 
 
 def _fit_to_batches(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from polyak._checks import require, whole_within
 from polyak._evaluate import Mode, ScoreFunction, badness, refuse_one_pass, refuse_unknown_mode, try_weights
 from polyak._mean import mean_dtype
-from polyak.errors import OptionError
+from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import Profile, Weights
 from polyak.trajectory import Trajectory
 
@@ -95,6 +95,10 @@ def fit_to_score(
     tried(best)
     if groups.count > 1:
         _search(cma, tried, groups.count - 1, evaluations - 1, seed)
+    if not any(map(math.isfinite, scores)):
+        raise NonFiniteError(
+            f"none of {len(scores)} scores is finite: look at what score returns for the start, {start}, first"
+        )
     return ScoreFit(groups.profile(best), scores, mode, groups.count)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from polyak import _plots, _terminal
 from polyak._evaluate import Mode, apply_weights, badness, lacks_frozen, live_weights, write_weights
 from polyak.batchnorm import tracks_statistics
+from polyak.errors import NonFiniteError
 from polyak.profiles import Profile
 from polyak.trajectory import Trajectory
 
@@ -60,9 +61,8 @@ class Candidate:
         stderr: the standard error of that mean; None if ``score`` returned one number.
         difference: the score minus that of the baseline, see :attr:`Selection.baseline`.
         low, high: the interval of the difference, which holds for all candidates at once with 95%, so that the
-            best may be chosen by it; None if ``score`` returned one number.
-        tied: whether the best candidate is no better than this one beyond noise; None if ``score`` returned one
-            number.
+            best may be chosen by it; None if ``score`` returned one number, or fewer than five losses.
+        tied: whether the best candidate is no better than this one beyond noise; None where there are no intervals.
         effective_samples: 1 / Σ a², of the weights a of the samples: how many equal ones do the same.
         warnings: what speaks against this profile on this run, in sentences.
     """
@@ -117,14 +117,12 @@ def _plain(value: Any) -> Any:
 def verdict(choice: Selection) -> list[str]:
     """Whether an average beats the live weights, how surely, and whether a simpler one does as well."""
     best = choice.best
-    if math.isnan(best.score):
-        return [
-            "No candidate has a score that is a number: look at what score returns for the live weights first."
-        ]
+    if not choice.has_best:
+        return ["No candidate has a finite score: look at what score returns for the live weights first."]
     if best.profile is None:
         sentences = [_kept(choice)]
     else:
-        sentences = [_against_baseline(choice), _chance(choice)]
+        sentences = [_against_baseline(choice), _out_of(choice)]
         if choice.holdout is not None:
             sentences.append(_on_holdout(choice.holdout, choice.mode))
     simplest = choice.simplest
@@ -139,11 +137,16 @@ def verdict(choice: Selection) -> list[str]:
 def _kept(choice: Selection) -> str:
     best, live = choice.best, choice.live
     averages = sum(candidate.profile is not None for candidate in choice.table)
-    what = f"none of {averages} averages scored better than their {best.score:.5g} ({choice.better})"
+    none = (
+        "the average tried is no better than"
+        if averages == 1
+        else f"none of {averages} averages scored better than"
+    )
+    what = f"{none} their {best.score:.5g} ({choice.better})"
     if best is live:
         return f"Keep the live weights: {what}."
     return (
-        f"Keep the live weights, with recalibrated BatchNorm statistics: {what}; with those of the run's end they "
+        f"Keep the live weights, with recomputed BatchNorm statistics: {what}; with those of the run's end they "
         f"score {live.score:.5g}."
     )
 
@@ -157,19 +160,24 @@ def _named(candidate: Candidate) -> str:
 def _against_baseline(choice: Selection) -> str:
     best, baseline = choice.best, choice.baseline
     opening = f"{best.name} scores best, {best.score:.5g} ({choice.better})"
-    if math.isnan(best.difference):
-        return f"{opening}; the score of the live weights is not a number."
+    if not math.isfinite(best.difference):
+        return f"{opening}; the score of the live weights is not finite."
     sentence = f"{opening}, {_size(best.difference)} {_named(baseline).replace('The', 'the', 1)}"
     if best.low is None or best.high is None:
+        from_what, cure = (
+            ("one number", "a tensor with one loss per example")
+            if choice.examples is None
+            else (f"{choice.examples} losses", "those of more examples")
+        )
         return (
-            f"{sentence}. Whether that is beyond noise, and which simpler ones are as good, cannot be told from one "
-            "number for each: let score return a tensor with one loss per example."
+            f"{sentence}. Whether that is beyond noise, and which simpler ones are as good, cannot be told from "
+            f"{from_what} for each: let score return {cure}."
         )
     outcome = "beyond" if choice.beats_baseline else "not beyond"
     return f"{sentence} ({_interval(best.low, best.high)}): {outcome} the noise of these examples."
 
 
-def _chance(choice: Selection) -> str:
+def _out_of(choice: Selection) -> str:
     sentence = f"It is the best of {len(choice.table)} candidates"
     if choice.best.low is not None and math.isfinite(choice.best.low):
         sentence += ", which the interval allows for"
@@ -179,6 +187,8 @@ def _chance(choice: Selection) -> str:
 
 
 def _on_holdout(holdout: HoldoutCheck, mode: Mode) -> str:
+    if not math.isfinite(holdout.difference):
+        return "On the holdout a score is not finite, which confirms nothing."
     size = f"{_size(holdout.difference)} the live weights"
     if holdout.low is None or holdout.high is None:
         is_better = badness(holdout.difference, mode) < 0
@@ -249,13 +259,18 @@ def as_rows(choice: Selection, candidates: Sequence[Candidate]) -> list[tuple[st
             shortened(c.name),
             "≈" if c.tied and c is not choice.best else "",
             f"{c.score:{score}}",
-            "" if c.stderr is None else f"{c.stderr:{error}}",
-            "" if c is baseline else f"{c.difference:{difference}}",
-            "" if c is baseline or c.low is None else f"{c.low:{bound}} to {c.high:{bound}}",
+            "" if c.stderr is None or not math.isfinite(c.stderr) else f"{c.stderr:{error}}",
+            "" if c is baseline or not math.isfinite(c.difference) else f"{c.difference:{difference}}",
+            "" if c is baseline or not _has_interval(c) else f"{c.low:{bound}} to {c.high:{bound}}",
             f"{c.effective_samples:.4g}",
         )
         for c in candidates
     ]
+
+
+def _has_interval(candidate: Candidate) -> bool:
+    bounds = candidate.low, candidate.high
+    return all(bound is not None and math.isfinite(bound) for bound in bounds)
 
 
 def _form(values: Sequence[float | None], digits: int, sign: str = "") -> str:
@@ -313,6 +328,11 @@ class Selection:
         return self.table[0]
 
     @property
+    def has_best(self) -> bool:
+        """Whether any candidate has a finite score; where none has, there is nothing to choose."""
+        return math.isfinite(self.best.score)
+
+    @property
     def best_average(self) -> Candidate:
         """The average of the best score, also where the live weights are better."""
         return next(candidate for candidate in self.table if candidate.profile is not None)
@@ -365,8 +385,18 @@ class Selection:
             LIVE_IS_THE_MODEL: not self._trajectory.has_live,
             FROZEN_ARE_THE_MODELS: lacks_frozen(self._trajectory, self._model),
             STALE_STATISTICS: self._recalibrate is None and tracks_statistics(self._model),
+            self._broken: bool(self._broken) and self.has_best,
         }
         return [caveat for caveat, holds in caveats.items() if holds]
+
+    @property
+    def _broken(self) -> str:
+        averages = [candidate for candidate in self.table if candidate.profile is not None]
+        broken = sum(not math.isfinite(candidate.score) for candidate in averages)
+        verb = "has" if broken == 1 else "have"
+        return (
+            f"{broken} of {len(averages)} averages {verb} no finite score, and rank last." if broken else ""
+        )
 
     @property
     def verdict(self) -> str:
@@ -377,7 +407,7 @@ class Selection:
         """The best weights: name to tensor on the host, as :meth:`Trajectory.average` and ``live`` give them.
 
         Their BatchNorm statistics are not recomputed. Of a recording that was not closed, live weights are those in
-        the model, and the dictionary is empty.
+        the model, and the dictionary is empty. Raises as :meth:`apply`.
         """
         return self._best()[0]
 
@@ -389,6 +419,7 @@ class Selection:
 
         Raises:
             StructureError: the weights do not fit the model, which is then as it was.
+            NonFiniteError: no candidate has a finite score.
         """
         apply_weights(model, *self._best())
 
@@ -400,6 +431,7 @@ class Selection:
 
         Raises:
             OutputExistsError: ``path`` exists and ``overwrite`` is False.
+            NonFiniteError: no candidate has a finite score.
         """
         weights, recalibrate = self._best()
         write_weights(
@@ -454,23 +486,30 @@ class Selection:
         if self.best.profile is None:
             return f"No average scores better than {best}"
         if self.beats_baseline is None:
-            return f"{best} scores best; chance is not ruled out"
+            return f"{best} scores best; noise is not ruled out"
         tied = sum(bool(c.tied) for c in self.table if c is not self.best)
         as_good = f"; {tied} {'other is' if tied == 1 else 'others are'} as good (≈)" if tied else ""
-        return f"{best} is {'better' if self.beats_baseline else 'not better'} than {baseline} beyond chance{as_good}"
+        return f"{best} is {'better' if self.beats_baseline else 'not better'} than {baseline} beyond noise{as_good}"
 
     def __str__(self) -> str:
         first, *others = HEADINGS
         rows = _terminal.table(first, *(f"#{heading}" for heading in others))
-        for row in as_rows(self, self._shown(_ROWS_SHOWN)):
+        shown = self._shown(_ROWS_SHOWN)
+        for row in as_rows(self, shown):
             rows.add_row(*row)
-        return f"{self.legend}\n{_terminal.as_text(rows, self.verdict)}"
+        hidden = len(self.table) - len(shown)
+        others = f" {_terminal.counted(hidden, 'more candidate')} scored worse." if hidden else ""
+        return f"{self.legend}\n{_terminal.as_text(rows, self.verdict + others)}"
 
     def __repr__(self) -> str:
         return f"Selection(best={self.best.name!r}, candidates={len(self.table)})"
 
     def _best(self) -> tuple[dict[str, Tensor], Iterable[Any] | None]:
         """The best weights, and the batches for statistics, which live weights have."""
+        if not self.has_best:
+            raise NonFiniteError(
+                "no candidate has a finite score, so none is the best: look at what score returns for the live weights"
+            )
         profile = self.best.profile
         recalibrate = None if self.best.name == LIVE else self._recalibrate
         weights = live_weights(self._trajectory) if profile is None else self._trajectory.average(profile)

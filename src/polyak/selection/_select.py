@@ -176,15 +176,17 @@ class _Trials:
     recalibrate: Iterable[Any] | None
     prepare: _evaluate.Prepare | None
 
-    def live(self, name: str, score: _evaluate.ScoreFunction) -> Score:
+    def live(self, name: str, score: _evaluate.ScoreFunction, called: str = "score") -> Score:
         """The score of the live weights of that name."""
         recalibrate = self.recalibrate if name == RECALIBRATED else None
         weights = _evaluate.live_weights(self.trajectory)
-        return _evaluate.try_weights(self.model, weights, score, recalibrate, self.prepare)
+        return _evaluate.try_weights(self.model, weights, score, recalibrate, self.prepare, called)
 
-    def average(self, weights: Mapping[str, Tensor], score: _evaluate.ScoreFunction) -> Score:
+    def average(
+        self, weights: Mapping[str, Tensor], score: _evaluate.ScoreFunction, called: str = "score"
+    ) -> Score:
         """The score of an average."""
-        return _evaluate.try_weights(self.model, weights, score, self.recalibrate, self.prepare)
+        return _evaluate.try_weights(self.model, weights, score, self.recalibrate, self.prepare, called)
 
 
 @checked
@@ -276,6 +278,7 @@ def select(
 
         scores: Scores = {LIVE: trials.live(LIVE, score)}
         mode = _evaluate.resolved_mode(mode, scores[LIVE])
+        unchosen = None if holdout is None else _Holdout(trials, holdout, score, scores[LIVE])
         if recalibrate is not None and tracks_statistics(model):
             scores[RECALIBRATED] = trials.live(RECALIBRATED, score)
         scores |= try_all(tried)
@@ -285,7 +288,7 @@ def select(
             tried += near
             tried += _blends(trajectory, tried, scores, mode, try_all)
         table = _ranked(scores, {one.profile: one for one in tried}, mode)
-        check = None if holdout is None else _check(trials, table, holdout)
+        check = None if unchosen is None else unchosen.check(table)
     return Selection(table, mode, check, trajectory, model, recalibrate, scores[LIVE].examples)
 
 
@@ -381,21 +384,50 @@ def _ranked(scores: Scores, explained: Mapping[Profile, Explanation], mode: Mode
     return candidates
 
 
-def _check(
-    trials: _Trials, table: Sequence[Candidate], holdout: _evaluate.ScoreFunction
-) -> HoldoutCheck | None:
-    """The best average and the baseline on the holdout; None where the live weights are the best."""
-    best, baseline = table[0], next(candidate for candidate in table if candidate.profile is None)
-    if best.profile is None:
-        return None
-    before = trials.live(baseline.name, holdout)
-    after = trials.average(trials.trajectory.average(best.profile), holdout)
-    (interval,) = _evaluate.paired_intervals([after], before)
-    return HoldoutCheck(
-        best_score=after.value,
-        baseline_score=before.value,
-        difference=after.value - before.value,
-        low=interval.low if interval else None,
-        high=interval.high if interval else None,
-        examples=after.examples,
-    )
+class _Holdout:
+    """Data that nothing is chosen on: the live weights are scored at once, so that what is wrong is known at once.
+
+    Raises:
+        OptionError: the holdout is what the choice is made on.
+    """
+
+    def __init__(
+        self,
+        trials: _Trials,
+        holdout: _evaluate.ScoreFunction,
+        score: _evaluate.ScoreFunction,
+        chosen_on: Score,
+    ):
+        self._trials, self._score = trials, holdout
+        self._live = trials.live(LIVE, holdout, "holdout")
+        if holdout is score or _are_same_losses(self._live, chosen_on):
+            raise OptionError(
+                "holdout gives the very losses that score gives, and would confirm whatever is chosen: let it look at "
+                "other examples, or leave it out"
+            )
+
+    def check(self, table: Sequence[Candidate]) -> HoldoutCheck | None:
+        """The best average and the baseline on the holdout; None where the live weights are the best."""
+        best, baseline = table[0], next(candidate for candidate in table if candidate.profile is None)
+        if best.profile is None:
+            return None
+        is_live = baseline.name == LIVE
+        before = self._live if is_live else self._trials.live(baseline.name, self._score, "holdout")
+        weights = self._trials.trajectory.average(best.profile)
+        after = self._trials.average(weights, self._score, "holdout")
+        (interval,) = _evaluate.paired_intervals([after], before)
+        return HoldoutCheck(
+            best_score=after.value,
+            baseline_score=before.value,
+            difference=after.value - before.value,
+            low=interval.low if interval else None,
+            high=interval.high if interval else None,
+            examples=after.examples,
+        )
+
+
+def _are_same_losses(one: Score, other: Score) -> bool:
+    """Whether two scores are of the same examples; right answers, and losses that are all equal, may by chance."""
+    if one.group_sums is None or other.group_sums is None or one.counts or one.examples != other.examples:
+        return False
+    return np.array_equal(one.group_sums, other.group_sums) and bool(np.ptp(one.group_sums))
