@@ -54,7 +54,7 @@ class Interrupt:
 
 @cache
 def ends_of_with(code: CodeType) -> set[int]:
-    """Where ``__exit__(None, None, None)`` is about to be called: Python looks at no signal there, and locks would stay."""
+    """Where ``__exit__(None, None, None)`` comes next: Python looks at no signal there, and locks would be kept."""
     steps = [(step.offset, step.opname, step.argval) for step in dis.get_instructions(code)]
     loads = [(opname, value) == ("LOAD_CONST", None) for _, opname, value in steps]
     return {steps[n][0] for n in range(len(steps) - 2) if all(loads[n : n + 3])}
