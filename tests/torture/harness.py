@@ -1,7 +1,8 @@
 """Faults and abuse as data: a family is a generator of named cases, and every case is judged in one way.
 
-A case does something to polyak in an empty folder. It ends well where it returns, having compared what it got with an
-oracle, or where polyak refuses in words that name the thing; nothing half-written may be left in either case.
+A case does something to polyak in an empty folder, while the working directory is another one. It ends well where it
+returns, having compared what it got with an oracle, or where polyak refuses in words that name the thing; nothing
+half-written may be left in either case, nor anything at all outside the two.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ __all__ = [
     "walk",
 ]
 
+REPOSITORY = Path(__file__).parents[2]
 RIGHT, REFUSED = "right", "refused"
 FAMILIES: dict[str, Family] = {}
 
@@ -77,20 +80,42 @@ def cases(seed: int) -> Iterator[tuple[Family, Case, bool]]:
             yield one, case, number % one.apart == 0
 
 
-def judged(case: Case, folder: Path) -> str:
-    """Run a case in ``folder``: ``"right"`` or ``"refused"``; anything else that it raises is a failure."""
+def judged(case: Case, place: Path) -> str:
+    """Run a case in folders of its own in ``place``: ``"right"`` or ``"refused"``; what else it raises is a failure."""
+    folder, here = place / "folder", place / "here"
+    folder.mkdir()
+    here.mkdir()
     try:
-        case.run(folder)
+        with elsewhere_unchanged(place), chdir(here):
+            case.run(folder)
         outcome = RIGHT
     except PolyakError as error:
         said = str(error).lower()
         missing = [name for name in case.names if name.lower() not in said]
         assert not missing, f"a refusal that does not name {missing}: {error}"
         assert said, "a refusal without words"
+        assert not walk_files(here), f"a refused call left {walk_files(here)} in the working directory"
         outcome = REFUSED
-    left = [path for path in walk_files(folder) if ".polyak-" in path]
+    left = [path for path in walk_files(place) if ".polyak-" in path]
     assert not left, f"half-written: {left}"
     return outcome
+
+
+@contextmanager
+def elsewhere_unchanged(place: Path) -> Iterator[None]:
+    """Nothing is written beside the folders of a case, nor into the repository; pytest's own names have a dot."""
+    before = _names(REPOSITORY)
+    try:
+        yield
+    finally:
+        changed = _names(REPOSITORY) ^ before
+        assert not changed, f"written into the repository, or taken from it: {changed}"
+        beside = _names(place) - {"folder", "here"}
+        assert not beside, f"written beside its folder: {beside}"
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def walk_files(folder: Path) -> list[str]:

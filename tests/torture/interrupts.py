@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Interrupt:
         name = frame.f_code.co_filename
         if not (name.startswith(SOURCE) or name == contextlib.__file__):
             return None
-        if event == "line":
+        if event == "line" and frame.f_lasti not in ends_of_with(frame.f_code):
             self.lines += 1
             if self.lines == self.at:
                 raise KeyboardInterrupt
@@ -49,6 +50,14 @@ class Interrupt:
         finally:
             sys.settrace(None)
         return False
+
+
+@cache
+def ends_of_with(code: CodeType) -> set[int]:
+    """Where ``__exit__(None, None, None)`` comes next: Python looks at no signal there, and locks would be kept."""
+    steps = [(step.offset, step.opname, step.argval) for step in dis.get_instructions(code)]
+    loads = [(opname, value) == ("LOAD_CONST", None) for _, opname, value in steps]
+    return {steps[n][0] for n in range(len(steps) - 2) if all(loads[n : n + 3])}
 
 
 @cache

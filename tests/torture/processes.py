@@ -7,11 +7,13 @@ import os
 import random
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from threading import Barrier
 from unittest import mock
 
 import torch
@@ -223,16 +225,22 @@ def disks(rng: random.Random) -> Iterator[Case]:
 
 
 def in_threads(count: int, work: Callable[[int], object]) -> list[object]:
-    """What each thread returned, or raised on purpose."""
+    """What each thread returned, or raised on purpose; they begin together, and take turns often."""
+    together, interval = Barrier(count), sys.getswitchinterval()
 
     def kept(number: int) -> object:
+        together.wait()
         try:
             return work(number)
         except PolyakError as error:
             return error
 
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(kept, range(count)))
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(kept, range(count)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def parallel_offline(count: int, same: bool, folder: Path) -> None:
@@ -298,6 +306,33 @@ def closed_elsewhere(count: int, folder: Path) -> None:
     near(polyak.Trajectory(folder / "run").average("uniform"), mean64(setting.samples[:4]))
 
 
+def used_everywhere(count: int, folder: Path) -> None:
+    """Threads that train, save, average and close with one recorder: each step that was counted is recorded once."""
+    setting = Setting(folder)
+    recorder, counted = setting.recorder, []
+
+    def use(number: int) -> None:
+        for step in range(5):
+            recorder.update()
+            counted.append(step)
+            recorder.state_dict()
+            recorder.average("uniform")
+            with (
+                suppress(SwapError),
+                recorder.applied("uniform"),
+            ):  # or another thread's average is in the model
+                pass
+        if number == 1:
+            recorder.close()
+
+    ends = in_threads(count, use)
+    setting.close()
+    assert all(isinstance(end, StateError | SwapError | None) for end in ends), ends
+    run = polyak.Trajectory(folder / "run")
+    assert sum(block.count for block in run.blocks) == run.blocks[-1].stop == 4 + len(counted)
+    same_model(setting.model, state_of(setting.model))
+
+
 THREADED: dict[str, Callable[[int, Path], object]] = {
     "average to several files": lambda count, folder: parallel_offline(count, False, folder),
     "average to one file": lambda count, folder: parallel_offline(count, True, folder),
@@ -305,6 +340,7 @@ THREADED: dict[str, Callable[[int, Path], object]] = {
     "read what is recorded": reading_while_recording,
     "swap one model": parallel_swaps,
     "close one recorder": closed_elsewhere,
+    "use one recorder": used_everywhere,
 }
 
 

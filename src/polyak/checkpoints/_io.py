@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
+from polyak._swap import undoing
 from polyak.errors import CheckpointError, OutputExistsError, name_list
 
 __all__ = [
@@ -318,6 +319,9 @@ class AtomicOutput:
         if not os.access(path.parent, os.W_OK):
             raise CheckpointError(f"cannot write {path}: {path.parent} may not be written to")
         self._refuse_existing()
+        # An interrupt may fall where nobody can abort: between the lines of whoever does, or within.
+        self._forgotten = weakref.finalize(self, _remove, self.temporary)
+        self._forgotten.atexit = False  # a forked child that ends would take its parent's output away
 
     def _refuse_existing(self) -> None:
         if not os.path.lexists(self.path):
@@ -364,21 +368,29 @@ class AtomicOutput:
             return
         # No rename replaces a folder that has files in it.
         aside = self.temporary.with_suffix(".old")
-        os.rename(self.path, aside)
-        try:
+
+        def settle() -> None:
+            if os.path.lexists(self.path):
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                os.rename(aside, self.path)
+
+        with undoing(settle):
+            os.rename(self.path, aside)
             os.rename(self.temporary, self.path)
-        except BaseException:
-            os.rename(aside, self.path)
-            raise
-        shutil.rmtree(aside)
 
     def abort(self) -> None:
         """Remove the temporary; more than once is harmless, and so is doing it after ``commit``."""
-        if self.temporary.is_dir():
-            shutil.rmtree(self.temporary, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                self.temporary.unlink()
+        _remove(self.temporary)
+        self._forgotten.detach()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_file(path: Path, content: bytes, *, overwrite: bool) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from os import PathLike
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,24 @@ _KEPT_STATES = 2
 
 _log = logging.getLogger("polyak")
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _one_thread(call: Callable[Concatenate[Recorder, P], R]) -> Callable[Concatenate[Recorder, P], R]:
+    """One thread at a time: a recorder may be saved and closed on others than the one that trains.
+
+    Whatever changes the recorder, or hands over its block, is such a call. The writer's thread makes none, as it is
+    waited for in them.
+    """
+
+    @wraps(call)
+    def alone(self: Recorder, *arguments: P.args, **named: P.kwargs) -> R:
+        with self._lock:
+            return call(self, *arguments, **named)
+
+    return alone
+
 
 class Recorder:
     """Records a run as block means, so that the average is chosen after training.
@@ -51,7 +70,7 @@ class Recorder:
     neighbours merge, exactly; blocks are short near the end of the run and longer in proportion to their age,
     whatever its length turns out to be (see ``polyak.trajectory._policy``). Memory: two copies of the
     parameters, one that fills and one that is written on a thread of its own; the training waits rather than
-    queue more.
+    queue more. Any thread may call its methods; those that change it take turns.
 
     Args:
         model: as for :class:`polyak.Average`. A model sharded by ``fully_shard`` is recorded by all its ranks, each
@@ -127,6 +146,7 @@ class Recorder:
             raise OptionError(f"dtype must be torch.float32, torch.float64 or None, got {dtype}")
         if step is not None:
             step = whole_within("[0, inf)", "step", step)
+        self._lock = RLock()
         self._options = {"every": self.every, "dtype": str(dtype), "buffers": buffers}
         self._optimizer = optimizer
         self._binding = Binding(model, buffers=buffers)
@@ -166,19 +186,21 @@ class Recorder:
         """
         if self._attachment is not None:
             self._attachment.refuse_by_hand(self, instead=", with note(loss=loss) for metrics")
-        self._refuse_closed("update()")
-        self._refuse_while_swapped("update() would record the averaged weights")
-        if self._group.size == 1:  # ranks find a failure together, where they hand the next block over
-            self._writer.raise_if_failed()
-        if self._goes_on_blindly:
-            self._warn_of_going_on()
-        block = self._open_block or self._follow_model()
-        block.note(metrics, self._learning_rate())
-        self._pace.tick()
-        self._step += 1
-        if self._step % self.every == 0:
-            self._sample()
+        with self._lock:  # as _one_thread does, without its call
+            self._refuse_closed("update()")
+            self._refuse_while_swapped("update() would record the averaged weights")
+            if self._group.size == 1:  # ranks find a failure together, where they hand the next block over
+                self._writer.raise_if_failed()
+            if self._goes_on_blindly:
+                self._warn_of_going_on()
+            block = self._open_block or self._follow_model()
+            block.note(metrics, self._learning_rate())
+            self._pace.tick()
+            self._step += 1
+            if self._step % self.every == 0:
+                self._sample()
 
+    @_one_thread
     def note(self, **metrics: float | Tensor) -> None:
         """Keep metrics with the block that is being filled, as :meth:`update` does; no step is counted.
 
@@ -204,6 +226,7 @@ class Recorder:
         self._writer.wait()
         return Trajectory(self.directory)
 
+    @_one_thread
     def close(self) -> None:
         """Write the block that is being filled and the live weights, and let go of the directory.
 
@@ -269,14 +292,14 @@ class Recorder:
             CheckpointError: a block that counts is damaged, or writing one failed.
             StateError: the recorder is closed.
         """
-        means = self._average("applied()", profile)
-        self._swap = Swap.of(self._binding, self._accumulation["device"])
-        with undoing(self._swap_out):
-            self._swap.put_in(means)
+        swap, means = self._prepared_swap(profile)
+        with undoing(partial(self._swap_out, swap)):
+            self._swap_in(swap, means)
             before = _torch.versions(statistics(self._binding.model))
             yield self._binding.model
             self._warn_of_statistics(before)
 
+    @_one_thread
     def average(self, profile: Profile | str) -> dict[str, Tensor]:
         """What :meth:`applied` puts into the model: name to tensor, tied names sharing one; raises as it does.
 
@@ -293,6 +316,7 @@ class Recorder:
 
     # Saving and resuming.
 
+    @_one_thread
     def state_dict(self) -> dict[str, Any]:
         """The open block, to be saved with the training state; waits for the block under way.
 
@@ -307,6 +331,7 @@ class Recorder:
         return {**self._options, "step": self._step, **block.state_dict()}
 
     @checked
+    @_one_thread
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state: the clock is that of the state, and blocks recorded after it are dropped.
 
@@ -345,10 +370,21 @@ class Recorder:
             )
         return self._means.average(profile, blocks, filling, self._step, self._binding)
 
-    def _swap_out(self) -> None:
-        if self._swap is not None and self._swap.active:
+    @_one_thread
+    def _prepared_swap(self, profile: Profile | str) -> tuple[Swap, list[Tensor]]:
+        means = self._average("applied()", profile)
+        return Swap.of(self._binding, self._accumulation["device"]), means
+
+    @_one_thread
+    def _swap_in(self, swap: Swap, means: list[Tensor]) -> None:
+        swap.put_in(means)
+        self._swap = swap
+
+    @_one_thread
+    def _swap_out(self, swap: Swap) -> None:
+        if swap.active:
             self._binding.tensors.reshard()
-            self._swap.undo()
+            swap.undo()
             self._swap = None
             self._pace.restart()
 
@@ -472,6 +508,7 @@ class Recorder:
         self._writer.wait()  # it reads the means of the block before
         block.rebind()
 
+    @_one_thread
     def _take_up_thawed(self) -> None:
         if self._is_open and self._binding.thawed():
             block = self._follow_model()
@@ -496,6 +533,7 @@ class Recorder:
         self._open_block.begin(self._folder.manifest.stop)
         return self._open_block
 
+    @_one_thread
     def _release(self) -> None:
         self._is_open = False
         self._writer.stop()
