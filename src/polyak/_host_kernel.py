@@ -53,6 +53,7 @@ class HostKernel:
         tensors: what is averaged, as it is now.
         means: their means.
         batches: of both, as an update walks them.
+        watched: whether who calls :meth:`take` has seen that the tensors lie in memory as these do.
 
     Attributes:
         covered: the batches that the loops take, in the order in which sizes are given and returned.
@@ -68,7 +69,13 @@ class HostKernel:
     tensor(1.5000)
     """
 
-    def __init__(self, tensors: Sequence[Tensor], means: Sequence[Tensor], batches: Sequence[Batch]):
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        means: Sequence[Tensor],
+        batches: Sequence[Batch],
+        watched: bool = False,
+    ):
         able = [_can_take(tensor, mean) for tensor, mean in zip(tensors, means, strict=True)]
         self.covered = [
             batch
@@ -84,7 +91,7 @@ class HostKernel:
         self._owners = sorted({piece.index for piece in pieces if tensors[piece.index].numel()})
         self._owns_all = len(self._owners) == len(tensors)
         owned = self._pick(tensors)
-        self._layout = _torch.Layout(owned)
+        self._layout = None if watched else _torch.Layout(owned)
         roots: dict[int, tuple[int, Tensor]] = {}
         table = list(self._rows(tensors, means, roots))
         self._chunks = np.array(table, dtype=np.int64)
@@ -131,7 +138,7 @@ class HostKernel:
         if not self.covered or not loops_are_ready():
             return False
         owned = self._pick(tensors)
-        if not self._layout.is_that_of(owned):
+        if self._layout is not None and not self._layout.is_that_of(owned):
             return False
         self._addresses = _addresses(owned)
         self._mean_addresses = _addresses(self._roots)
