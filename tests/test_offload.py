@@ -23,6 +23,7 @@ from torch import nn
 import polyak
 from devices import SlowStream, as_if_offloaded
 from polyak import _offload, _torch
+from polyak._mean import Accumulator
 from polyak._offload import SideStream
 from polyak.errors import NonFiniteError, NotStartedError
 
@@ -269,6 +270,58 @@ def test_other_optimizers_and_other_averages_wait_for_the_copy_too():
         optimizer.step(seed)
         sync.update()
     assert same(bits(average), bits(sync))
+
+
+def filled(weight, value):
+    _offload.fence()
+    weight.data.fill_(value)
+    return weight
+
+
+def bind_wider(mean, weight):
+    mean.bind([nn.Parameter(weight.detach().double())])
+    return mean
+
+
+def restart(mean, weight):
+    mean.restart()
+    mean._offload.join()
+    return mean
+
+
+def add(mean, weight):
+    mean.add([filled(weight, 5)])
+    return mean
+
+
+def read(name):
+    def call(mean, weight):
+        getattr(mean, name)
+        return mean
+
+    return pytest.param(call, id=name)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [bind_wider, restart, add, lambda mean, weight: copy.deepcopy(mean)]
+    + [read(name) for name in ("means", "memory", "n_averaged", "n_skipped", "position", "clock")],
+)
+def test_who_comes_before_the_thread_takes_the_sample_first(monkeypatch, call):
+    monkeypatch.setattr(_offload.Offload, "_begin", lambda offload, job: None)  # no thread ever comes to it
+    found = []
+    for overlaps in (True, False):
+        weight = nn.Parameter(torch.ones(40))
+        mean = Accumulator([weight], ["w"], polyak.Uniform(), device="cpu")
+        mean._offload._only_optimizers_write = True
+        mean.add([weight])
+        mean.add([filled(weight, 3)], overlaps=overlaps)
+        if overlaps:
+            assert mean._offload._job._work is not None
+        after = call(mean, weight)
+        found.append((after._counts, after._means[0]))
+    (counts, mean), (expected_counts, expected_mean) = found
+    assert counts == expected_counts and torch.equal(mean, expected_mean)
 
 
 # Weights that something else than an optimizer writes.

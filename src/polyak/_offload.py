@@ -211,7 +211,7 @@ class _Job:
 
     def run(self) -> None:
         """Do it if nobody has begun; it is done when this returns."""
-        if self._work is None:  # in a child that was forked the gate may be shut, by a thread that is not there
+        if self._work is None:  # a child that was forked may have the gate shut by a thread that is not there
             return
         with self._gate:
             if self._work is None:
