@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim import swa_utils
 
-__all__ = ["CONTENDERS", "DECAY", "LIMIT", "Averager", "Contender"]
+__all__ = ["AS_ON_ACCELERATOR", "CONTENDERS", "DECAY", "LIMIT", "Averager", "Contender"]
 
 DECAY = 0.999
 _PIECE_NUMEL = 1 << 20
@@ -92,6 +92,14 @@ def _polyak(model: nn.Module, scheme: str, check_finite: bool = True, fast: bool
     if fast and not _host_kernel.loops_are_ready(wait=True):
         raise ModuleNotFoundError("No module named 'numba'", name="numba")
     return Averager(average.update, lambda: list(average.named_tensors().values()))
+
+
+def _polyak_as_on_accelerator(model: nn.Module) -> Averager:
+    """By the operations of an accelerator, on the host: what the host has to do for them, and a little arithmetic."""
+    from polyak import _torch
+
+    with mock.patch.object(_torch, "on_host", lambda tensor: False):
+        return _polyak(model, f"ema:decay={DECAY}")
 
 
 def _ema_pytorch(model: nn.Module) -> Averager:
@@ -188,3 +196,7 @@ def _contenders() -> list[Contender]:
 
 
 CONTENDERS = {contender.name: contender for contender in _contenders()}
+# Timed where nothing but overhead is.
+AS_ON_ACCELERATOR = Contender(
+    "polyak EMA, checked, an accelerator's operations", "polyak", _polyak_as_on_accelerator
+)

@@ -7,7 +7,16 @@ import math
 import torch
 from torch import nn
 
-__all__ = ["Shape", "gpt2_names", "gpt2_small", "many_small", "module_of", "number_of_elements", "resnet50"]
+__all__ = [
+    "Shape",
+    "gpt2_names",
+    "gpt2_small",
+    "many_single",
+    "many_small",
+    "module_of",
+    "number_of_elements",
+    "resnet50",
+]
 
 Shape = tuple[int, ...]
 
@@ -54,6 +63,11 @@ def gpt2_names() -> list[str]:
 def many_small() -> list[Shape]:
     """1,200 tensors of 512 numbers, where the time goes into Python and not into memory traffic."""
     return 1200 * [(512,)]
+
+
+def many_single() -> list[Shape]:
+    """1,200 tensors of one number, of whose average all but a microsecond is overhead."""
+    return 1200 * [(1,)]
 
 
 def number_of_elements(shapes: list[Shape]) -> int:

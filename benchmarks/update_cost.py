@@ -9,12 +9,18 @@ fresh process for each. Run it on an idle machine: two threads that wait for eac
 The bf16 case averages a bf16 model in fp32; its limit is the flat ``lerp_`` of as many fp32 numbers. What looking for
 NaNs costs at least without numba, torch's own ``aminmax`` before a ``lerp_`` of the same piece of flat memory, is a row
 of its own.
+
+``overhead`` is our update of 1,200 tensors of one number each on one thread. Arithmetic takes a microsecond of it; the
+rest is Python, and what torch does for each tensor. A measurement is the fastest of some calls in a row,
+to which whatever else runs on the machine can only add. What is not measured stays in the file as it was.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+import timeit
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,12 +29,20 @@ from rich.console import Console
 
 import harness
 import shapes
-from peers import CONTENDERS, DECAY, LIMIT, Averager
-from update_cost_report import Measurements, case_record, case_table, verdicts
+from peers import AS_ON_ACCELERATOR, CONTENDERS, DECAY, LIMIT, Averager, Contender
+from update_cost_report import (
+    Measurements,
+    case_record,
+    case_table,
+    overhead_table,
+    overhead_verdicts,
+    verdicts,
+)
 
 THREADS = 2
 LEAST_SECONDS = 0.02
 WARM_UP_UPDATES = 3
+OVERHEAD, OVERHEAD_CALLS = "overhead", 25
 DISTRIBUTIONS = ("polyak", "numba", "ema-pytorch", "timm", "torch-ema", "diffusers", "torchcontrib")
 
 
@@ -79,17 +93,35 @@ def measure(name: str, processes: int, rounds: int) -> Measurements:
 def time_case(name: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds per update by contender and round, and who was left out and why. Runs in a fresh process."""
     torch.set_num_threads(THREADS)
-    averagers, left_out = build_contenders(CASES[name])
+    averagers, left_out = build_contenders(CASES[name], CONTENDERS.values())
     updates = {contender: averager.update for contender, averager in averagers.items()}
     return harness.time_rounds(updates, rounds, LEAST_SECONDS, description=name), left_out
 
 
-def build_contenders(case: Case) -> tuple[dict[str, Averager], dict[str, str]]:
+def time_overhead(rounds: int) -> dict[str, list[float]]:
+    """Microseconds of an update where there is hardly a number, by contender and round. Runs in a fresh process."""
+    torch.set_num_threads(1)
+    contenders = [c for c in (*CONTENDERS.values(), AS_ON_ACCELERATOR) if c.kind == "polyak"]
+    averagers, _ = build_contenders(Case(shapes.many_single), contenders)
+    microseconds: dict[str, list[float]] = {name: [] for name in averagers}
+    for name in harness.rotated(list(averagers), rounds, description=OVERHEAD):
+        microseconds[name].append(_least_microseconds(averagers[name].update))
+    return microseconds
+
+
+def _least_microseconds(call: Callable[[], object]) -> float:
+    return 1e6 * min(timeit.repeat(call, repeat=OVERHEAD_CALLS, number=1))
+
+
+def build_contenders(
+    case: Case, contenders: Iterable[Contender]
+) -> tuple[dict[str, Averager], dict[str, str]]:
     """The contenders, warmed up and seen to average, and the reasons why others were left out."""
     model = case.model()
     averagers: dict[str, Averager] = {}
     left_out: dict[str, str] = {}
-    for name, contender in CONTENDERS.items():
+    for contender in contenders:
+        name = contender.name
         if case.dtype != torch.float32 and not contender.mixed:
             left_out[name] = "no fp32 average of such a model"
             continue
@@ -148,29 +180,43 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(THREADS)
     console = Console()
     environment = harness.environment(DISTRIBUTIONS)  # before the work, whose own load it would show
-    measured = {}
-    for name in options.only:
-        measured[name] = measure(name, options.processes, options.rounds)
-        console.print(case_table(f"{name}: {CASES[name]}", measured[name]))
-        for contender, reason in measured[name].left_out.items():
-            console.print(f"left out: {contender} ({reason})", style="dim", highlight=False)
-    found = verdicts(measured)
-    console.print(harness.verdict_table(found))
-    if options.output is not None:
-        record = {
+    settings = {"processes": options.processes, "rounds": options.rounds}
+    record = json.loads(options.output.read_text()) if options.output and options.output.exists() else {}
+    found: list[harness.Verdict] = []
+    if cases := [name for name in options.only if name != OVERHEAD]:
+        measured = {}
+        for name in cases:
+            measured[name] = measure(name, options.processes, options.rounds)
+            console.print(case_table(f"{name}: {CASES[name]}", measured[name]))
+            for contender, reason in measured[name].left_out.items():
+                console.print(f"left out: {contender} ({reason})", style="dim", highlight=False)
+        found += (promises := verdicts(measured))
+        record |= {
             "benchmark": "update_cost",
             "environment": environment,
             "settings": {
-                "processes": options.processes,
-                "rounds": options.rounds,
+                **settings,
                 "least_seconds_per_measurement": LEAST_SECONDS,
                 "warm_up_updates": WARM_UP_UPDATES,
                 "decay": DECAY,
                 "limit": "one flat fp32 lerp_ over as many numbers",
             },
             "cases": {name: {"model": str(CASES[name]), **case_record(measured[name])} for name in measured},
-            "promises": [asdict(verdict) for verdict in found],
+            "promises": [asdict(verdict) for verdict in promises],
         }
+    if OVERHEAD in options.only:
+        runs = [harness.in_fresh_process(time_overhead, options.rounds) for _ in range(options.processes)]
+        overhead = {name: harness.Spread.of(values) for name, values in harness.merged(runs).items()}
+        console.print(overhead_table(overhead))
+        found += (promises := overhead_verdicts(overhead))
+        record[OVERHEAD] = {
+            "environment": environment,
+            "settings": {**settings, "calls": OVERHEAD_CALLS},
+            "microseconds": {name: asdict(spread) for name, spread in overhead.items()},
+            "promises": [asdict(verdict) for verdict in promises],
+        }
+    console.print(harness.verdict_table(found))
+    if options.output is not None:
         harness.write_json(options.output, record)
 
 
@@ -180,7 +226,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=_positive, default=5, help="measurements a contender in each (default 5)"
     )
-    parser.add_argument("--only", type=_case_names, default=list(CASES), help="cases, separated by commas")
+    parser.add_argument(
+        "--only", type=_case_names, default=[*CASES, OVERHEAD], help="cases, separated by commas"
+    )
     parser.add_argument("--output", type=Path, help="write the figures to this file as JSON")
     return parser.parse_args(arguments)
 
@@ -194,9 +242,10 @@ def _positive(text: str) -> int:
 
 def _case_names(text: str) -> list[str]:
     names = text.split(",")
-    unknown = [name for name in names if name not in CASES]
+    known = [*CASES, OVERHEAD]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"unknown case {unknown[0]!r}; the cases are {', '.join(CASES)}")
+        raise argparse.ArgumentTypeError(f"unknown case {unknown[0]!r}; the cases are {', '.join(known)}")
     return names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,9 +12,9 @@ from rich.table import Table
 
 import harness
 from harness import Spread, Verdict
-from peers import CONTENDERS, LIMIT
+from peers import AS_ON_ACCELERATOR, CONTENDERS, LIMIT
 
-__all__ = ["Measurements", "case_record", "case_table", "verdicts"]
+__all__ = ["Measurements", "case_record", "case_table", "overhead_table", "overhead_verdicts", "verdicts"]
 
 EMA, CHECKED_EMA = "polyak EMA", "polyak EMA, checked"
 FAST_EMA, FAST_CHECKED_EMA = "polyak[fast] EMA", "polyak[fast] EMA, checked"
@@ -83,6 +84,8 @@ PROMISES = (
     Promise("gpt2", FAST_CHECKED_EMA, "resting memory", 1.005),
     Promise("gpt2", FAST_CHECKED_EMA, "peak memory", 1.02),
 )
+# Of an update of 1,200 tensors that is hardly arithmetic.
+MOST_OVERHEAD_MICROSECONDS = 250
 
 
 def verdicts(measured: dict[str, Measurements]) -> list[Verdict]:
@@ -107,6 +110,28 @@ def _no_peer_ahead(case: str, ours: str, measured: Measurements) -> Verdict:
     bound = 1 + against[nearest].interquartile_range
     sentence = f"{case}: {ours}, time / {nearest}, the peer nearest to being ahead, at most 1 + the spread"
     return Verdict(f"{sentence} ({bound:.2f})", against[nearest].median, against[nearest].median <= bound)
+
+
+def overhead_verdicts(microseconds: Mapping[str, Spread]) -> list[Verdict]:
+    """Whether Python, and what torch does for each tensor, take no longer than was promised."""
+    return [
+        Verdict(
+            f"1,200 tensors: {name}, overhead in µs at most {MOST_OVERHEAD_MICROSECONDS}",
+            microseconds[name].median,
+            microseconds[name].median <= MOST_OVERHEAD_MICROSECONDS,
+        )
+        for name in (CHECKED_EMA, FAST_CHECKED_EMA, AS_ON_ACCELERATOR.name)
+        if name in microseconds
+    ]
+
+
+def overhead_table(microseconds: Mapping[str, Spread]) -> Table:
+    """Overhead for the eye: medians, with their interquartile range in brackets."""
+    table = Table("contender", title="overhead", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("µs", justify="right")
+    for name, spread in microseconds.items():
+        table.add_row(escape(name), str(spread))
+    return table
 
 
 def case_record(measured: Measurements) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 
 import oracles
 import polyak
+from devices import DEVICES, as_if_on
 from polyak import _torch
 from polyak.errors import NotStartedError, OptionError, StateError, StructureError, SwapError
 
@@ -317,6 +318,52 @@ def test_any_other_change_of_structure_is_refused_by_name(change, message):
     with pytest.raises(StructureError, match=message):
         average.update()
     assert average.n_averaged == 3 and same(before, average._named(average._accumulator.means))
+
+
+def replace(weight, model):
+    model.weight = nn.Parameter(weight.clone())
+
+
+def reseat(weight, model):
+    with torch.no_grad():
+        model.weight.set_(weight.clone())
+
+
+PLACES = [
+    lambda weight: weight.clone(),
+    lambda weight: weight.clone().share_memory_(),
+    lambda weight: torch.cat([torch.zeros(1, 90), weight])[1:],
+    lambda weight: weight.t().contiguous().t(),
+    lambda weight: torch.stack([weight, -weight], dim=-1)[..., 0],
+    lambda weight: torch.stack([weight, -weight, weight], dim=-1)[..., 0],
+    lambda weight: torch._neg_view(-weight),
+    lambda weight: weight.half(),
+    lambda weight: weight.bfloat16(),
+    lambda weight: weight.double(),
+]
+
+
+@pytest.mark.parametrize("records", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_are_averaged_from_wherever_they_lie_now(device, records, tmp_path):
+    model, generator, seen = nn.Linear(90, 110), torch.Generator().manual_seed(0), []
+    options = {"directory": tmp_path, "block": 1000} if records else {"scheme": "uniform"}
+    with as_if_on(device):
+        average = (polyak.Recorder if records else polyak.Average)(model, **options)
+        # Each comes after a plain one, where the loops or the plan of an accelerator are in use again.
+        for put in [put for place in [*PLACES, replace, reseat] for put in (PLACES[0], place)]:
+            weight = torch.randint(-8, 8, (110, 90), generator=generator).float()
+            seen.append(weight.double())
+            if put in PLACES:
+                model.weight.data = put(weight)
+            else:
+                put(weight, model)
+            average.update()
+            model.weight.data.zero_()
+        found = average.average("uniform") if records else average.named_tensors()
+    torch.testing.assert_close(found["weight"].double(), torch.stack(seen).mean(0), rtol=0, atol=1e-5)
+    if records:
+        average.close()
 
 
 def test_a_bf16_model_keeps_an_fp32_average_through_save_and_load():

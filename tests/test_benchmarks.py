@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -77,9 +78,8 @@ def test_a_contender_that_skips_its_work_is_refused(
 ) -> None:
     peers = sys.modules["peers"]
     idle = peers.Contender("idle", "peer", lambda model: peers.Averager(int, lambda: [torch.ones(1)]))
-    monkeypatch.setattr(short_benchmark, "CONTENDERS", {"idle": idle})
     with pytest.raises(RuntimeError, match="'idle' did not average every tensor"):
-        short_benchmark.build_contenders(short_benchmark.CASES["small"])
+        short_benchmark.build_contenders(short_benchmark.CASES["small"], [idle])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from Linux's /proc")
@@ -89,3 +89,23 @@ def test_the_peak_of_a_call_includes_what_it_frees(benchmark: ModuleType) -> Non
     peak = harness.peak_resident_bytes(lambda: torch.ones(2 << 20))
     assert 8 << 20 <= peak - before + (1 << 20) < 16 << 20
     assert harness.resident_bytes() - before < 4 << 20
+
+
+def test_overhead_is_written_beside_what_was_measured_before(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    output = tmp_path / "figures.json"
+    output.write_text(json.dumps({"cases": "of another day"}))
+    monkeypatch.setattr(benchmark.shapes, "many_single", lambda: 3 * [(1,)])
+    monkeypatch.setattr(benchmark, "OVERHEAD_CALLS", 2)
+    monkeypatch.setattr(
+        benchmark.harness, "in_fresh_process", lambda function, *arguments: function(*arguments)
+    )
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    benchmark.main(["--processes", "1", "--rounds", "2", "--only", "overhead", "--output", str(output)])
+    record = json.loads(output.read_text())
+    assert record["cases"] == "of another day"
+    assert {"polyak EMA, checked", "polyak EMA, checked, an accelerator's operations"} <= record["overhead"][
+        "microseconds"
+    ].keys()
+    assert len(record["overhead"]["promises"]) == (3 if find_spec("numba") else 2)

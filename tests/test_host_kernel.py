@@ -14,10 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.utils.data import DataLoader
 
-import polyak
 from devices import as_if_on
 from polyak import _host_kernel
 from polyak._mean import Accumulator
@@ -252,27 +250,6 @@ def test_raise_names_the_tensor_and_keeps_the_mean():
 
 
 # What lies elsewhere
-
-
-def test_weights_that_were_given_other_memory_are_averaged_from_there():
-    model = nn.Linear(100, 100)
-    with as_if_on("compiled"):
-        average = polyak.Average(model, "ema:decay=0.5,debias=false")
-    assert repr(average).endswith("backend='numba')")
-    model.weight.data.fill_(1)
-    average.update()
-    changes = (
-        lambda: torch.full((100, 100), 2.0),
-        lambda: torch.full((100, 100), 2.0).t(),
-        lambda: torch.full((100, 200), 2.0)[:, ::2],
-        lambda: torch.full((100, 100), 2.0).half(),
-        lambda: torch.full((100, 100), 2.0).double(),
-    )
-    for change in changes:
-        average.named_tensors()["weight"].fill_(1)
-        model.weight.data = change()
-        average.update()
-        assert torch.equal(average.named_tensors()["weight"].float(), torch.full((100, 100), 1.5))
 
 
 def test_a_sample_that_lies_otherwise_goes_through_torchs_operations():

@@ -22,6 +22,7 @@ from torch import nn
 import polyak
 from devices import SlowStream, as_if_offloaded
 from polyak import _offload, _torch
+from polyak._mean import Accumulator
 from polyak._offload import SideStream
 from polyak.errors import NonFiniteError, NotStartedError
 
@@ -268,6 +269,58 @@ def test_other_optimizers_and_other_averages_wait_for_the_copy_too():
     assert same(bits(average), bits(sync))
 
 
+def filled(weight, value):
+    _offload.fence()
+    weight.data.fill_(value)
+    return weight
+
+
+def bind_wider(mean, weight):
+    mean.bind([nn.Parameter(weight.detach().double())])
+    return mean
+
+
+def restart(mean, weight):
+    mean.restart()
+    mean._offload.join()
+    return mean
+
+
+def add(mean, weight):
+    mean.add([filled(weight, 5)])
+    return mean
+
+
+def read(name):
+    def call(mean, weight):
+        getattr(mean, name)
+        return mean
+
+    return pytest.param(call, id=name)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [bind_wider, restart, add, lambda mean, weight: copy.deepcopy(mean)]
+    + [read(name) for name in ("means", "memory", "n_averaged", "n_skipped", "position", "clock")],
+)
+def test_who_comes_before_the_thread_takes_the_sample_first(monkeypatch, call):
+    monkeypatch.setattr(_offload.Offload, "_begin", lambda offload, job: None)  # no thread ever comes to it
+    found = []
+    for overlaps in (True, False):
+        weight = nn.Parameter(torch.ones(40))
+        mean = Accumulator([weight], ["w"], polyak.Uniform(), device="cpu")
+        mean._offload._only_optimizers_write = True
+        mean.add([weight])
+        mean.add([filled(weight, 3)], overlaps=overlaps)
+        if overlaps:
+            assert mean._offload._job._work is not None
+        after = call(mean, weight)
+        found.append((after._counts, after._means[0]))
+    (counts, mean), (expected_counts, expected_mean) = found
+    assert counts == expected_counts and torch.equal(mean, expected_mean)
+
+
 # Weights that something else than an optimizer writes.
 
 
@@ -376,27 +429,72 @@ def test_the_thread_ends_with_the_average():
     pytest.fail("the thread goes on")
 
 
-@pytest.mark.slow  # it hung now and then in a process that had run much else before, for a reason not found yet
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_child_that_was_forked_has_the_sample_that_was_under_way():
-    wanted = expected(range(3))
-    _, optimizer, average = attached()
-    for seed in range(3):
-        optimizer.step(seed)
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+warned_of = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+def holds_in_a_child(condition):
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # as torch's own workers do: OpenMP's threads are the parent's
-        os._exit(0 if average.n_averaged == 3 and same(bits(average), wanted) else 1)
-    deadline = time.monotonic() + 30
+        os._exit(0 if condition() else 1)
+    deadline = time.monotonic() + 10
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.01)
     if ended == (0, 0):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert ended == (child, 0)
-    optimizer.step(3)
-    assert same(bits(average), expected(range(4)))
+    return ended == (child, 0)
+
+
+@forks
+@warned_of
+@pytest.mark.parametrize("times", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_child_that_was_forked_has_the_sample_that_was_under_way(times):
+    wanted = expected(range(3))
+    for _ in range(times):
+        _, optimizer, average = attached()
+        for seed in range(3):
+            optimizer.step(seed)
+        assert holds_in_a_child(lambda: average.n_averaged == 3 and same(bits(average), wanted))  # noqa: B023
+        optimizer.step(3)
+        assert same(bits(average), expected(range(4)))
+
+
+@forks
+@warned_of
+def test_a_child_waits_for_no_thread_that_is_not_there():
+    """The gate of a sample is shut for a moment when its thread finds it done, that of all by whoever joins one."""
+    _, optimizer, average = attached()
+    for seed in range(3):
+        optimizer.step(seed)
+    settling, ended = _offload.Offload.settle, threading.Event()
+
+    def settle_and_shut(offload):
+        settling(offload)
+        offload._job._gate.acquire()
+        thread.start()
+        time.sleep(0.03)
+
+    def shut_again_and_again():
+        while not ended.is_set():
+            with _offload._gate:
+                time.sleep(0.01)
+
+    def is_open():
+        opened = []
+        other = threading.Thread(target=lambda: opened.append(_offload._gate.acquire(timeout=1)), daemon=True)
+        other.start()
+        other.join()
+        return opened == [True]
+
+    thread = threading.Thread(target=shut_again_and_again, daemon=True)
+    with mock.patch.object(_offload.Offload, "settle", settle_and_shut):
+        held = holds_in_a_child(lambda: average.n_averaged == 3 and is_open())
+    average._accumulator._offload._job._gate.release()
+    ended.set()
+    thread.join(timeout=5)
+    assert held and not thread.is_alive()
 
 
 # Recordings.

@@ -43,6 +43,7 @@ class DeviceMean:
         check: leave out samples that are not finite, or not once they are rounded to the dtypes of the means.
         agree: takes a 0-dim tensor, 1 where this rank refuses the sample and 0 elsewhere, and makes it 1 in place if
             any rank does; a collective call.
+        watched: whether the tensors are known to lie in memory as these do at each :meth:`add`.
 
     Attributes:
         averaged: samples in the means.
@@ -68,8 +69,9 @@ class DeviceMean:
         *,
         check: bool,
         agree: Callable[[Tensor], object] | None = None,
+        watched: bool = False,
     ):
-        self._check, self._agree = check, agree
+        self._check, self._agree, self._watched = check, agree, watched
         self._is_complex = any(tensor.is_complex() for tensor in tensors)
         device = means[0].device
         with torch.inference_mode(False):  # what is made in inference mode could not be changed outside it
@@ -98,7 +100,7 @@ class DeviceMean:
     def add(self, tensors: Sequence[Tensor], scheme: Scheme, gap: float) -> None:
         """Fold a sample in that lies ``gap`` after the last, or leave it out and touch no mean."""
         sources = list(map(_real, tensors)) if self._is_complex else tensors
-        if list(map(Tensor.stride, sources)) != self._layouts:
+        if not self._watched and list(map(Tensor.stride, sources)) != self._layouts:
             self._plan(sources)
         self.clock.add_(gap)
         samples = scheme.unit == "samples"
@@ -176,11 +178,11 @@ class _Fold(ABC):
     """
 
     def __init__(self, tensors: Sequence[Tensor], means: Sequence[Tensor], indices: Sequence[int]):
-        self._indices = list(indices)
+        self._indices = None if len(indices) == len(means) else list(indices)
         self._means = [means[index] for index in indices]
 
-    def _mine(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        return [sources[index] for index in self._indices]
+    def _mine(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:
+        return sources if self._indices is None else [sources[index] for index in self._indices]
 
     def looked_at(self, sources: Sequence[Tensor]) -> list[tuple[Tensor, torch.dtype]]:
         """What has to be finite, in which dtype."""

@@ -53,6 +53,7 @@ class HostKernel:
         tensors: what is averaged, as it is now.
         means: their means.
         batches: of both, as an update walks them.
+        watched: whether who calls :meth:`take` has seen that the tensors lie in memory as these do.
 
     Attributes:
         covered: the batches that the loops take, in the order in which sizes are given and returned.
@@ -68,7 +69,13 @@ class HostKernel:
     tensor(1.5000)
     """
 
-    def __init__(self, tensors: Sequence[Tensor], means: Sequence[Tensor], batches: Sequence[Batch]):
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        means: Sequence[Tensor],
+        batches: Sequence[Batch],
+        watched: bool = False,
+    ):
         able = [_can_take(tensor, mean) for tensor, mean in zip(tensors, means, strict=True)]
         self.covered = [
             batch
@@ -84,14 +91,14 @@ class HostKernel:
         self._owners = sorted({piece.index for piece in pieces if tensors[piece.index].numel()})
         self._owns_all = len(self._owners) == len(tensors)
         owned = self._pick(tensors)
-        self._layout = _torch.Layout(owned)
+        self._layout = None if watched else _torch.Layout(owned)
         roots: dict[int, tuple[int, Tensor]] = {}
-        table = list(self._rows(tensors, means, roots))
-        self._chunks = np.array(table, dtype=np.int64)
+        self._chunks = np.concatenate(list(self._rows(tensors, means, roots)))
         self._roots = [root for _, root in roots.values()]
         self._counted = [root for root in self._roots if not root.is_inference()]
-        self._ends = self._chunks[:, 4].cumsum()
-        self._folded = np.zeros(len(table), np.uint8)
+        self._numel = numel
+        self._stretches_of: dict[int, list[tuple[int, int]]] = {}  # by the number of threads
+        self._folded = np.zeros(len(self._chunks), np.uint8)
         self._addresses = self._mean_addresses = np.zeros(0, np.int64)
         _loader(os.getpid())  # which begins to compile
 
@@ -104,8 +111,8 @@ class HostKernel:
 
     def _rows(
         self, tensors: Sequence[Tensor], means: Sequence[Tensor], roots: dict[int, tuple[int, Tensor]]
-    ) -> Iterable[tuple[int, ...]]:
-        """The table of chunks; ``roots`` gets a tensor for each storage of means, by which to find it again."""
+    ) -> Iterable[np.ndarray]:
+        """The table of chunks, piece by piece; ``roots`` gets a tensor of each storage of means, to find it by."""
         owners = {index: owner for owner, index in enumerate(self._owners)}
         for group, batch in enumerate(self.covered):
             for piece in (piece for piece in batch.pieces if piece.index in owners):
@@ -115,23 +122,24 @@ class HostKernel:
                 # Not the mean itself, behind which its owner might put other data.
                 root = mean.detach().as_strided((1,), (1,), 0)
                 number, _ = roots.setdefault(storage.data_ptr(), (len(roots), root))
-                for begin in range(0, mean.numel(), _CHUNK_NUMEL):
-                    yield (
-                        owners[piece.index],
-                        (start + begin) * source.itemsize,
-                        number,
-                        (int(mean.storage_offset()) + begin) * mean.itemsize,
-                        min(_CHUNK_NUMEL, mean.numel() - begin),
-                        _KINDS[source.dtype],
-                        group,
-                    )
+                begins = np.arange(0, mean.numel(), _CHUNK_NUMEL)
+                columns = np.broadcast_arrays(
+                    owners[piece.index],
+                    (start + begins) * source.itemsize,
+                    number,
+                    (int(mean.storage_offset()) + begins) * mean.itemsize,
+                    np.minimum(_CHUNK_NUMEL, mean.numel() - begins),
+                    _KINDS[source.dtype],
+                    group,
+                )
+                yield np.stack(columns, axis=1).astype(np.int64, copy=False)
 
     def take(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the loops are there, and these tensors lie in memory as those did that this was made for."""
         if not self.covered or not loops_are_ready():
             return False
         owned = self._pick(tensors)
-        if not self._layout.is_that_of(owned):
+        if self._layout is not None and not self._layout.is_that_of(owned):
             return False
         self._addresses = _addresses(owned)
         self._mean_addresses = _addresses(self._roots)
@@ -189,11 +197,12 @@ class HostKernel:
         _on_threads(work, len(stretches))
 
     def _stretches(self) -> list[tuple[int, int]]:
-        numel = int(self._ends[-1])
-        n_threads = max(1, min(torch.get_num_threads(), numel // _LEAST_NUMEL_OF_A_THREAD))
-        shares = [numel * n // n_threads for n in range(1, n_threads)]
-        cuts = [0, *self._ends.searchsorted(shares).tolist(), len(self._chunks)]
-        return list(pairwise(cuts))
+        n_threads = max(1, min(torch.get_num_threads(), self._numel // _LEAST_NUMEL_OF_A_THREAD))
+        if n_threads not in self._stretches_of:
+            shares = [self._numel * n // n_threads for n in range(1, n_threads)]
+            cuts = [0, *self._chunks[:, 4].cumsum().searchsorted(shares).tolist(), len(self._chunks)]
+            self._stretches_of[n_threads] = list(pairwise(cuts))
+        return self._stretches_of[n_threads]
 
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

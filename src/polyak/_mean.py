@@ -66,6 +66,8 @@ class Accumulator:
             any rank does; a collective call.
         means: memory for them, with the values it is to begin with; None: zeros of their own.
         offload: how samples of an accelerator come to means on the host; accumulators that take turns may share it.
+        watched: whether the owner calls :meth:`bind` before it adds tensors that lie otherwise in memory, by shape,
+            dtype, device or strides, than those that were bound last; else each sample is looked at.
 
     Where the means live on an accelerator nothing is read back to the host: verdict, coefficient and counters stay
     there until somebody asks, see :mod:`polyak._device_mean`.
@@ -92,6 +94,7 @@ class Accumulator:
         agree: Callable[[Tensor], object] | None = None,
         means: Sequence[Tensor] | None = None,
         offload: Offload | None = None,
+        watched: bool = False,
     ):
         if check_finite not in (True, False, "raise"):
             raise OptionError(f"check_finite must be True, False or 'raise', got {check_finite!r}")
@@ -104,6 +107,7 @@ class Accumulator:
         self.compensated = compensated
         self.check_finite = check_finite
         self._agree = agree
+        self._watched = watched
         self._offload = offload or Offload()
         self._comes_over = False
         self._dtype, self._device = dtype, device
@@ -140,14 +144,18 @@ class Accumulator:
             self._counts = _HostCounts()
             self._plan_on_host(self._offload.staging(tensors) if self._comes_over else tensors)
         else:
-            check = self.check_finite is not False
-            self._counts = DeviceMean(tensors, self._means, self.residuals, check=check, agree=self._agree)
+            options = {
+                "agree": self._agree,
+                "check": self.check_finite is not False,
+                "watched": self._watched,
+            }
+            self._counts = DeviceMean(tensors, self._means, self.residuals, **options)
         self._counts.set(*counters)
 
     def _plan_on_host(self, tensors: Sequence[Tensor]) -> None:
         batches = plan_batches(tensors, self._means, self.residuals)
         # What compiled loops can take comes first, so that one number says where torch's operations begin.
-        self._kernel = HostKernel(tensors, self._means, () if self.compensated else batches)
+        self._kernel = HostKernel(tensors, self._means, () if self.compensated else batches, self._watched)
         covered = set(map(id, self._kernel.covered))
         self._batches = [*self._kernel.covered, *(batch for batch in batches if id(batch) not in covered)]
         self._n_compiled = 0  # of these in this update

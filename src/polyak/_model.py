@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, is_
 from typing import Any, Literal, cast
 from weakref import WeakMethod
 
@@ -48,9 +48,6 @@ __all__ = [
 # The module's own dictionary, the key, and the tensor that stands there.
 Place = tuple[dict[str, Any], str, Tensor]
 
-# Read one after the other: tuples of all three would be as many objects for the garbage collector to count.
-_DESCRIPTION = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"))
-_is_contiguous = methodcaller("is_contiguous")
 _is_thawed = attrgetter("requires_grad")
 _END = object()
 
@@ -101,10 +98,6 @@ class ModelTensors:
         kinds = ("parameter", "buffer") if watch_buffers else ("parameter",)
         self._described = [e.tensor for e in self.values() if e.kind in kinds and _has_shape(e.tensor)]
         self._layout = _torch.Layout(self._described)
-        self._descriptions = [list(map(read, self._described)) for read in _DESCRIPTION]
-        # What has an order in memory; the rest costs nothing, as where a model is a thousand vectors.
-        self._matrices = [t for t in self._described if t.ndim > 1 and t.layout == torch.strided]
-        self._contiguous = list(map(_is_contiguous, self._matrices))
 
     def __getitem__(self, name: str) -> NamedTensor:
         return self._entries[name]
@@ -140,18 +133,11 @@ class ModelTensors:
     def changed(self) -> bool:
         """Whether a module or parameter was added, removed, replaced, reshaped, retyped, moved or laid out anew.
 
-        A walk over the modules' own dictionaries by identity, a few hundred microseconds for a thousand
+        A walk over the modules' own dictionaries by identity, a hundred microseconds for a thousand
         tensors. Buffers are left out unless watched, since models may replace theirs at every step.
         """
         self.reshard()
-        if not all(map(is_, self._walk(), self._held)):
-            return True
-        if self._layout.is_surely_that_of(self._described):
-            return False
-        return any(
-            list(map(read, self._described)) != before
-            for read, before in zip(_DESCRIPTION, self._descriptions, strict=True)
-        ) or self._contiguous != list(map(_is_contiguous, self._matrices))
+        return not (all(map(is_, self._walk(), self._held)) and self._layout.is_that_of(self._described))
 
     def reshard(self) -> None:
         """Put sharded parameters back where FSDP gathered them for a forward pass."""
@@ -487,6 +473,11 @@ class Binding:
     def sharded(self) -> bool:
         """Whether tensors are split over ranks."""
         return bool(self._meshes)
+
+    @property
+    def watches_memory(self) -> bool:
+        """Whether :meth:`follow` sees it where live tensors lie otherwise in memory; not in shards of them."""
+        return not self.sharded
 
     @property
     def ranks(self) -> list[int]:

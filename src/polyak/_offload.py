@@ -211,6 +211,8 @@ class _Job:
 
     def run(self) -> None:
         """Do it if nobody has begun; it is done when this returns."""
+        if self._work is None:  # a child that was forked may have the gate shut by a thread that is not there
+            return
         with self._gate:
             if self._work is None:
                 return
@@ -231,7 +233,7 @@ def _fold_copied(events: list[Any], verdict: Tensor | None, sample: list[Tensor]
 
 # Those whose sample may not be copied yet.
 under_way: WeakSet[Offload] = WeakSet()
-_gate = threading.Lock()
+_gate = threading.RLock()  # which whoever did not shut it cannot open
 
 
 def _all_under_way() -> list[Offload]:
@@ -259,5 +261,11 @@ def _settle_all() -> None:
         offload.settle()
 
 
+def _before_fork() -> None:
+    """Nobody would do what is under way in a child, nor open the gate that another thread had shut."""
+    _gate.acquire()
+    _settle_all()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_settle_all)  # nobody would do it in a child
+    os.register_at_fork(before=_before_fork, after_in_parent=_gate.release, after_in_child=_gate.release)

@@ -172,6 +172,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...] | None:
     return tensor.stride() if tensor.layout == torch.strided else None
 
 
+# Read one after the other: tuples of all would be as many objects for the garbage collector to count.
 _LAYOUT = (attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), _strides, Tensor.is_neg)
 
 
@@ -212,14 +213,12 @@ class Layout:
 
     def is_that_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors, as many as there were, lie as those did."""
-        return self.is_surely_that_of(tensors) or all(
+        if self._check is not None and self._check(*tensors):
+            return True
+        # What the compiler looks at besides, such as whether a tensor needs gradients, says nothing of memory.
+        return all(
             list(map(read, tensors)) == before for read, before in zip(_LAYOUT, self._described, strict=True)
         )
-
-    def is_surely_that_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether they do, as one quick call tells; it may also say no of some that do."""
-        # What the compiler looks at besides, such as whether a tensor needs gradients, says nothing of memory.
-        return self._check is not None and self._check(*tensors)
 
 
 # Devices

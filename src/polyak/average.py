@@ -509,7 +509,9 @@ class Average:
     def _allocate(self) -> Accumulator:
         binding = self._binding
         agree = binding.agree if binding.sharded else None
-        return self._make_accumulator(binding.live, binding.names, self.scheme, agree=agree)
+        return self._make_accumulator(
+            binding.live, binding.names, self.scheme, agree=agree, watched=binding.watches_memory
+        )
 
     def _started(self, call: str) -> Accumulator:
         if self._accumulator is None or not self._accumulator.n_averaged:

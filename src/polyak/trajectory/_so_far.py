@@ -46,7 +46,7 @@ class OpenBlock:
 
     def __init__(self, binding: Binding, dtype: torch.dtype | None, device: torch.device | str | None):
         self._binding = binding
-        options = {"dtype": dtype, "device": device, "offload": Offload()}
+        options = {"dtype": dtype, "device": device, "offload": Offload(), "watched": binding.watches_memory}
         agree = binding.agree if binding.sharded else None
         self._filling, self._resting = (
             Accumulator(binding.live, binding.names, Uniform(), agree=agree, **options) for _ in range(2)
