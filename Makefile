@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A worker of the tests takes a gigabyte or two, so there are four at most.
 ON_ALL_CORES := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-browser test-slow torture test-oldest test-newest coverage docs format bench evidence clean
+.PHONY: demo test test-browser test-slow torture fuzz test-oldest test-newest coverage docs format bench evidence clean
 
 # Two seeds, half a minute; .venv/bin/polyak demo runs all of them.
 demo: $(VENV)/.demo
@@ -31,6 +31,11 @@ test-slow: $(VENV)/.dev
 torture: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ON_ALL_CORES) -m '' --torture-output benchmarks/results/torture.json tests/torture
 	$(BIN)/python benchmarks/tables.py
+
+# Every reader of files and saved states, with inputs that reach ever more of its code; what was found wrong lies in build/fuzz.
+FUZZ_SECONDS ?= 120
+fuzz: $(VENV)/.fuzz
+	PYTHONPATH=tests $(BIN)/python -W ignore -m torture.fuzz --seconds $(FUZZ_SECONDS)
 
 # The same tests where every dependency is the oldest that pyproject.toml allows, and where it is the newest there is.
 test-oldest: .venv-oldest/.dev
@@ -96,6 +101,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing polyak and everything that its tests hold it against into $(VENV): some minutes, this once"
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps timm peft
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(PIP) -e '.[fuzz]'
 	touch $@
 
 # Several gigabytes each: these torches come with CUDA.

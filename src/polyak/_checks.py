@@ -11,18 +11,15 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib import import_module
 from numbers import Integral, Real
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from polyak.errors import MissingExtraError, OptionError, StateError, name_list
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Difference", "checked", "refuse_other_state", "require", "warn_user", "whole_within", "within"]
 
@@ -279,16 +276,22 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 # Refusing a saved state that belongs to something else, before anything is loaded.
 
 
-def refuse_other_state(current: Mapping[str, Any], state: Mapping[str, Any], options: Iterable[str]) -> None:
+def refuse_other_state(
+    current: Mapping[str, Any],
+    state: Mapping[str, Any],
+    options: Iterable[str],
+    counts: Iterable[Sequence[str]] = (),
+) -> None:
     """Compare a saved state with the present one of the object that is to take it up.
 
     Args:
         current: the object's own state.
         state: the saved one.
         options: the keys whose values must be equal.
+        counts: the keys of what was counted; of several in one place none is less than the one before.
 
     Raises:
-        StateError: keys, options, names, shapes or dtypes differ; the message says which.
+        StateError: keys, options, names, shapes or dtypes differ, or counts are none; the message says which.
 
     >>> refuse_other_state({"scheme": "uniform"}, {"scheme": "ema:decay=0.9"}, options=["scheme"])
     Traceback (most recent call last):
@@ -303,14 +306,30 @@ def refuse_other_state(current: Mapping[str, Any], state: Mapping[str, Any], opt
         saved = ", ".join(f"{key}={state[key]!r}" for key in other)
         here = ", ".join(f"{key}={current[key]!r}" for key in other)
         raise StateError(f"the state was saved with {saved}, but this has {here}; nothing was loaded")
+    for keys in counts:
+        _refuse_other_counts({key: state[key] for key in keys})
     for key, value in current.items():
         if isinstance(value, Mapping) and (unfit := Difference.of(_kinds(value), _kinds(state[key]))):
             raise StateError(f"the saved {key} does not fit: it {unfit}; nothing was loaded")
 
 
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _refuse_other_counts(counts: Mapping[str, Any]) -> None:
+    least = 0
+    for key, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
+            shown = f"{count!r:.{_MOST_SHOWN}}"
+            raise StateError(
+                f"the saved {key} must be a whole number of at least {least}, got {shown}; nothing was loaded"
+            )
+        least = int(count)
+
+
+def _kinds(tensors: object) -> dict[str, str]:
     """Shape and dtype, and whether it is sharded: over how many ranks may differ."""
-    return {
-        name: f"{tuple(tensor.shape)} {tensor.dtype}{', sharded' if hasattr(tensor, 'to_local') else ''}"
-        for name, tensor in tensors.items()
-    }
+    return {name: _kind(tensor) for name, tensor in tensors.items()} if isinstance(tensors, Mapping) else {}
+
+
+def _kind(tensor: Any) -> str:
+    if not hasattr(tensor, "dtype"):
+        return f"a {type(tensor).__name__}"
+    return f"{tuple(tensor.shape)} {tensor.dtype}{', sharded' if hasattr(tensor, 'to_local') else ''}"

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from polyak import _torch
 from polyak._checks import Difference
-from polyak.errors import OptionError, PolyakError, StructureError, SwapError, name_list
+from polyak.errors import OptionError, PolyakError, StateError, StructureError, SwapError, name_list
 
 __all__ = [
     "Binding",
@@ -415,7 +415,12 @@ class Binding:
             rebind: called after each change of :attr:`names`.
         """
         before = self.names
-        left_out = set(state.get("frozen", self.frozen)) if self._follows_thaws else set()
+        frozen = state.get("frozen", self.frozen)
+        if not (isinstance(frozen, list) and all(isinstance(name, str) for name in frozen)):
+            raise StateError(
+                f"the saved frozen must be a list of names, got {frozen!r:.60}; nothing was loaded"
+            )
+        left_out = set(frozen) if self._follows_thaws else set()
         names = [name for name in self._choosable if name not in left_out]
         try:
             self._average_these([*before, *names], rebind)

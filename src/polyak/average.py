@@ -443,7 +443,11 @@ class Average:
         current = self.state_dict()
         kinds = self._saved_tensors(self._follow_model())
         current |= {kind: {name: tensors[name] for name in names} for kind, tensors in kinds.items()}
-        refuse_other_state(current, state, options=[name for name in self._options() if name != "scheme"])
+        options = [name for name in self._options() if name != "scheme"]
+        refuse_other_state(current, state, options, [("sampled_at", "step"), ("n_averaged",), ("n_skipped",)])
+        if state["origin"] is not None:
+            whole_within(f"[-inf, {state['sampled_at']}]", "the saved origin", state["origin"])
+        within("[0, inf)", "the saved position", state["position"])
         if (saved := state["scheme"]) != current["scheme"]:
             raise StateError(
                 f"the state was saved with scheme={saved!r}, but this has scheme={current['scheme']!r}; nothing was "

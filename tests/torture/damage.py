@@ -198,6 +198,13 @@ def _sparse(path: Path) -> None:
         stream.truncate(1 << 40)
 
 
+def _doubled(times: int) -> dict[str, list]:
+    value: list = []
+    for _ in range(times):
+        value = [value, value]
+    return {"w": value}
+
+
 FOREIGN: dict[str, Callable[[Path], object]] = {
     "empty": lambda p: p.write_bytes(b""),
     "one byte": lambda p: p.write_bytes(b"\x80"),
@@ -228,6 +235,7 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "pickled number": lambda p: p.write_bytes(pickle.dumps(3)),
     "pickled numpy": lambda p: p.write_bytes(pickle.dumps({"w": np.arange(3.0)})),
     "torch script of text": lambda p: torch.save("only text", p),
+    "the same list many times over": lambda p: torch.save(_doubled(40), p),
     "a tensor alone": lambda p: torch.save(torch.ones(3), p),
     "nothing in a dict": lambda p: torch.save({}, p),
     "safetensors header too long": lambda p: p.write_bytes((2**62).to_bytes(8, "little") + b"{}"),

@@ -1,95 +1,62 @@
-"""Readers of JSON that steers other files, fuzzed: what they read is right, or refused by name.
+"""Readers of files and of saved states, given what fuzzing keeps, and JSON with any value replaced.
 
-``tests/checkpoints/test_fuzz.py`` does the same to the bytes of checkpoints of every format.
+``tests/checkpoints/test_fuzz.py`` damages the bytes of checkpoints of every format at random.
 """
 
 from __future__ import annotations
 
 import json
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import polyak
-from damaged_files import TENSORS, WRITERS
-from polyak import checkpoints
-from polyak.errors import PolyakError
-from torture.calls import Setting
-from torture.damage import places_of, read_all, same_values, with_value, write_header
+from torture import readers
+from torture.damage import places_of, with_value
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
     max_leaves=5,
 )
-SHARES = st.floats(0, 1, exclude_max=True)
-EXAMPLES = [10, pytest.param(1000, marks=pytest.mark.torture)]
+CHANGES = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), JSON), min_size=1, max_size=2)
+READ_JSON = ("safetensors header", "huggingface index", "manifest", "sidecar", *readers.CONFIGS)
 
 
-def fuzzed(examples: int, tree: Any, check) -> None:
-    """Give ``check`` the tree with one or two values replaced, so many times."""
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", readers.READERS)
+def test_what_fuzzing_keeps(tmp_path: Path, name: str) -> None:
+    """Each input ends in the right result or in a PolyakError, soon and in little memory; a right one is read."""
+    take = readers.read(name, tmp_path)
+    kept = readers.corpus(name)
+    assert "plain" not in kept or take(kept["plain"])
+    megabytes_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    started = time.process_time()
+    for data in kept.values():
+        take(data)
+    assert time.process_time() - started < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - megabytes_before < 200
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", READ_JSON)
+@pytest.mark.parametrize("examples", [10, pytest.param(1000, marks=pytest.mark.torture)])
+def test_json(tmp_path: Path, name: str, examples: int) -> None:
+    """One or two of its values are replaced by any others."""
+    take = readers.read(name, tmp_path)
+    tree = json.loads(readers.corpus(name)["plain"])
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-    @given(st.lists(st.tuples(SHARES, JSON), min_size=1, max_size=2))
+    @given(CHANGES)
     def run(changes: list[tuple[float, Any]]) -> None:
         changed = tree
         for share, value in changes:
-            places = list(places_of(changed))
-            if places:
+            if places := list(places_of(changed)):
                 changed = with_value(changed, places[int(share * len(places))], value)
-        try:
-            check(changed)
-        except PolyakError as error:
-            assert str(error)
+        take(json.dumps(changed).encode())
 
     run()
-
-
-@pytest.mark.parametrize("examples", EXAMPLES)
-def test_the_header_of_safetensors(tmp_path: Path, examples: int) -> None:
-    path = tmp_path / "a.safetensors"
-    checkpoints.write(path, TENSORS, metadata={"step": "3"})
-    data = path.read_bytes()
-
-    def check(header: Any) -> None:
-        path.write_bytes(data)
-        write_header(path, header)
-        for tensor in read_all(path).values():
-            assert isinstance(tensor, torch.Tensor)
-
-    fuzzed(examples, json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]), check)
-
-
-@pytest.mark.parametrize("examples", EXAMPLES)
-def test_the_index_of_huggingface(tmp_path: Path, examples: int) -> None:
-    path = tmp_path / "hf"
-    WRITERS["huggingface shards"](path)
-    wanted = read_all(path)
-    (index,) = path.glob("*.index.json")
-
-    def check(tree: Any) -> None:
-        index.write_text(json.dumps(tree))
-        for name, tensor in read_all(path).items():
-            assert same_values({name: tensor}, {name: wanted[name]})
-
-    fuzzed(examples, json.loads(index.read_text()), check)
-
-
-@pytest.mark.parametrize("examples", EXAMPLES)
-def test_the_manifest_of_a_recording(tmp_path: Path, examples: int) -> None:
-    setting = Setting(tmp_path)
-    setting.close()
-    manifest = tmp_path / "run" / "manifest.json"
-
-    def check(tree: Any) -> None:
-        manifest.write_text(json.dumps(tree))
-        run = polyak.Trajectory(tmp_path / "run")
-        found = run.usable.average("uniform")
-        for name in setting.samples[0]:
-            assert found[name].isfinite().all()
-
-    fuzzed(examples, json.loads(manifest.read_text()), check)

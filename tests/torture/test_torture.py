@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from polyak.errors import PolyakError
-from torture import accidents, damage, harness, interrupts, misuse, models, numbers, processes  # noqa: F401
+from torture import accidents, damage, harness, interrupts, misuse, models, numbers, processes, quota  # noqa: F401
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="kills, forks and limits of files as Linux has them"),

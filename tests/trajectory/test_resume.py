@@ -220,7 +220,7 @@ def test_other_models_and_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="lacks 'weight'|'0.weight'"):
         again.recorder.load_state_dict(state | {"open_block": {}})
     with pytest.raises(StateError, match="ends at step 8"):
-        again.recorder.load_state_dict(state | {"start": 12})
+        again.recorder.load_state_dict(state | {"start": 12, "last_sample": 12, "step": 12})
     again.recorder.close()
     assert contents(tmp_path) == before
 

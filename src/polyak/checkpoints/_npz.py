@@ -102,7 +102,7 @@ def _array(
     stream = _MemberStream(file.path, archive, member.name)
     header, data_start = _header(stream, member)
     code, shape, is_fortran = header["descr"], header["shape"], header["fortran_order"]
-    dtype = _ONE_BYTE_FLOATS.get(dtype_name or "") if code in ("|V1", "<V1") else _CODES.get(code)
+    dtype = _ONE_BYTE_FLOATS.get(dtype_name or "") if code in ("|V1", "<V1") else _CODES.get(str(code))
     if dtype is None:
         return _not_numbers(stream, code)
     info = TensorInfo(shape, dtype)

@@ -70,6 +70,15 @@ class Summary:
         """The summary of one value."""
         return cls(1, value, value, value)
 
+    @classmethod
+    def of_json(cls, entry: Mapping[str, Any]) -> Summary:
+        """What was written as plain values. Raises TypeError or ValueError for what was not."""
+        summary = cls(**entry)
+        _refuse_no_count(summary.count, least=1)
+        if not all(math.isfinite(number) for number in (summary.mean, summary.min, summary.max)):
+            raise ValueError("it holds what is no number")
+        return summary
+
     def __add__(self, later: Summary) -> Summary:
         count = self.count + later.count
         return Summary(
@@ -152,6 +161,7 @@ def _scalar(name: str, value: Any) -> float | Tensor:
 
 FROZEN_NAME = "frozen.safetensors"
 _FORMAT = "polyak trajectory 1"
+_TOO_MANY = 10**12  # steps, which are 12 digits in the names of files
 _OPTIONS_KEY = "law"  # as it is written since the first version of the format
 
 
@@ -313,11 +323,20 @@ def _parsed(data: bytes) -> Manifest:
         raise ValueError(f"it is not of the format {_FORMAT!r}")
     blocks = tuple(_parsed_block(entry) for entry in entries.pop("blocks"))
     manifest = Manifest(options=entries.pop(_OPTIONS_KEY), **entries, blocks=blocks)
-    edges = [manifest.start, *(block.stop for block in blocks)]
-    if [block.start for block in blocks] != edges[:-1] or any(b.steps < 1 or b.count < 1 for b in blocks):
+    edges = [manifest.start, *(block.stop for block in manifest.blocks)]
+    if [block.start for block in blocks] != edges[:-1] or any(b.steps < 1 for b in blocks):
         raise ValueError("its blocks do not follow each other")
+    for count in (manifest.block_steps, *(block.count for block in blocks)):
+        _refuse_no_count(count, least=1)
+    for count in (*edges, *(block.skipped for block in blocks), manifest.live_step or 0):
+        _refuse_no_count(count)
     _ = manifest.checksums  # whose names are made of numbers: TypeError or ValueError of what is none
     return manifest
+
+
+def _refuse_no_count(count: object, least: int = 0) -> None:
+    if type(count) is not int or not least <= count < _TOO_MANY:
+        raise ValueError(f"it holds {count!r:.60} where there is a count")
 
 
 def _refuse_constant(text: str) -> None:
@@ -326,8 +345,8 @@ def _refuse_constant(text: str) -> None:
 
 def _parsed_block(entry: dict[str, Any]) -> Block:
     lr = entry.pop("lr")
-    metrics = {name: Summary(**summary) for name, summary in entry.pop("metrics").items()}
-    return Block(**entry, lr=Summary(**lr) if lr else None, metrics=metrics)
+    metrics = {name: Summary.of_json(summary) for name, summary in entry.pop("metrics").items()}
+    return Block(**entry, lr=Summary.of_json(lr) if lr else None, metrics=metrics)
 
 
 # What is written of a model: its block means, the buffers beside them, and what never changes.

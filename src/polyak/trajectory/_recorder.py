@@ -28,7 +28,7 @@ from polyak.errors import NotStartedError, OptionError, StateError, StructureErr
 from polyak.profiles import Profile, as_profile
 from polyak.trajectory._blocks import Block, Manifest, Snapshot
 from polyak.trajectory._policy import BackgroundWriter, Pace, block_steps_after
-from polyak.trajectory._so_far import BlockMeans, OpenBlock, named
+from polyak.trajectory._so_far import BlockMeans, OpenBlock, named, numbers_of
 from polyak.trajectory._store import TrajectoryFolder
 from polyak.trajectory._trajectory import Trajectory
 
@@ -345,11 +345,13 @@ class Recorder:
         with self._binding.choosing_as(state, partial(self._rebind, block)) as names:
             current = {**self._options, "step": self._step, **block.state_dict()}
             current["open_block"] = {name: current["open_block"][name] for name in names}
-            refuse_other_state(current, state, options=list(self._options))
+            counts = [("start", "last_sample", "step"), ("n_averaged",), ("n_skipped",)]
+            refuse_other_state(current, state, list(self._options), counts)
+            numbers = numbers_of(state["summaries"])
             self._folder.refuse_gap_before(state["start"])
             self._folder.begin_at(state["start"], live_step=state["step"])
         self._means.follow(self._folder.manifest.blocks)
-        block.load_state_dict(state)
+        block.load_state_dict(state, *numbers)
         self._watch()
         self._go_on_from(state["step"])
         self._goes_on_blindly = False

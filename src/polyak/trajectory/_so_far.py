@@ -23,13 +23,13 @@ from polyak.checkpoints._base import Contents, LoadedTensor, StoredTensor
 from polyak.checkpoints._io import DataFile
 from polyak.combine import MemoryWriter, combine, common_layout
 from polyak.combine._inputs import parse_bytes
-from polyak.errors import NonFiniteError, OptionError, name_list
+from polyak.errors import NonFiniteError, OptionError, StateError, name_list
 from polyak.profiles import Profile, Uniform
 from polyak.trajectory import _blocks
 from polyak.trajectory._blocks import FROZEN_NAME, Block, CheckedFile, Metrics, Summary
 from polyak.trajectory._explain import Explanation, explain
 
-__all__ = ["BlockMeans", "OpenBlock", "named"]
+__all__ = ["BlockMeans", "OpenBlock", "named", "numbers_of"]
 
 # The block that is being filled.
 
@@ -128,13 +128,12 @@ class OpenBlock:
             "open_block": named(self._binding, self._filling.means),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that fits."""
+    def load_state_dict(self, state: Mapping[str, Any], lr: Metrics, metrics: Metrics) -> None:
+        """Take up a state that fits, with the numbers of its summaries."""
         copy_into(self._filling.means, local(state["open_block"][name] for name in self._binding.names))
         self._filling.restart(state["n_averaged"], state["n_skipped"])
         self.start, self.last_sample = state["start"], state["last_sample"]
-        summaries = json.loads(state["summaries"])
-        self._lr, self._metrics = (_metrics(summaries[kind]) for kind in ("lr", "metrics"))
+        self._lr, self._metrics = lr, metrics
 
 
 def named(binding: Binding, parts: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -142,8 +141,16 @@ def named(binding: Binding, parts: Sequence[Tensor]) -> dict[str, Tensor]:
     return {n: sharded_like(p, w) for n, p, w in zip(binding.names, parts, binding.whole, strict=True)}
 
 
-def _metrics(entries: Mapping[str, dict[str, Any]]) -> Metrics:
-    return Metrics({name: Summary(**numbers) for name, numbers in entries.items()})
+def numbers_of(summaries: object) -> tuple[Metrics, Metrics]:
+    """The learning rates and metrics of an open block, as a saved state has them. Raises StateError if it has none."""
+    try:
+        entries = json.loads(summaries)  # type: ignore[arg-type]
+        return tuple(  # type: ignore[return-value]
+            Metrics({name: Summary.of_json(numbers) for name, numbers in entries[kind].items()})
+            for kind in ("lr", "metrics")
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise StateError(f"the saved summaries are damaged ({error!s:.100}); nothing was loaded") from error
 
 
 # Means of blocks, in memory or on disk.
