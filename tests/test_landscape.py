@@ -112,7 +112,7 @@ def test_a_mask_of_infinities_is_no_reason_for_nan():
 
     score = lambda m: (m.weight + m.mask).softmax(dim=1).square().mean()  # noqa: E731
     weights = {name: state_of(masked()) for name in ("a", "b", "c")}
-    three = landscape.plane(masked(), weights, score, size=2, **QUIET)
+    three = landscape.plane(masked(), weights, score, size=2, **LOWER)
     two = landscape.path(masked(), {name: weights[name] for name in "ab"}, score, **LOWER)
     assert np.isfinite([*two.scores, *np.ravel(three.scores)]).all() and math.isfinite(two.barrier)
 
@@ -196,11 +196,10 @@ def test_a_score_that_raises_leaves_the_model_as_it_was():
         return 0.0
 
     for look, count in ((landscape.path, 2), (landscape.plane, 3), (landscape.rays, 1)):
-        options = QUIET if look is landscape.plane else LOWER
         calls.clear()
         weights = {str(seed): state_of(network(seed)) for seed in range(1, count + 1)}
         with pytest.raises(RuntimeError, match="out of data"):
-            look(model, weights, fails_at_the_third, recalibrate=[torch.randn(8, 3)], **options)
+            look(model, weights, fails_at_the_third, recalibrate=[torch.randn(8, 3)], **LOWER)
         assert unchanged(model, before) and not model.training
 
 
@@ -208,7 +207,7 @@ def test_a_score_that_raises_leaves_the_model_as_it_was():
 
 
 def test_scores_over_a_plane_are_those_of_the_weights_there():
-    found = landscape.plane(pair_of_numbers(), weights_at(CORNERS), bowl, size=7, margin=0.3, **QUIET)
+    found = landscape.plane(pair_of_numbers(), weights_at(CORNERS), bowl, size=7, margin=0.3, **LOWER)
     corners = np.array(list(CORNERS.values()))
     right = (corners[1] - corners[0]) / np.linalg.norm(corners[1] - corners[0])
     up = np.array([-right[1], right[0]])  # the third corner lies to the left of the first two
@@ -219,8 +218,18 @@ def test_scores_over_a_plane_are_those_of_the_weights_there():
     assert found.at_places == {name: (x - 1) ** 2 + 10 * (y + 2) ** 2 for name, (x, y) in CORNERS.items()}
 
 
+def test_a_plane_needs_to_know_which_scores_are_better():
+    options = {"size": 2, **QUIET}
+    with pytest.raises(OptionError, match='one number .* give mode="min" if lower is better'):
+        landscape.plane(pair_of_numbers(), weights_at(CORNERS), lambda m: 0.9, **options)
+    losses = landscape.plane(
+        pair_of_numbers(), weights_at(CORNERS), lambda m: torch.tensor([0.5, 0.7]), **options
+    )
+    assert losses.mode == "min"
+
+
 def test_distances_on_a_plane_are_those_of_the_weights():
-    found = landscape.plane(pair_of_numbers(), weights_at(CORNERS), bowl, size=2, **QUIET)
+    found = landscape.plane(pair_of_numbers(), weights_at(CORNERS), bowl, size=2, **LOWER)
     for one in CORNERS:
         for other in CORNERS:
             assert math.dist(found.places[one], found.places[other]) == pytest.approx(
@@ -231,9 +240,9 @@ def test_distances_on_a_plane_are_those_of_the_weights():
 def test_three_weights_on_one_line_are_refused():
     line = weights_at({"a": (0.0, 0.0), "b": (1.0, 1.0), "c": (3.0, 3.0)})
     with pytest.raises(OptionError, match="lie on one line"):
-        landscape.plane(pair_of_numbers(), line, bowl, **QUIET)
+        landscape.plane(pair_of_numbers(), line, bowl, **LOWER)
     with pytest.raises(OptionError, match="lie on one line"):
-        landscape.plane(pair_of_numbers(), line | weights_at({"b": (0.0, 0.0)}), bowl, **QUIET)
+        landscape.plane(pair_of_numbers(), line | weights_at({"b": (0.0, 0.0)}), bowl, **LOWER)
 
 
 # Rays.
@@ -284,14 +293,14 @@ def test_accuracies_fall_where_losses_rise():
 
 def test_a_thin_triangle_has_a_margin_on_every_side():
     thin = weights_at({"a": (0.0, 0.0), "b": (10.0, 0.0), "c": (5.0, 0.1)})
-    found = landscape.plane(pair_of_numbers(), thin, bowl, size=2, margin=0.5, **QUIET)
+    found = landscape.plane(pair_of_numbers(), thin, bowl, size=2, margin=0.5, **LOWER)
     assert found.x == pytest.approx((-5.0, 15.0)) and found.y == pytest.approx((-5.0, 5.1))
 
 
 def test_weights_that_are_not_finite_span_no_plane():
     broken = weights_at({**CORNERS, "third": (math.nan, 0.0)})
     with pytest.raises(OptionError, match="not all finite"):
-        landscape.plane(pair_of_numbers(), broken, bowl, **QUIET)
+        landscape.plane(pair_of_numbers(), broken, bowl, **LOWER)
 
 
 def test_all_weights_may_be_moved_by_the_same_vectors():
@@ -406,7 +415,7 @@ def test_every_finding_is_drawn_and_is_plain_values():
     model = pair_of_numbers()
     findings = [
         landscape.path(model, weights_at(TWO), bowl, **LOWER),
-        landscape.plane(model, weights_at(CORNERS), bowl, size=3, **QUIET),
+        landscape.plane(model, weights_at(CORNERS), bowl, size=3, **LOWER),
         landscape.rays(model, weights_at(TWO), bowl, **LOWER),
     ]
     names = [{"live", "averaged"}, set(CORNERS), {"live", "averaged"}]
@@ -448,7 +457,7 @@ def test_scores_that_are_not_finite_are_said_not_warned_of():
     beyond = lambda m: math.inf if m.weight.abs().sum() > 0 else 0.0  # noqa: E731
     rays = landscape.rays(pair_of_numbers(), weights_at({"a": (1.0, 2.0)}), beyond, directions=2, **LOWER)
     assert np.isnan(rays.rise("a")).all() and "nan" in str(rays)
-    plane = landscape.plane(pair_of_numbers(), weights_at(CORNERS), lambda m: math.nan, size=2, **QUIET)
+    plane = landscape.plane(pair_of_numbers(), weights_at(CORNERS), lambda m: math.nan, size=2, **LOWER)
     assert "4 have no finite score" in str(plane)
 
 

@@ -258,6 +258,41 @@ def test_the_weights_of_steps_are_shown_as_they_are(trajectory):
     assert (heights[5], heights[40], heights[60]) == (0.0, pytest.approx(2.0), pytest.approx(2.0))
 
 
+def test_nothing_of_a_run_that_diverged_is_shipped(tmp_path):
+    model = torch.nn.Linear(1, 1, bias=False)
+    with polyak.Recorder(model, tmp_path / "run", block=1) as run:
+        for value in (1.0, 3.0, 1.0, 3.0, 1.0, 50.0, 2000.0, 1e5):
+            model.weight.data.fill_(value)
+            run.update()
+    choice = polyak.select(run.trajectory, model, score=loss_around(2), progress=False)
+    assert choice.beats_baseline  # and yet
+    write_report(run.trajectory, tmp_path / "page.html", selection=choice)
+    page = Page(tmp_path / "page.html")
+    assert "Ship neither: the run diverged" in page and "Ship the average" not in page
+    assert (
+        "In steps (5, 6] the weights moved by more than 5 times their own size" in page
+        and "window:0,5" in page
+    )
+
+
+def test_the_live_part_of_a_blend_is_drawn(trajectory):
+    blend, average = trajectory.explain("blend:0.4:tail:0.5"), trajectory.explain("tail:0.5")
+    drawn = profile_chart([blend, average], blend.profile)
+    assert "60% live weights" in [text.get_text() for text in drawn.axes[0].texts]
+    assert not [t for t in profile_chart([average], None).axes[0].texts if "live" in t.get_text()]
+
+
+def test_what_was_prepared_is_said(walk, trajectory, tmp_path):
+    for prepare in (None, lambda model: None):
+        write_report(
+            trajectory,
+            tmp_path / "page.html",
+            selection=chosen(walk, trajectory, profiles=["uniform"], prepare=prepare),
+            overwrite=True,
+        )
+        assert ("each as prepare made it" in Page(tmp_path / "page.html")) == (prepare is not None)
+
+
 def test_a_page_needs_nothing_from_elsewhere_and_is_the_same_every_time(trajectory, tmp_path):
     for name in ("one.html", "two.html"):
         write_report(trajectory, tmp_path / name, title="same")

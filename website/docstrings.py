@@ -1,11 +1,14 @@
-"""polyak's docstrings as Markdown: roles become links, examples fenced blocks, and ``::`` a colon."""
+"""polyak's docstrings as Markdown: roles become links, examples fenced blocks, and ``::`` a colon.
+
+What a signature has for polyak's own use, such as the fields of a result that begin with an underscore, is left out.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from griffe import Extension, Module, Object
+from griffe import Extension, Module, Object, Parameters
 
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|exc|data):`(~?)([\w.]+)`")
 _EXAMPLE = re.compile(r"^( *)>>> .*(?:\n\1\S.*|\n\1 +\S.*)*", re.M)
@@ -21,6 +24,9 @@ class Docstrings(Extension):
     def _rewrite(self, thing: Object) -> None:
         if thing.docstring:
             thing.docstring.value = as_markdown(thing.docstring.value, thing)
+        if thing.is_function:
+            shown = (one for one in thing.parameters if not one.name.startswith("_"))
+            thing.parameters = Parameters(*shown)
         for member in thing.members.values():
             if not member.is_alias:
                 self._rewrite(member)

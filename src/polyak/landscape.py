@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from polyak import _evaluate, _plots, _terminal
 from polyak._checks import checked, whole_within, within
 from polyak._distributed import is_main_rank
-from polyak._evaluate import Mode, Score, ScoreFunction
+from polyak._evaluate import Mode, Prepare, Score, ScoreFunction
 from polyak._mean import mean_dtype
 from polyak._model import ModelTensors
 from polyak.checkpoints._tree import bare_names
@@ -118,11 +118,12 @@ def scores(
     score: ScoreFunction,
     recalibrate: Iterable[Any] | None,
     progress: bool,
+    prepare: Prepare | None = None,
 ) -> Iterator[Score]:
     """The score of each point, with the model as it was between them and afterwards."""
     with _terminal.progress_bar("weights", shown=progress and is_main_rank()) as bar:
         for point in bar.over(tried, total):
-            yield _evaluate.try_weights(model, point, score, recalibrate)
+            yield _evaluate.try_weights(model, point, score, recalibrate, prepare)
 
 
 def directed(mode: Mode | None, found: Iterator[Score]) -> tuple[Mode, list[float]]:
@@ -277,6 +278,7 @@ def path(
     mode: Mode | None = None,
     positions: Iterable[float] = _POSITIONS,
     recalibrate: Iterable[Any] | None = None,
+    prepare: Prepare | None = None,
     progress: bool = True,
 ) -> PathScores:
     """Score the weights (1 - t)·start + t·end for each position t, also beyond the ends.
@@ -291,6 +293,7 @@ def path(
         mode: as for :func:`polyak.select`.
         positions: where to score; 0 and 1 always are.
         recalibrate: batches for :func:`polyak.update_bn` before each score, as no average has its own statistics.
+        prepare: as for :func:`polyak.select`.
         progress: show a bar on stderr.
 
     Raises:
@@ -314,7 +317,7 @@ def path(
     moved = {name: difference(end[name], start[name]) for name in start}
     distance = math.sqrt(inner(model, moved, moved))
     del moved  # a whole model, which need not wait for the scores
-    mode, found = directed(mode, scores(model, tried, len(where), score, recalibrate, progress))
+    mode, found = directed(mode, scores(model, tried, len(where), score, recalibrate, progress, prepare))
     return PathScores(
         names=(first, second),
         positions=tuple(where),
@@ -398,7 +401,7 @@ def plane(
     weights: Mapping[str, Mapping[str, Tensor]],
     score: ScoreFunction,
     *,
-    mode: Mode = "min",
+    mode: Mode | None = None,
     size: int = 13,
     margin: float = 0.5,
     recalibrate: Iterable[Any] | None = None,
@@ -414,7 +417,7 @@ def plane(
         model: as for :func:`polyak.landscape`.
         weights: three names with their weights.
         score: as for :func:`polyak.select`.
-        mode: "min" if lower scores are better, "max" if higher ones are.
+        mode: as for :func:`polyak.select`.
         size: points along each side.
         margin: how far the grid goes beyond the three on every side, as a part of the longer side of what they span.
         recalibrate: as for :func:`polyak.landscape`.
@@ -428,7 +431,7 @@ def plane(
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> corners = {"a": (0.0, 0.0), "b": (2.0, 0.0), "c": (1.0, 3.0)}
     >>> weights = {name: {"weight": torch.tensor([place])} for name, place in corners.items()}
-    >>> found = plane(model, weights, lambda m: m.weight.sum(), size=2, margin=0.0, progress=False)
+    >>> found = plane(model, weights, lambda m: m.weight.sum(), mode="min", size=2, margin=0.0, progress=False)
     >>> found.places, found.scores
     ({'a': (0.0, 0.0), 'b': (2.0, 0.0), 'c': (1.0, 3.0)}, ((0.0, 2.0), (3.0, 5.0)))
     """
@@ -452,7 +455,7 @@ def plane(
     places = dict(zip(weights, [(0.0, 0.0), (length, 0.0), (slant, height)], strict=True))
     tried = [*places.values(), *((right, up) for up in y for right in x)]
     points_there = (at(*place) for place in tried)
-    found = [s.value for s in scores(model, points_there, len(tried), score, recalibrate, progress)]
+    mode, found = directed(mode, scores(model, points_there, len(tried), score, recalibrate, progress))
     grid = np.reshape(found[3:], (size, size))
     return PlaneScores(
         places=places,

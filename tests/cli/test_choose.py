@@ -244,6 +244,17 @@ def test_a_page_with_a_choice_and_the_line_to_it(folder_report, capsys):
     assert f"{command} --output averaged.safetensors" in unescape(page)
 
 
+def test_the_page_is_about_what_is_prepared(folder_report):
+    with (folder_report / "user_code.py").open("a") as code:
+        code.write("\ndef rounded(model):\n    model.weight.data.div_(2).round_().mul_(2)\n")
+    prepared = ["--prepare", "user_code:rounded"]
+    assert main(["report", "ckpts", "-o", "page.html", *SCORE, "--profiles", "uniform", *prepared]) == 0
+    page = unescape((folder_report / "page.html").read_text())
+    # 9 is scored as 8, and the mean of all, 10.75, as 10; along the line too.
+    assert "each as prepare made it" in page and "The best score on the line, 0.25," in page
+    assert "--prepare user_code:rounded --profiles uniform" in page
+
+
 def test_the_line_on_the_page_writes_the_average_it_shows(folder_report):
     score = ["--model", "user_code:build", "--score", "user_code:shifted", "--profiles", "uniform tail:0.5"]
     with (folder_report / "user_code.py").open("a") as code:
@@ -265,6 +276,7 @@ def test_the_line_on_the_page_writes_the_average_it_shows(folder_report):
         (["-o", "page.html", "--model", "user_code:build"], "belong together"),
         (["-o", "page.html", "--holdout", "user_code:losses"], "are about scores"),
         (["-o", "page.html", "--mode", "max"], "are about scores"),
+        (["-o", "page.html", "--prepare", "user_code:losses"], "are about scores"),
         (["-o", "no/page.html"], "no folder no"),
         (["-o", "user_code.html"], "--force"),
     ],

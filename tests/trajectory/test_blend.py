@@ -46,6 +46,7 @@ def blended(walk, trajectory, inner, part) -> dict[str, torch.Tensor]:
     return {name: part * mean[name] + (1 - part) * live[name] for name in live}
 
 
+@pytest.mark.filterwarnings("ignore:the blocks are too long")
 @settings(deadline=None, max_examples=25)
 @given(inner=st.sampled_from(INNER), part=st.floats(0, 1))
 def test_it_is_a_part_of_the_average_and_the_rest_of_the_live_weights(walk, inner, part):
@@ -111,6 +112,7 @@ def test_what_the_blocks_cannot_resolve_is_refused_in_a_blend_too(tmp_path):
         walk.recorder.trajectory.explain("blend:0.1:ema:half_life=1")
 
 
+@pytest.mark.filterwarnings("ignore:the blocks are too long")
 def test_a_run_that_was_not_closed_has_nothing_to_blend_with(tmp_path):
     walk = RecordedWalk(tmp_path, block=2)
     walk.run(7)

@@ -251,6 +251,14 @@ def test_blocks_that_are_too_long_for_a_profile_are_told_of_once(tmp_path: Path)
             pass
         assert found[0].filename == __file__
         assert put_in(run, "tail:steps=16")["weight"].item() == 16.5
+    trajectory = run.trajectory
+    for use in (trajectory.average, lambda profile: trajectory.write(profile, tmp_path / "tail.pt")):
+        with pytest.warns(UserWarning, match=too_long) as found:
+            use("tail:steps=4")
+        assert found[0].filename == __file__
+    assert trajectory.average("tail:steps=16")["weight"].item() == 16.5
+    (among_many,) = trajectory.average_many(["tail:steps=4"])  # `explain` has what there is to say
+    assert among_many["weight"].item() == 20.5
 
 
 @STATISTICS

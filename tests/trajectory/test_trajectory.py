@@ -57,6 +57,7 @@ def test_any_window_on_borders_is_the_mean_of_its_samples(run, trajectory) -> No
             assert found.misplaced_weight == pytest.approx(0, abs=1e-12) and found.exact
 
 
+@pytest.mark.filterwarnings("ignore:the blocks are too long")
 @settings(deadline=None, max_examples=30)
 @given(
     profile=st.one_of(

@@ -119,7 +119,8 @@ def average_run(
         warnings.simplefilter("always")
         if not dry_run:
             trajectory.write(profile, output, overwrite=force, max_memory=max_memory)
-    notes = [*explanation.warnings, *(str(warning.message) for warning in caught)]
+    said = (str(warning.message) for warning in caught)
+    notes = [*explanation.warnings, *(note for note in said if not note.startswith(explanation.warnings))]
     if as_json:
         typer.echo(json.dumps(_as_dict(explanation, notes, folder, output, dry_run), indent=2))
         return

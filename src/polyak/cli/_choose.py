@@ -77,6 +77,7 @@ class Answers:
     network: nn.Module
     score: Any
     batches: Any
+    prepare: Any
     choice: polyak.Selection
 
 
@@ -104,7 +105,7 @@ def answered(trajectory: polyak.Trajectory, questions: Questions) -> Answers:
         prepare=prepare,
         progress=sys.stderr.isatty(),
     )
-    return Answers(network, score, batches, choice)
+    return Answers(network, score, batches, prepare, choice)
 
 
 def listed(texts: Sequence[str]) -> list[str]:
@@ -223,6 +224,7 @@ def report(
     profiles: ProfilesOption = None,
     recalibrate: RecalibrateOption = None,
     holdout: HoldoutOption = None,
+    prepare: PrepareOption = None,
     key: KeyOption = None,
     steps: StepsOption = None,
     last: LastOption = None,
@@ -248,16 +250,16 @@ def report(
 
     if (model is None) != (score is None):
         raise OptionError("--model and --score belong together: give both, or neither")
-    if model is None and (mode or profiles or recalibrate or holdout):
+    if model is None and (mode or profiles or recalibrate or holdout or prepare):
         raise OptionError(
-            "--mode, --profiles, --recalibrate and --holdout are about scores: give --model and --score"
+            "--mode, --profiles, --recalibrate, --holdout and --prepare are about scores: give --model and --score"
         )
     refuse_output(output, overwrite=force)
     how = HowToRead(key, steps, last, allow)
     trajectory = opened(inputs, how)
     selection = line = command = None
     if model is not None and score is not None:
-        questions = Questions(model, score, mode, profiles, recalibrate, holdout)
+        questions = Questions(model, score, mode, profiles, recalibrate, holdout, prepare)
         answers = answered(trajectory, questions)
         selection, line = answers.choice, _line(trajectory, answers)
         command = _writing(inputs, questions, how, selection)
@@ -280,6 +282,7 @@ def _writing(inputs: list[str], asked: Questions, how: HowToRead, choice: polyak
         "--score": [asked.score],
         "--mode": [] if asked.mode is None else [asked.mode.value],
         "--recalibrate": [] if asked.recalibrate is None else [asked.recalibrate],
+        "--prepare": [] if asked.prepare is None else [asked.prepare],
         "--key": [] if how.key is None else [how.key],
         "--steps": [] if how.steps is None else [how.steps],
         "--last": [] if how.last is None else [str(how.last)],
@@ -300,12 +303,14 @@ def _line(trajectory: polyak.Trajectory, answers: Answers) -> PathScores:
     assert best is not None, "an average has a profile"
     # Statistics are recomputed all along the line, so its end has the name that such live weights have elsewhere.
     live = RECALIBRATED if RECALIBRATED in {candidate.name for candidate in answers.choice.table} else LIVE
+    (average,) = trajectory.average_many([best])
     return landscape.path(
         answers.network,
-        {live: trajectory.live(), shortened(str(best)): trajectory.average(best)},
+        {live: trajectory.live(), shortened(str(best)): average},
         answers.score,
         mode=answers.choice.mode,
         positions=_POSITIONS,
         recalibrate=answers.batches,
+        prepare=answers.prepare,
         progress=sys.stderr.isatty(),
     )

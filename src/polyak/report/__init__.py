@@ -19,7 +19,7 @@ from polyak.errors import CheckpointError, OptionError
 from polyak.inspection import measure_movement
 from polyak.landscape import PathScores
 from polyak.report import _charts
-from polyak.report._answer import answer
+from polyak.report._answer import answer, diverged_in
 from polyak.selection import Selection, _result
 from polyak.trajectory import Trajectory
 
@@ -50,7 +50,8 @@ def write_report(
 
     An average is shipped if it is better than the live weights beyond noise: on the holdout, where there is one, or
     else on the data that it was chosen on, with an interval that allows for the choice. Where the score is one
-    number, noise is unknown, and the holdout must be better.
+    number, noise is unknown, and the holdout must be better. Of a run that diverged neither is: where, late in the run,
+    neighbouring blocks lie apart by more than five times the weights' size.
 
     Args:
         trajectory: a recorded run, or a folder of checkpoints. All blocks are read, in slices.
@@ -134,7 +135,7 @@ def _contents(
     charts, constant = _charts.metric_charts(blocks)
     return {
         "title": title,
-        "answer": answer(trajectory, selection, command),
+        "answer": answer(trajectory, selection, command, diverged_in(usable.blocks, movement)),
         "facts": _facts(trajectory, usable, selection, max(one.path.stat().st_mtime for one in read)),
         "damaged": list(trajectory.damaged.values()),
         "selection": selection,
@@ -176,7 +177,7 @@ def _facts(
         averages = sum(candidate.profile is not None for candidate in selection.table)
         facts["Scored"] = (
             f"{_terminal.counted(averages, 'average')} and the live weights, {_examples(selection.examples)}; "
-            f"{selection.better}"
+            f"{selection.better}{'; each as prepare made it' if selection.prepared else ''}"
         )
         if selection.holdout is not None:
             facts["Holdout"] = (

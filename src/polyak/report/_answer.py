@@ -11,10 +11,11 @@ from typing import Literal
 
 from polyak._evaluate import badness
 from polyak.checkpoints._checkpoint import is_recording
+from polyak.inspection import Movement
 from polyak.selection import Selection, _result
-from polyak.trajectory import Explanation, Trajectory
+from polyak.trajectory import Block, Explanation, Trajectory
 
-__all__ = ["Answer", "Figure", "answer", "reach", "signed"]
+__all__ = ["Answer", "Figure", "answer", "diverged_in", "reach", "signed"]
 
 Decision = Literal["average", "live", "open"]
 
@@ -25,6 +26,8 @@ _HEADLINES: dict[Decision, str] = {
 }
 # The part of a profile's weight that says which steps it is about.
 _MOST_OF_IT = 0.95
+# How far neighbouring blocks lie apart, in sizes of the weights, where a run went off.
+_WENT_OFF = 5
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,24 @@ class Answer:
     caveats: tuple[str, ...] = ()
 
 
-def answer(trajectory: Trajectory, selection: Selection | None, command: str | None) -> Answer:
+def answer(
+    trajectory: Trajectory,
+    selection: Selection | None,
+    command: str | None,
+    diverged_in: Block | None = None,
+) -> Answer:
     """What is known of which weights to ship.
 
     Args:
         trajectory: the run.
         selection: what was found; None: nothing was scored.
         command: a command line that writes the chosen weights, if there is one.
+        diverged_in: the block, if any, where the run went off: better than what came of that says nothing.
     """
     if selection is None:
         return _unscored(trajectory)
+    if diverged_in is not None:
+        return _diverged(trajectory, selection, diverged_in)
     decision = decided(selection)
     headline = _HEADLINES[decision]
     if decision == "live" and selection.baseline.name == _result.RECALIBRATED:
@@ -162,6 +173,27 @@ def _unscored(trajectory: Trajectory) -> Answer:
         "those that training ended with, only a score on held-out data can tell. Name your model and your score:",
         writing=f"polyak report {place} -o report.html --model my.model:build --score my.data:losses",
         writing_remark="In a terminal, with functions of yours; polyak report --help says what they return.",
+    )
+
+
+def diverged_in(blocks: Sequence[Block], movement: Movement) -> Block | None:
+    """The first block of the run's second half whose weights lie many times their own size from those before."""
+    pairs = list(zip(blocks[1:], movement.neighbours, strict=True))
+    late = pairs[len(pairs) // 2 :]
+    return next((block for block, moved in late if (moved.relative_distance or 0) > _WENT_OFF), None)
+
+
+def _diverged(trajectory: Trajectory, selection: Selection, block: Block) -> Answer:
+    before = f"window:{trajectory.blocks[0].start},{block.start}"
+    return Answer(
+        decision="open",
+        headline="Ship neither: the run diverged",
+        lead=f"In steps {block} the weights moved by more than {_WENT_OFF} times their own size. An average may score "
+        "better than what came of that, and be no good model all the same. Go back to before it: an average of the "
+        f"steps up to there is {before}, which --profiles scores.",
+        check=_checked(selection),
+        figures=_figures(trajectory, selection),
+        caveats=tuple(selection.caveats),
     )
 
 

@@ -138,7 +138,12 @@ def profiles_chart(explained: Sequence[Explanation], best: Profile | None) -> Pi
     return Picture.of(
         profile_chart(explained, best),
         "How much the weights of each step count in an average: at 1 as much as in the plain mean of the whole run, at "
-        "0 not at all.",
+        "0 not at all."
+        + (
+            " What a blend gives the live weights lies at the end, on the dotted line."
+            if explained[0].live
+            else ""
+        ),
     )
 
 
@@ -153,7 +158,9 @@ def profile_chart(explained: Sequence[Explanation], best: Profile | None) -> Fig
     title = f"{_result.shortened(str(first.profile))} is {reach(first)}"
     heights = np.concatenate([np.ravel(line.y) for line in lines])
     limits = (min(0.0, float(heights.min())), 1.05 * float(heights.max()))
-    return _plots.line_panels(title, _STEPS, [_plots.Panel("times the plain mean", lines, limits)])
+    end = first.blocks[-1].stop
+    live = [_plots.Mark(f"{one.live:.0%} live weights", end, "live") for one in explained if one.live]
+    return _plots.line_panels(title, _STEPS, [_plots.Panel("times the plain mean", lines, limits, live)])
 
 
 def _along_steps(

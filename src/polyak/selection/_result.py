@@ -312,6 +312,7 @@ class Selection:
         mode: "min" or "max", whichever scores are better.
         holdout: the best average and the baseline on data that nothing was chosen on, if that was asked for.
         examples: how many losses ``score`` returned; None if it returned one number.
+        prepared: whether ``prepare`` changed each candidate before it was scored.
     """
 
     table: Sequence[Candidate]
@@ -321,6 +322,7 @@ class Selection:
     _model: nn.Module
     _recalibrate: Iterable[Any] | None
     examples: int | None = None
+    prepared: bool = False
 
     @property
     def best(self) -> Candidate:
@@ -393,10 +395,8 @@ class Selection:
     def _broken(self) -> str:
         averages = [candidate for candidate in self.table if candidate.profile is not None]
         broken = sum(not math.isfinite(candidate.score) for candidate in averages)
-        verb = "has" if broken == 1 else "have"
-        return (
-            f"{broken} of {len(averages)} averages {verb} no finite score, and rank last." if broken else ""
-        )
+        has = "has no finite score, and ranks" if broken == 1 else "have no finite score, and rank"
+        return f"{broken} of {len(averages)} averages {has} last." if broken else ""
 
     @property
     def verdict(self) -> str:
@@ -512,7 +512,9 @@ class Selection:
             )
         profile = self.best.profile
         recalibrate = None if self.best.name == LIVE else self._recalibrate
-        weights = live_weights(self._trajectory) if profile is None else self._trajectory.average(profile)
+        if profile is None:
+            return live_weights(self._trajectory), recalibrate
+        (weights,) = self._trajectory.average_many([profile])  # the verdict has the warnings
         return weights, recalibrate
 
     def _shown(self, best: int) -> list[Candidate]:

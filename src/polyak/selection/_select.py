@@ -208,7 +208,7 @@ def select(
     noise, and which simpler candidate is as good. With losses ℓ_i of N examples under a candidate and under the
     live weights, the paired difference is d = (1/N) Σ (ℓ_i - ℓ_i^live). Its interval holds for all candidates at
     once with 95%, over 2,000 resamples of the examples, so that the best may be chosen by it: where no average is
-    better, the verdict claims that one is in 5% of cases at most. The score of the best is optimistic all the same:
+    better, the verdict claims that one is in about 5% of cases at most. The score of the best is optimistic all the same:
     ``holdout`` scores it once more, on other data.
 
     Where BatchNorm statistics are recomputed, that alone may help. So the live weights are scored with recomputed
@@ -224,7 +224,8 @@ def select(
             named ``live`` are the weights that the run ended with, see :meth:`Trajectory.live`; only of a
             recording that was not closed they are those in the model.
         score: ``score(model)`` returns a number, or a tensor of shape [N] with one loss per example, always
-            of the same examples in the same order.
+            of the same examples in the same order. It draws the same random numbers for each candidate, from torch's,
+            NumPy's and Python's own generators, and what it does to the model is undone.
         mode: "min" if lower scores are better, "max" if higher ones are; None: "min" for losses per example. A
             single number, or whole numbers such as zeros and ones, may be an accuracy and need it said.
         profiles: what to try, as profiles or as text; None: the ``candidates`` of every profile there is (tails,
@@ -233,7 +234,7 @@ def select(
             the trajectory has those.
         recalibrate: batches that can be gone through many times, for :func:`polyak.update_bn` before each
             average is scored.
-        holdout: like ``score``, on data that nothing is chosen on.
+        holdout: like ``score``, on data that nothing is chosen on; the same data are refused.
         prepare: ``prepare(copy)`` is given a copy of the model with each candidate's weights, the live ones included,
             and returns what is scored in its place, or None if it changed the copy: for weights that are shipped
             quantised or pruned. What is chosen is applied and written as it was before that.
@@ -289,7 +290,9 @@ def select(
             tried += _blends(trajectory, tried, scores, mode, try_all)
         table = _ranked(scores, {one.profile: one for one in tried}, mode)
         check = None if unchosen is None else unchosen.check(table)
-    return Selection(table, mode, check, trajectory, model, recalibrate, scores[LIVE].examples)
+    return Selection(
+        table, mode, check, trajectory, model, recalibrate, scores[LIVE].examples, prepare is not None
+    )
 
 
 def _given(trajectory: Trajectory, profiles: Iterable[Profile | str]) -> list[Explanation]:
@@ -413,7 +416,7 @@ class _Holdout:
             return None
         is_live = baseline.name == LIVE
         before = self._live if is_live else self._trials.live(baseline.name, self._score, "holdout")
-        weights = self._trials.trajectory.average(best.profile)
+        (weights,) = self._trials.trajectory.average_many([best.profile])
         after = self._trials.average(weights, self._score, "holdout")
         (interval,) = _evaluate.paired_intervals([after], before)
         return HoldoutCheck(

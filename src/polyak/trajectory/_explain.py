@@ -9,12 +9,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from polyak._checks import warn_user
 from polyak.combine import Span, coefficients
 from polyak.errors import OptionError
 from polyak.profiles import Profile, Scheme, without_live
 from polyak.trajectory._blocks import Block
 
-__all__ = ["Explanation", "block_coefficients", "explain"]
+__all__ = ["Explanation", "block_coefficients", "explain", "warn_if_coarse"]
 
 Floats = NDArray[np.float64]
 
@@ -109,6 +110,18 @@ class Explanation:
         if self.live:
             rows.append(f"  {'live':>24}  {1:>9} sample   {self.live:10.6f}")
         return "\n".join([head, facts, *rows, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def warn_if_coarse(explanation: Explanation) -> None:
+    """Warn where the blocks are too long for the profile, and say what to record instead."""
+    if not explanation.coarseness:
+        return
+    counted = zip(explanation.blocks, explanation.coefficients, strict=True)
+    longest = max(block.steps for block, a in counted if a)
+    warn_user(
+        f"{explanation.coarseness}. Those that count are up to {longest} optimizer steps long: record with a "
+        "shorter block=, or, where blocks have merged, with a larger max_blocks="
+    )
 
 
 def explain(profile: Profile, blocks: Sequence[Block], *, beside: bool = False) -> Explanation:

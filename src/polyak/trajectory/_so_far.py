@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak._checks import warn_user, whole_within
+from polyak._checks import whole_within
 from polyak._distributed import RankGroup, held_runs
 from polyak._mean import Accumulator
 from polyak._model import Binding, is_sharded, local, sharded_like
@@ -27,7 +27,7 @@ from polyak.errors import NonFiniteError, OptionError, StateError, name_list
 from polyak.profiles import Profile, Uniform
 from polyak.trajectory import _blocks
 from polyak.trajectory._blocks import FROZEN_NAME, Block, CheckedFile, Metrics, Summary
-from polyak.trajectory._explain import Explanation, explain
+from polyak.trajectory._explain import Explanation, explain, warn_if_coarse
 
 __all__ = ["BlockMeans", "OpenBlock", "named", "numbers_of"]
 
@@ -273,15 +273,10 @@ class BlockMeans:
 
     def _warn_if_coarse(self, explanation: Explanation) -> None:
         profile = str(explanation.profile)
-        if not explanation.coarseness or profile in self._found_coarse:
-            return
-        self._found_coarse.add(profile)
-        counted = zip(explanation.blocks, explanation.coefficients, strict=True)
-        longest = max(block.steps for block, a in counted if a)
-        warn_user(
-            f"{explanation.coarseness}. Those that count are up to {longest} optimizer steps long: record with a "
-            "shorter block=, or, where blocks have merged, with a larger max_blocks="
-        )
+        if profile not in self._found_coarse:
+            warn_if_coarse(explanation)
+        if explanation.coarseness:
+            self._found_coarse.add(profile)
 
     def _kept_means(self, block: Block) -> Means | None:
         """Those that are kept of ``block``, or are the mean of those kept of all its parts."""

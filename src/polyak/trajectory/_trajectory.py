@@ -28,7 +28,7 @@ from polyak.trajectory._blocks import (
     open_stored,
     refuse_damaged,
 )
-from polyak.trajectory._explain import Explanation, block_coefficients, explain
+from polyak.trajectory._explain import Explanation, block_coefficients, explain, warn_if_coarse
 
 __all__ = ["Trajectory"]
 
@@ -282,7 +282,8 @@ class Trajectory:
     ) -> dict[str, Tensor]:
         """The averaged model under ``profile``: name to tensor on the host, tied names sharing one.
 
-        Tensors that are not averaged are those of the newest block that counts, or the live ones of a blend.
+        Tensors that are not averaged are those of the newest block that counts, or the live ones of a blend. Where
+        blocks are too long for the profile, a warning says so.
 
         Args:
             profile: any profile, or its text such as ``"tail:0.4"``.
@@ -295,7 +296,9 @@ class Trajectory:
             CheckpointError: a block that counts is damaged; the message names it.
             NotStartedError: there are no blocks yet, or the live weights that a blend counts were not kept.
         """
-        return self.average_many([profile], dtype=dtype, max_memory=max_memory)[0]
+        (averaged,) = self.average_many([profile], dtype=dtype, max_memory=max_memory)
+        warn_if_coarse(self.explain(profile))
+        return averaged
 
     @checked
     def average_many(
@@ -305,7 +308,7 @@ class Trajectory:
         dtype: torch.dtype | None = None,
         max_memory: int | str = _MAX_MEMORY,
     ) -> list[dict[str, Tensor]]:
-        """As :meth:`average` for each profile, in one pass over the blocks."""
+        """As :meth:`average` for each profile, in one pass over the blocks; :meth:`explain` has the warnings."""
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise OptionError(
                 f"dtype must be a floating-point torch.dtype, such as torch.float32, got {dtype!r}"
@@ -328,7 +331,8 @@ class Trajectory:
     ) -> None:
         """Write the averaged model as a checkpoint, whole or not at all, without holding it in memory.
 
-        BatchNorm statistics in it are not those of the averaged weights, which a warning says.
+        BatchNorm statistics in it are not those of the averaged weights, which a warning says, as it does where blocks
+        are too long for the profile.
 
         Args:
             profile: any profile.
@@ -350,6 +354,7 @@ class Trajectory:
             )
         with checkpoints.create(path, layout, overwrite=overwrite) as writer:
             self._fill([row], [writer], max_memory)
+        warn_if_coarse(self.explain(profile))
 
     def explain(self, profile: Profile | str) -> Explanation:
         """Where the weight of ``profile`` lies, and how far the blocks are from what it asks for.
