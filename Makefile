@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A worker of the tests takes a gigabyte or two, so there are four at most.
 ON_ALL_CORES := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-browser test-slow torture test-oldest test-newest coverage docs format bench evidence clean
+.PHONY: demo test test-browser test-slow torture mutants test-oldest test-newest coverage docs format bench evidence clean
 
 # Two seeds, half a minute; .venv/bin/polyak demo runs all of them.
 demo: $(VENV)/.demo
@@ -30,6 +30,11 @@ test-slow: $(VENV)/.dev
 # Faults and abuse by the hundred, of which `make test` runs some; the counts by family are written down.
 torture: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ON_ALL_CORES) -m '' --torture-output benchmarks/results/torture.json tests/torture
+	$(BIN)/python benchmarks/tables.py
+
+# Small faults put into the modules that count most, of which the tests must see nine in ten: an hour or two on one core.
+mutants: $(VENV)/.mutants
+	$(BIN)/python benchmarks/mutants.py
 	$(BIN)/python benchmarks/tables.py
 
 # The same tests where every dependency is the oldest that pyproject.toml allows, and where it is the newest there is.
@@ -116,4 +121,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'
 	$(PIP) --no-deps mergekit
+	touch $@
+
+$(VENV)/.mutants: $(VENV)/.dev
+	$(PIP) -e '.[mutants]'
 	touch $@

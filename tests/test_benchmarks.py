@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -94,3 +95,14 @@ def test_the_peak_of_a_call_includes_what_it_frees(benchmark: ModuleType) -> Non
     peak = harness.peak_resident_bytes(lambda: torch.ones(2 << 20))
     assert 8 << 20 <= peak - before + (1 << 20) < 16 << 20
     assert harness.resident_bytes() - before < 4 << 20
+
+
+def test_mutants_that_are_explained_are_of_lines_that_are_there() -> None:
+    settings = tomllib.loads((BENCHMARKS / "mutants.toml").read_text())
+    files = {
+        file: (BENCHMARKS.parent / file).read_text() for each in settings["module"] for file in each["files"]
+    }
+    lines = {file: {line.strip() for line in text.splitlines()} for file, text in files.items()}
+    assert [e for e in settings["explained"] if e["line"] not in lines[e["file"]] or not e["why"]] == []
+    named = [BENCHMARKS.parent / path for each in settings["module"] for path in each["tests"]]
+    assert [path for path in named if not path.exists()] == []

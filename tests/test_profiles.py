@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from polyak import EMA, Blend, Decay, Polynomial, Power, Tail, Uniform, Weights, Window
 from polyak.errors import OptionError
+from polyak.profiles import registered
 from profile_examples import ANY_PROFILE
 
 
@@ -242,7 +243,7 @@ def test_the_gap_matters_exactly_where_the_unit_is_steps_and_there_is_a_scale():
 
 
 @pytest.mark.parametrize(
-    "edges", [[0], [1, 2], [0, 2, 2], [0, 3, 2], [[0, 1]], [0, math.nan], [0, 1, math.inf]]
+    "edges", [5, [0], [1, 2], [0, 2, 2], [0, 3, 2], [[0, 1]], [0, math.nan], [0, 1, math.inf]]
 )
 def test_edges_that_do_not_rise_from_0_are_refused(edges):
     with pytest.raises(OptionError, match=r"edges must|total must"):
@@ -253,8 +254,9 @@ def test_positions_outside_the_run_are_refused():
     for t in (-1, 11, [3, math.nan]):
         with pytest.raises(OptionError, match=r"t must lie in \[0, 10\], the run"):
             Uniform().cumulative(t, 10)
-    with pytest.raises(OptionError, match="total must be"):
-        Uniform().cumulative(0, 0)
+    for total in (0, -1, math.inf, math.nan, "10"):
+        with pytest.raises(OptionError, match="total must be"):
+            Uniform().cumulative(0, total)
 
 
 def test_profiles_are_values():
@@ -263,6 +265,12 @@ def test_profiles_are_values():
     assert len({Tail(0.4), Tail(0.4), Tail(steps=4), Weights([1, 2]), Weights(np.array([1, 2]))}) == 3
     with pytest.raises(AttributeError):
         Tail(0.4).fraction = 0.5
+
+
+def test_decays_alone_stand_in_for_a_decay_and_weights_alone_are_signed():
+    ours = [cls for cls in registered().values() if cls.__module__ == Decay.__module__]
+    assert [cls for cls in ours if cls.replaces_decay] == [Decay]
+    assert [cls for cls in ours if cls.signed] == [Weights]
 
 
 def test_profiles_need_neither_torch_nor_scipy():
