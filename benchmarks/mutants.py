@@ -15,24 +15,27 @@ import gc
 import hashlib
 import importlib.machinery
 import importlib.metadata
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
 import sys
 import tempfile
-import time
 import tomllib
+import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from inspect import CO_NEWLOCALS
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import pytest
 from cosmic_ray import plugins
@@ -281,65 +284,77 @@ def _be_quick() -> None:
 class Session:
     """A plugin of pytest that runs what was collected once for each mutant, in a fork."""
 
-    def __init__(self, module: dict[str, Any], mutants: Sequence[Mutant], report: Path, again: bool) -> None:
-        self._module, self._mutants, self._report, self._again = module, mutants, report, again
+    def __init__(self, module: dict[str, Any], mutants: Sequence[Mutant], report: Path, jobs: int) -> None:
+        self._module, self._mutants, self._report, self._jobs = module, mutants, report, jobs
 
     def pytest_collection_finish(self) -> None:
         _be_quick()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self._failed(report.nodeid, report.longreprtext)
+            sys.stderr.write(f"{report.nodeid} failed:\n{report.longreprtext}\n")
+            os._exit(FAILED)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        self._failed = _say_failed
-        baseline = self._report.with_suffix(".tests.json")
-        if _forked(lambda: self._baseline(session, baseline), 3600) != 0:
-            raise pytest.UsageError(f"the tests of {self._module['name']} do not pass without a mutant")
-        seconds, lines = json.loads(baseline.read_text())
-        print(f"{self._module['name']}: {len(seconds)} tests of {sum(seconds.values()):.0f} s", flush=True)
-        self._failed = _exit_failed
-        originals = Originals(self._module["files"])
-        items = {item.nodeid: item for item in session.items}
         gc.collect()
         gc.freeze()
-        before = _fates(self._report) if self._again else {}
-        results = []
-        for number, mutant in enumerate(self._mutants, start=1):
-            if number % 50 == 0:
-                print(f"{number} of {len(self._mutants)}", flush=True)
-            if before.get(mutant.key) in ("killed", "timeout"):
-                results.append({**mutant.shown, "outcome": before[mutant.key], "tests": 0, "seconds": 0.0})
+        seconds, lines = self._baseline(session)
+        print(f"{self._module['name']}: {len(seconds)} tests of {sum(seconds.values()):.0f} s", flush=True)
+        originals = Originals(self._module["files"])
+        items = {item.nodeid: item for item in session.items}
+        known = _fates(self._report)
+        results = [known[mutant.key] | mutant.shown for mutant in self._mutants if mutant.key in known]
+        jobs = []
+        for mutant in self._mutants:
+            if mutant.key in known:
                 continue
-            started = time.perf_counter()
             tests = self._tests_of(mutant, seconds, lines)
-            outcome = _outcome(
-                mutant, originals, [items[test] for test in tests], sum(map(seconds.__getitem__, tests))
-            )
-            took = time.perf_counter() - started
-            results.append(
-                {**mutant.shown, "outcome": outcome, "tests": len(tests), "seconds": round(took, 2)}
-            )
-            if outcome in ("survived", "untested", "timeout"):
+            attempt = partial(_attempt, mutant, originals, [items[test] for test in tests])
+            jobs.append((mutant, attempt, 5 * sum(map(seconds.__getitem__, tests)) + 30))
+        for mutant, code in _in_forks(jobs, self._jobs):
+            outcome = OUTCOMES.get(code, "killed")
+            results.append({**mutant.shown, "outcome": outcome})
+            self._report.write_text(json.dumps(results, indent=1))
+            if outcome != "killed":
                 print(
                     f"{outcome}: {mutant.file}:{mutant.at[0]}: {mutant.line}  ->  {mutant.becomes}",
                     flush=True,
                 )
-        self._report.write_text(json.dumps(results, indent=1))
         return True
 
-    def _baseline(self, session: pytest.Session, file: Path) -> int:
-        """How long each test takes, and which lines of the mutated files it runs."""
+    def _baseline(self, session: pytest.Session) -> tuple[dict[str, float], dict[str, Any]]:
+        """How long each test takes, and which tests run each line of the mutated files."""
+        files: dict[Path, list[pytest.Item]] = defaultdict(list)
+        for item in session.items:
+            files[item.path].append(item)
+        jobs = [
+            (self._report.with_suffix(f".{number}.json"), partial(self._watched, items, number), 3600.0)
+            for number, items in enumerate(files.values())
+        ]
+        seconds: dict[str, float] = {}
+        lines: dict[str, Any] = {file: defaultdict(list) for file in self._module["files"]}
+        for path, code in _in_forks(jobs, self._jobs, quiet=False):
+            if code:
+                raise pytest.UsageError(f"the tests of {self._module['name']} do not pass without a mutant")
+            some, found = json.loads(path.read_text())
+            path.unlink()
+            seconds |= some
+            for file, rows in found.items():
+                for row, tests in rows.items():
+                    lines[file][row] += tests
+        return seconds, lines
+
+    def _watched(self, items: Sequence[pytest.Item], number: int) -> int:
         import coverage
 
         seconds: dict[str, float] = {}
         watched = coverage.Coverage(data_file=None, config_file=False, include=self._module["files"])
         watched.start()
-        for item, following in _with_next(session.items):
+        for item, following in _with_next(items):
             watched.switch_context(item.nodeid)
-            started = time.perf_counter()
+            started = sum(os.times()[:4])
             item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
-            seconds[item.nodeid] = time.perf_counter() - started
+            seconds[item.nodeid] = sum(os.times()[:4]) - started
         watched.stop()
         data = watched.get_data()
         lines = {
@@ -349,7 +364,7 @@ class Session:
             }
             for name in self._module["files"]
         }
-        file.write_text(json.dumps([seconds, lines]))
+        self._report.with_suffix(f".{number}.json").write_text(json.dumps([seconds, lines]))
         return 0
 
     def _tests_of(self, mutant: Mutant, seconds: dict[str, float], lines: dict[str, Any]) -> list[str]:
@@ -370,19 +385,14 @@ class Session:
         return chosen
 
 
-def _outcome(mutant: Mutant, originals: Originals, items: Sequence[pytest.Item], seconds: float) -> str:
+def _attempt(mutant: Mutant, originals: Originals, items: Sequence[pytest.Item]) -> int:
     if not items:
-        return "untested"
-
-    def attempt() -> int:
-        if not originals.exchange(mutant):
-            return run_anew(mutant, [item.nodeid for item in items])
-        for item, following in _with_next(items):
-            item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
-        return 0
-
-    code = _forked(attempt, 5 * seconds + 30, quiet=True)
-    return {0: "survived", None: "timeout"}.get(code, "killed")
+        return UNTESTED
+    if not originals.exchange(mutant):
+        return run_anew(mutant, [item.nodeid for item in items])
+    for item, following in _with_next(items):
+        item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+    return 0
 
 
 def _with_next(items: Sequence[pytest.Item]) -> Iterator[tuple[pytest.Item, pytest.Item | None]]:
@@ -420,63 +430,64 @@ def _nodes_of(file: str) -> list[ast.AST]:
     return list(ast.walk(ast.parse((ROOT / file).read_text())))
 
 
-def _say_failed(name: str, text: str) -> None:
-    sys.stderr.write(f"{name} failed:\n{text}\n")
-    os._exit(1)
+# Exit codes of a fork, beside those of pytest.
+FAILED, UNTESTED, BROKEN = 1, 98, 99
+OUTCOMES = {0: "survived", UNTESTED: "untested", -signal.SIGXCPU: "timeout", -signal.SIGALRM: "timeout"}
+Key = TypeVar("Key")
 
 
-def _exit_failed(name: str, text: str) -> None:
-    os._exit(1)
+def _in_forks(
+    jobs: Iterable[tuple[Key, Callable[[], int], float]], most: int, *, quiet: bool = True
+) -> Iterator[tuple[Key, int]]:
+    """What each call gives in a process of its own, ``most`` at a time, each within its seconds of a processor."""
+    waiting, running = iter(jobs), dict[int, Key]()
+    folders = {}
+    while True:
+        for key, call, seconds in itertools.islice(waiting, most - len(running)):
+            folder = tempfile.mkdtemp(prefix="polyak-mutants-")
+            pid = _fork(call, int(seconds) + 1, folder, quiet)
+            running[pid], folders[pid] = key, folder
+        if not running:
+            return
+        pid, status = os.waitpid(-1, 0)
+        if pid in running:
+            with contextlib.suppress(ProcessLookupError):  # what it has started
+                os.killpg(pid, signal.SIGKILL)
+            shutil.rmtree(folders.pop(pid), ignore_errors=True)
+            yield running.pop(pid), os.waitstatus_to_exitcode(status)
 
 
-def _forked(call: Callable[[], int], seconds: float, *, quiet: bool = False) -> int | None:
-    """What ``call`` gives in a process of its own, with all that it started ended; None: it took too long."""
+def _fork(call: Callable[[], int], seconds: int, folder: str, quiet: bool) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        code = 3
+        code = BROKEN
         try:
             os.setsid()
             null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, 1)
-            if quiet:
-                os.dup2(null, 2)
-            code = int(call())
+            for stream in (1, 2) if quiet else (1,):
+                os.dup2(null, stream)
+            os.environ["PYTEST_DEBUG_TEMPROOT"] = folder
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+            signal.alarm(20 * seconds)  # of waiting for what never comes
+            code = call()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
-    until = time.monotonic() + seconds
-    code = None
-    while time.monotonic() < until:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            break
-        time.sleep(0.005)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    if code is None:
-        os.waitpid(pid, 0)
-    return code
+    return pid
 
 
-def _fates(report: Path) -> dict[tuple[str, ...], str]:
-    """What became of each mutant in the run before."""
+def _fates(report: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    """What has become of mutants so far."""
     found = json.loads(report.read_text()) if report.exists() else []
-    return {(r["file"], r["operator"], r["line"], str(r["at"][1])): r["outcome"] for r in found}
+    return {(r["file"], r["operator"], r["line"], str(r["at"][1])): r for r in found}
 
 
-def run_module(module: dict[str, Any], mutants: Sequence[Mutant], report: Path, again: bool) -> None:
+def run_module(module: dict[str, Any], mutants: Sequence[Mutant], report: Path, jobs: int) -> None:
     """In a process of its own, as what one imports is no other's."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = [
-            *PYTEST,
-            "--maxfail=0",
-            "--capture=no",
-            f"--basetemp={folder}/tests",
-            "-k",
-            SETTINGS["which_tests"],
-        ]
-        sys.exit(pytest.main([*flags, *module["tests"]], plugins=[Session(module, mutants, report, again)]))
+    flags = [*PYTEST, "--maxfail=0", "--capture=no", "-k", SETTINGS["which_tests"]]
+    sys.exit(pytest.main([*flags, *module["tests"]], plugins=[Session(module, mutants, report, jobs)]))
 
 
 # The report.
@@ -526,7 +537,10 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "mutants", help="the fate of each mutant"
     )
-    parser.add_argument("--again", action="store_true", help="only those that were not killed the last time")
+    parser.add_argument(
+        "--again", action="store_true", help="only those that were not killed, and what is new"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     options = parser.parse_args()
     os.chdir(ROOT)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -537,8 +551,14 @@ def main() -> None:
         mutants, possible = [m for those, _ in drawn for m in those], sum(count for _, count in drawn)
         print(f"{module['name']}: {len(mutants)} of {possible} mutants", flush=True)
         report = options.work / f"{module['name']}.json"
+        killed = (
+            [r for r in _fates(report).values() if r["outcome"] in ("killed", "timeout")]
+            if options.again
+            else []
+        )
+        report.write_text(json.dumps(killed))
         process = multiprocessing.get_context("fork").Process(
-            target=run_module, args=(module, mutants, report, options.again)
+            target=run_module, args=(module, mutants, report, options.jobs)
         )
         process.start()
         process.join()
