@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A worker of the tests takes a gigabyte or two, so there are four at most.
 ON_ALL_CORES := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-browser test-slow torture fuzz test-oldest test-newest coverage docs format bench evidence clean
+.PHONY: demo test test-browser test-slow torture fuzz mutants test-oldest test-newest coverage docs format bench evidence clean
 
 # Two seeds, half a minute; .venv/bin/polyak demo runs all of them.
 demo: $(VENV)/.demo
@@ -36,6 +36,11 @@ torture: $(VENV)/.dev
 FUZZ_SECONDS ?= 120
 fuzz: $(VENV)/.fuzz
 	PYTHONPATH=tests $(BIN)/python -W ignore -m torture.fuzz --seconds $(FUZZ_SECONDS)
+
+# Small faults put into the modules that count most, of which the tests must see nine in ten: an hour or two on one core.
+mutants: $(VENV)/.mutants
+	$(BIN)/python benchmarks/mutants.py
+	$(BIN)/python benchmarks/tables.py
 
 # The same tests where every dependency is the oldest that pyproject.toml allows, and where it is the newest there is.
 test-oldest: .venv-oldest/.dev
@@ -125,4 +130,8 @@ $(VENV)/.fuzz: $(VENV)/.dev
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'
 	$(PIP) --no-deps mergekit
+	touch $@
+
+$(VENV)/.mutants: $(VENV)/.dev
+	$(PIP) -e '.[mutants]'
 	touch $@

@@ -507,6 +507,24 @@ def torture(data: dict[str, Any]) -> str:
     return f"{introduction}\n\n{table(('faults and abuse', *kinds), rows)}"
 
 
+def mutation(data: dict[str, Any]) -> str:
+    settings, modules = data["settings"], data["modules"]
+    kinds = ("possible", "tried", "killed", "explained", "survived")
+    rows = []
+    for name, found in modules.items():
+        least, most = found["interval"]
+        counts = (f"{found[kind]:,}" for kind in kinds)
+        rows.append((name, *counts, f"{found['score']:.1%}", f"{least:.1%} to {most:.1%}"))
+    introduction = (
+        f"Mutants of cosmic-ray {settings['cosmic_ray']}: an operator, a number, a condition, a decorator or a loop is "
+        "changed, and a test must fail. Types and the text of messages are left alone, and at one place there are at "
+        "most two mutants of a kind. Where not all were tried they are a random sample, seed "
+        f"{settings['seed']}. The explained ones do what the original does: `benchmarks/mutants.toml` says why. "
+        "The score is the part of the others that was killed; its interval of 95% is for all that are possible."
+    )
+    return f"{introduction}\n\n{table(('module', *kinds, 'score', 'interval'), rows)}"
+
+
 # Title, file, the command that makes it, and what to write.
 SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Does it help? Digits, BatchNorm", "demo_digits.json", "polyak demo", demo),
@@ -533,6 +551,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("What averaging checkpoint files costs", "offline.json", "python benchmarks/offline.py", offline),
     ("What update_bn costs", "batchnorm_cost.json", "python benchmarks/batchnorm_cost.py", batchnorm_cost),
     ("Does it hold under faults and abuse?", "torture.json", "make torture", torture),
+    ("Do the tests see what is broken?", "mutation.json", "make mutants", mutation),
 ]
 
 

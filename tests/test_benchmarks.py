@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import ModuleType
 
 import pytest
 import torch
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -109,3 +112,12 @@ def test_overhead_is_written_beside_what_was_measured_before(
         "microseconds"
     ].keys()
     assert len(record["overhead"]["promises"]) == (3 if find_spec("numba") else 2)
+
+
+def test_mutants_that_are_explained_are_of_lines_that_are_there() -> None:
+    settings = tomllib.loads((REPOSITORY / "benchmarks" / "mutants.toml").read_text())
+    files = {file: (REPOSITORY / file).read_text() for each in settings["module"] for file in each["files"]}
+    lines = {file: {line.strip() for line in text.splitlines()} for file, text in files.items()}
+    assert [e for e in settings["explained"] if e["line"] not in lines[e["file"]] or not e["why"]] == []
+    named = [REPOSITORY / path for each in settings["module"] for path in each["tests"]]
+    assert [path for path in named if not path.exists()] == []

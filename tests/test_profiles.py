@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak import EMA, Blend, Decay, Polynomial, Power, Tail, Uniform, Weights, Window
+from polyak import EMA, Blend, Decay, Polynomial, Power, Tail, Uniform, WarmupEMA, Weights, Window
 from polyak.errors import OptionError
+from polyak.profiles import registered
 from profile_examples import ANY_PROFILE
 
 
@@ -167,6 +168,33 @@ def test_weights():
         Weights([1, 2]).weights([0, 1, 2, 3])
 
 
+def test_the_first_sample_of_a_warm_up_counts_from_0_in_a_straight_line():
+    for total in (0.5, 1.0):
+        assert WarmupEMA(decay=0.9).cumulative([0.1, 0.25], total).tolist() == pytest.approx(
+            [0.1 / total, 0.25 / total]
+        )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "longer"),
+    [
+        (EMA(half_life=30), EMA(half_life=120)),
+        (EMA(decay=0.96), EMA(decay=0.99)),
+        (Power(gamma=6), Power(gamma=1.5)),
+        (Power(sigma_rel=0.05), Power(sigma_rel=0.2)),
+        (Power(sigma_rel=0.2), Power(sigma_rel=0.2887)),
+        (Power(half_life_fraction=0.05), Power(half_life_fraction=0.2)),
+        (Power(half_life_fraction=0.5), Power(half_life_fraction=math.log(2))),
+        (Polynomial(eta=6), Polynomial(eta=1.5)),
+        (WarmupEMA(decay=0.96), WarmupEMA(decay=0.99)),
+        (WarmupEMA(decay=1), None),
+        (Uniform(), None),
+    ],
+)
+def test_schemes_that_look_back_four_times_as_far(scheme, longer):
+    assert scheme.longer(4) == longer
+
+
 # Hyper-parameters and arguments.
 
 
@@ -192,6 +220,8 @@ def test_weights():
         (lambda: Tail(), "Tail takes either fraction or steps, got neither"),
         (lambda: Tail(0.5, steps=5), "got both"),
         (lambda: Tail(1.1), r"fraction must be a number in \(0, 1\], got 1.1"),
+        (lambda: Tail(2), r"fraction must be .*, got 2: .*--last 2, or last=2 .* tail:steps=2$"),
+        (lambda: Tail(1e9), r"fraction must be a number in \(0, 1\], got 1000000000.0$"),
         (lambda: Tail(steps=0), r"steps must be a whole number in \[1, inf\), got 0"),
         (lambda: Tail(steps=1.5), "steps must be a whole number in .*, got 1.5"),
         (lambda: Window(-1, 5), "start must be"),
@@ -242,7 +272,7 @@ def test_the_gap_matters_exactly_where_the_unit_is_steps_and_there_is_a_scale():
 
 
 @pytest.mark.parametrize(
-    "edges", [[0], [1, 2], [0, 2, 2], [0, 3, 2], [[0, 1]], [0, math.nan], [0, 1, math.inf]]
+    "edges", [5, [0], [1, 2], [0, 2, 2], [0, 3, 2], [[0, 1]], [0, math.nan], [0, 1, math.inf]]
 )
 def test_edges_that_do_not_rise_from_0_are_refused(edges):
     with pytest.raises(OptionError, match=r"edges must|total must"):
@@ -253,8 +283,9 @@ def test_positions_outside_the_run_are_refused():
     for t in (-1, 11, [3, math.nan]):
         with pytest.raises(OptionError, match=r"t must lie in \[0, 10\], the run"):
             Uniform().cumulative(t, 10)
-    with pytest.raises(OptionError, match="total must be"):
-        Uniform().cumulative(0, 0)
+    for total in (0, -1, math.inf, math.nan, "10"):
+        with pytest.raises(OptionError, match="total must be"):
+            Uniform().cumulative(0, total)
 
 
 def test_profiles_are_values():
@@ -263,6 +294,12 @@ def test_profiles_are_values():
     assert len({Tail(0.4), Tail(0.4), Tail(steps=4), Weights([1, 2]), Weights(np.array([1, 2]))}) == 3
     with pytest.raises(AttributeError):
         Tail(0.4).fraction = 0.5
+
+
+def test_decays_alone_stand_in_for_a_decay_and_weights_alone_are_signed():
+    ours = [cls for cls in registered().values() if cls.__module__ == Decay.__module__]
+    assert [cls for cls in ours if cls.replaces_decay] == [Decay]
+    assert [cls for cls in ours if cls.signed] == [Weights]
 
 
 def test_profiles_need_neither_torch_nor_scipy():

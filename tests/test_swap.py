@@ -12,8 +12,8 @@ from torch import nn
 
 import polyak
 from polyak._model import refuse_swapped
-from polyak._swap import Swap
-from polyak.errors import SwapError
+from polyak._swap import Swap, copy_into
+from polyak.errors import StructureError, SwapError
 
 
 def test_of_two_swaps_that_were_begun_one_goes_in():
@@ -31,6 +31,17 @@ def test_of_two_swaps_that_were_begun_one_goes_in():
     second.put_in([torch.tensor([7.0, 8.0])])
     second.undo()
     assert weight.tolist() == [1.0, 2.0]
+
+
+def test_what_does_not_fit_is_refused_and_one_that_never_went_in_undoes_nothing():
+    weight = torch.tensor([1.0, 2.0])
+    swap = Swap([weight])
+    assert not swap.active
+    with pytest.raises(StructureError, match=r"shape \(1,\) does not go into \(2,\)"):
+        swap.put_in([torch.tensor([5.0])])
+    with pytest.raises(ValueError):
+        copy_into([weight, weight], [torch.tensor([5.0, 6.0])])
+    assert not swap.active and weight.tolist() == [1.0, 2.0]
 
 
 def test_a_backup_that_does_not_fit_leaves_everything(monkeypatch):

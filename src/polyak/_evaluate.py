@@ -165,8 +165,8 @@ def simultaneous_intervals(
 
     With the paired differences d_c of C candidates, their bootstrap d_cb and its standard deviation s_c, the
     interval is d_c ± q s_c, where q is the 95% quantile over b of max_c |d_cb - d_c| / s_c. So the best of many
-    candidates seems to beat the baseline, where none does, in about 5% of cases at most, whichever way it was chosen from
-    among them. As s_c itself is not sure where examples are few, q is widened as Student's t is over the normal
+    candidates seems to beat the baseline, where none does, in about 5% of cases at most, whichever way it was chosen
+    from among them. As s_c itself is not sure where examples are few, q is widened as Student's t is over the normal
     distribution. The intervals minus ``others`` have the same q.
 
     Raises:

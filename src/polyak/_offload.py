@@ -26,7 +26,7 @@ from torch import Tensor
 from polyak import _torch
 from polyak._batches import allocate
 
-__all__ = ["Offload", "fence", "under_way"]
+__all__ = ["Offload", "fence"]
 
 # Called with the sample on the host, and whether it is to be left out.
 Fold = Callable[[list[Tensor], bool], object]
@@ -132,7 +132,7 @@ class Offload:
         """Before there is anything: an interrupt must leave no copy that nobody waits for."""
         _hook_into_optimizers()
         with _gate:
-            under_way.add(self)
+            _under_way.add(self)
 
     def _begin(self, job: _Job) -> None:
         if self._pool is None or self._process_id != os.getpid():  # a child that was forked has no threads
@@ -183,7 +183,7 @@ class Offload:
         job.run()
         self._job, self._copies, self._sources = None, [], []
         with _gate:
-            under_way.discard(self)
+            _under_way.discard(self)
         if job.error is not None:
             raise job.error
 
@@ -232,13 +232,13 @@ def _fold_copied(events: list[Any], verdict: Tensor | None, sample: list[Tensor]
 
 
 # Those whose sample may not be copied yet.
-under_way: WeakSet[Offload] = WeakSet()
+_under_way: WeakSet[Offload] = WeakSet()
 _gate = threading.RLock()  # which whoever did not shut it cannot open
 
 
 def _all_under_way() -> list[Offload]:
     with _gate:
-        return list(under_way)
+        return list(_under_way)
 
 
 def fence(*, at_step: bool = False) -> None:

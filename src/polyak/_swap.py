@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from polyak import _torch
 from polyak._checks import warn_user
 from polyak._model import Binding, Place, note_swapped, note_unswapped
-from polyak._offload import fence, under_way
+from polyak._offload import fence
 from polyak.errors import StructureError, SwapError
 
 __all__ = ["Swap", "copy_into", "modes", "undoing"]
@@ -143,8 +143,7 @@ def copy_into(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for target, value in zip(targets, values, strict=True):
         if target.shape != value.shape:  # copy_ would broadcast
             raise StructureError(f"shape {tuple(value.shape)} does not go into {tuple(target.shape)}")
-    if under_way:
-        fence()
+    fence()
     if targets:
         _torch.foreach_copy_(list(targets), list(values))
 

@@ -392,6 +392,55 @@ def test_a_config_of_other_weights(tmp_path):
         Plan([a], tmp_path / "out")
 
 
+def small_adapter(folder, a=(2, 3), b=(4, 2), dtypes=(torch.float32, torch.float32), **config):
+    names = ("base_model.model.layer.lora_A.weight", "base_model.model.layer.lora_B.weight")
+    factors = {
+        n: torch.ones(*shape, dtype=dtype) for n, shape, dtype in zip(names, (a, b), dtypes, strict=True)
+    }
+    folder.mkdir()
+    checkpoints.write(folder / "adapter_model.safetensors", factors)
+    known = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | config
+    (folder / "adapter_config.json").write_text(json.dumps(known))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 1}, "not of these weights.*rank 1 and"),
+        ({"r": 3}, "not of these weights.*rank 3 and"),
+        ({"lora_alpha": math.inf}, "not of these weights.*alpha inf"),
+        ({"r": None}, "does not say r and lora_alpha"),
+        ({"lora_alpha": "much"}, "does not say r and lora_alpha"),
+        ({"rank_pattern": [2]}, "does not say r and lora_alpha"),
+        ({"alpha_pattern": {"(": 2}}, "does not say r and lora_alpha"),
+        ({"peft_type": "IA3"}, "of type IA3, not LORA"),
+        ({"peft_type": "VERA"}, "of type VERA, not LORA"),
+    ],
+)
+def test_what_a_config_says_wrongly(tmp_path, config, message):
+    with pytest.raises((CheckpointError, StructureError), match=message):
+        Plan([small_adapter(tmp_path / "a", **config)], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"a": (2,)},
+        {"b": (2,)},
+        {"b": (4, 3)},
+        {"b": (4, 2, 2)},
+        {"a": (0, 3), "b": (4, 0)},
+        {"dtypes": (torch.int32, torch.float32)},
+        {"dtypes": (torch.float32, torch.int32)},
+    ],
+)
+def test_factors_that_are_none_of_a_product(tmp_path, options):
+    with pytest.raises(StructureError, match="are no factors of a product"):
+        Plan([small_adapter(tmp_path / "a", **options)], tmp_path / "out")
+    Plan([small_adapter(tmp_path / "b")], tmp_path / "out")
+
+
 def test_options_that_do_not_fit(tmp_path):
     a = kohya_adapter(tmp_path / "a.safetensors", 1, 2, 2.0)
     checkpoints.write(tmp_path / "model.safetensors", {"w": torch.ones(3)})

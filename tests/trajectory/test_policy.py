@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from polyak import EMA, Tail
 from polyak.trajectory import Block
 from polyak.trajectory._explain import explain
-from polyak.trajectory._policy import block_steps_after, pair_to_merge
+from polyak.trajectory._policy import Pace, block_steps_after, pair_to_merge, steps_worth_writing
 
 FLOOR = 0.02
 
@@ -110,3 +112,63 @@ def test_what_profiles_lose(steps: int) -> None:
 def test_nothing_to_merge() -> None:
     assert pair_to_merge([1] * 64, 64) is None
     assert pair_to_merge([1, 1, 1], 2, kept={0, 1}) is None
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=2, max_size=9), kept=st.sets(st.integers(0, 7)))
+def test_the_finest_pair_for_its_age_merges(lengths: list[int], kept: set[int]) -> None:
+    run = sum(lengths)
+    coarseness = {
+        i: Fraction(lengths[i] + lengths[i + 1]) / (sum(lengths[i + 2 :]) + Fraction(run, 50))
+        for i in range(len(lengths) - 1)
+        if i not in kept
+    }
+    chosen = pair_to_merge(lengths, len(lengths) - 1, kept & set(range(len(lengths) - 1)))
+    assert pair_to_merge(lengths, len(lengths)) is None
+    assert (chosen is None) == (not coarseness)
+    if chosen is not None:
+        assert float(coarseness[chosen]) == pytest.approx(float(min(coarseness.values())), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_step", "write_seconds", "steps"),
+    [
+        (0.25, 0.02, 4),
+        (0.25, 0.021, 8),
+        (0.25, 0.16, 32),
+        (0.0, 1.0, 4),
+        (-1.0, 1.0, 4),
+        (1.0, 0.0, 4),
+        (1.0, -1.0, 4),
+    ],
+)
+def test_blocks_take_fifty_times_longer_to_train_than_to_write(
+    seconds_per_step: float, write_seconds: float, steps: int
+) -> None:
+    assert steps_worth_writing(4, seconds_per_step, write_seconds) == steps
+
+
+def test_the_pace_is_that_of_the_steps_since_the_last_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    pace = Pace(4)
+    for _ in range(2):  # what comes between is no step
+        for _ in range(5):
+            pace.tick()
+            now += 0.25
+        now += 1000
+        pace.restart()
+    assert (pace.block_steps(), str(pace)) == (4, "0 s to train and 0 s to write")
+    pace.stop()
+    for _ in range(5):
+        pace.tick()
+        now += 0.25
+    now -= 0.25
+    pace.stop()
+    assert pace.block_steps() == 4
+    for seconds in (None, 0.16, 5.0, None, 0.021):
+        pace.wrote(seconds)
+        assert pace.block_steps() == {None: 4, 0.16: 32, 5.0: 32, 0.021: 8}[seconds] or seconds is None
+    assert str(pace) == "2 s to train and 0.021 s to write"
+    pace.tick()
+    pace.stop()  # not one step was taken
+    assert pace.block_steps() == 8

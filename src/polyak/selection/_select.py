@@ -208,8 +208,8 @@ def select(
     noise, and which simpler candidate is as good. With losses ℓ_i of N examples under a candidate and under the
     live weights, the paired difference is d = (1/N) Σ (ℓ_i - ℓ_i^live). Its interval holds for all candidates at
     once with 95%, over 2,000 resamples of the examples, so that the best may be chosen by it: where no average is
-    better, the verdict claims that one is in about 5% of cases at most. The score of the best is optimistic all the same:
-    ``holdout`` scores it once more, on other data.
+    better, the verdict claims that one is in about 5% of cases at most. The score of the best is optimistic all the
+    same: ``holdout`` scores it once more, on other data.
 
     Where BatchNorm statistics are recomputed, that alone may help. So the live weights are scored with recomputed
     statistics too, as ``live, recalibrated``, and differences are to the better of the two.
