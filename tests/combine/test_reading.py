@@ -467,3 +467,11 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     run_of(tmp_path, "step_{}.pt")
     (tmp_path / "closed").mkdir(mode=0)
     assert str(read_inputs(tmp_path).refusal) == f"cannot read {tmp_path / 'closed'}: Permission denied"
+
+
+def test_runs_of_one_step_each_are_said_to_be_two(tmp_path):
+    paths = [tmp_path / f"trial-{number}" / "step_5.pt" for number in (0, 1)]
+    for path in paths:
+        put(path, 1)
+    unordered = read_inputs(paths).unordered
+    assert "trial-0/step_5.pt and trial-1/step_5.pt are both of step 5, as of two runs" in str(unordered)

@@ -487,7 +487,11 @@ def _partly_known(items: list[Item]) -> OptionError | None:
         if len(without) == len(items):
             return None
     if not without:
-        return _no_order(items)
+        numbers = [number_in_name(item.path.stem) or 0 for item in items]
+        pair = _runs.of_two([item.path for item in items], numbers)
+        return (
+            _runs.refused_as_two([item.name for item in items], numbers, pair) if pair else _no_order(items)
+        )
     return _asking_for_steps(
         f"no training step is known of {name_list(without)}, as it is of the others: leave those out, for example by a "
         "pattern such as 'run/epoch_*.pt', or"
