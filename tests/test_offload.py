@@ -387,6 +387,26 @@ def test_an_error_on_the_thread_is_raised_by_the_next_call_and_once():
     assert same(bits(average), expected([0, 1, 3]))
 
 
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_sample_that_was_waited_for_fails_at_once_and_lets_its_weights_go(follows):
+    """So does the first one that follows an optimizer, whose copy is waited for too."""
+    model, optimizer, average = attached()
+    if not follows:
+        average, optimizer = polyak.Average(model, "ema:decay=0.9", device="cpu"), Writing(model.parameters())
+    update = (lambda: optimizer.step(0)) if follows else average.update
+    accumulator = average._accumulator
+    with (
+        mock.patch.object(accumulator, "_fold_all", side_effect=MemoryError("no memory")),
+        pytest.raises(MemoryError, match="no memory"),
+    ):
+        update()
+    offload = accumulator._offload
+    assert not offload._sources and not offload._copies and offload not in _offload.under_way
+    update()
+    assert average.n_averaged == 1
+    assert not offload._sources and not offload._copies and offload not in _offload.under_way
+
+
 def test_an_interrupt_while_it_is_waited_for_loses_nothing():
     _, optimizer, average = attached()
     optimizer.step(0)

@@ -89,7 +89,6 @@ class Offload:
         """Where on the host a sample of such tensors is put; the same place for as long as they lie alike."""
         described: list[object] = [(t.shape, t.dtype, t.device, t.stride()) for t in tensors]
         if described != self._staged:
-            self.join()
             self._staging = []  # before there are others
             self._staging = _on_host([*tensors, torch.zeros(())])  # the last is for the verdict
             self._staged = described
