@@ -115,6 +115,9 @@ _MOST_SHOWN = 60
 def checked(call: Call) -> Call:
     """Refuse arguments that are not of the types in the signature, and paths that no system takes, before the call.
 
+    beartype would do the types alone, in several lines about hints ("parameter path=3 violates type hint
+    str | os.PathLike[str]"), and leave paths, devices and what is only like a sequence to code of our own.
+
     >>> @checked
     ... def read(path: str | os.PathLike[str], names: Iterable[str] | None = None): ...
     >>> read("a.pt", ["weight", 3])
