@@ -37,6 +37,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, TypeGuard, TypeVar
 
+import hypothesis
 import pytest
 from cosmic_ray import plugins
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -255,7 +256,10 @@ def run_anew(mutant: Mutant, tests: Sequence[str]) -> int:
 
 
 PYTEST = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov", "--assert=plain", "--maxfail=1"]
-PYTEST += [f"--rootdir={ROOT}"]
+PYTEST += [f"--rootdir={ROOT}", "--hypothesis-profile=mutants"]
+# What fails has failed: no deadline, which a busy machine breaks, and no search for the smallest example.
+PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+hypothesis.settings.register_profile("mutants", derandomize=True, deadline=None, phases=PHASES)
 
 
 class _Only:
@@ -266,16 +270,6 @@ class _Only:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = sorted((i for i in items if i.nodeid in self._rank), key=lambda i: self._rank[i.nodeid])
-        _be_quick()
-
-
-def _be_quick() -> None:
-    """What fails has failed: no deadline, which a busy machine breaks, and no search for the smallest example."""
-    import hypothesis
-
-    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-    hypothesis.settings.register_profile("mutants", derandomize=True, deadline=None, phases=phases)
-    hypothesis.settings.load_profile("mutants")
 
 
 # The tests of a module, once with the original and then with each mutant.
@@ -286,9 +280,6 @@ class Session:
 
     def __init__(self, module: dict[str, Any], mutants: Sequence[Mutant], report: Path, jobs: int) -> None:
         self._module, self._mutants, self._report, self._jobs = module, mutants, report, jobs
-
-    def pytest_collection_finish(self) -> None:
-        _be_quick()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -356,7 +347,8 @@ class Session:
             item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
             seconds[item.nodeid] = sum(os.times()[:4]) - started
         watched.stop()
-        data = watched.get_data()
+        with warnings.catch_warnings(action="ignore"):  # of a file of tests that runs none of these lines
+            data = watched.get_data()
         lines = {
             name: {
                 line: [test for test in tests if test in seconds]

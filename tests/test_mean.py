@@ -286,3 +286,18 @@ def test_memory_of_an_update_is_two_percent_or_a_quarter_of_a_megabyte(rows):
     # small tensors is another.
     copies = [s for _, sources in with_sources(mean._batches, mean.means, owned=True) for s in sources]
     assert len({copy.untyped_storage().data_ptr() for copy in copies}) <= 2
+
+
+def test_positions_go_on_by_one_and_begin_anew_at_a_restart():
+    weight = torch.ones(2)
+    mean = Accumulator([weight], ["weight"], Uniform())
+    for position in (None, None, 5.0, None):
+        mean.add([weight], position)
+    assert (mean.position, mean.clock, mean.n_averaged) == (6.0, 6.0, 4)
+    mean.add([torch.full((2,), float("nan"))])
+    assert (mean.position, mean.clock, mean.n_skipped) == (6.0, 7.0, 1)
+    mean.restart()
+    assert (mean.position, mean.clock, mean.n_averaged, mean.n_skipped) == (0.0, 0.0, 0, 0)
+    mean.restart(3, 1, position=4.0)
+    assert (mean.position, mean.clock, mean.n_averaged, mean.n_skipped) == (4.0, 4.0, 3, 1)
+    assert torch.equal(mean.memory[0], mean.means[0])

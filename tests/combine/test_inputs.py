@@ -153,3 +153,21 @@ def test_an_average_among_what_it_was_made_of_is_left_out(tmp_path):
     assert report.inputs == ("step1.safetensors", "step2.safetensors")
     report = polyak.average_checkpoints(elsewhere, tmp_path / "copy.safetensors")
     assert "only one checkpoint counts: what is written are its weights" in report.notes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        *(("7", 7), ("7B", 7), ("2K", 2_000), ("2kb", 2_000), ("3 MB", 3_000_000), ("1.5g", 1_500_000_000)),
+        *(
+            ("2TB", 2 * 10**12),
+            ("1KiB", 1024),
+            ("1MiB", 2**20),
+            (" 1 GiB ", 2**30),
+            ("1.5Ti", 3 * 2**39),
+            (12, 12),
+        ),
+    ],
+)
+def test_sizes_in_bytes(text, size):
+    assert parse_bytes(text) == size

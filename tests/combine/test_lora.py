@@ -334,6 +334,13 @@ def test_nan_names_the_file_and_the_output_is_not_made(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
+@pytest.mark.parametrize(("rank", "alpha"), [(None, 1.0), (2, 1.0), (1, 1.0), (4, 4.0)])
+def test_alpha_is_that_of_the_inputs_where_the_rank_is(tmp_path, rank, alpha):
+    a = kohya_adapter(tmp_path / "a.safetensors", 1, 2, 1.0)
+    polyak.average_checkpoints([a], tmp_path / "out.safetensors", rank=rank)
+    assert checkpoints.open(tmp_path / "out.safetensors").read("lora_unet_mid_attn.alpha").item() == alpha
+
+
 # What is refused.
 
 

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from polyak import EMA, Tail
 from polyak.trajectory import Block
 from polyak.trajectory._explain import explain
-from polyak.trajectory._policy import Pace, block_steps_after, pair_to_merge, steps_worth_writing
+from polyak.trajectory._policy import (
+    BackgroundWriter,
+    Pace,
+    block_steps_after,
+    pair_to_merge,
+    steps_worth_writing,
+)
 
 FLOOR = 0.02
 
@@ -114,6 +120,7 @@ def test_nothing_to_merge() -> None:
     assert pair_to_merge([1, 1, 1], 2, kept={0, 1}) is None
 
 
+@settings(deadline=None, max_examples=50)
 @given(lengths=st.lists(st.integers(1, 60), min_size=2, max_size=9), kept=st.sets(st.integers(0, 7)))
 def test_the_finest_pair_for_its_age_merges(lengths: list[int], kept: set[int]) -> None:
     run = sum(lengths)
@@ -159,6 +166,7 @@ def test_the_pace_is_that_of_the_steps_since_the_last_restart(monkeypatch: pytes
         pace.restart()
     assert (pace.block_steps(), str(pace)) == (4, "0 s to train and 0 s to write")
     pace.stop()
+    now = 1.0
     for _ in range(5):
         pace.tick()
         now += 0.25
@@ -172,3 +180,18 @@ def test_the_pace_is_that_of_the_steps_since_the_last_restart(monkeypatch: pytes
     pace.tick()
     pace.stop()  # not one step was taken
     assert pace.block_steps() == 8
+
+
+def test_a_job_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+
+    def job() -> None:
+        nonlocal now
+        now += 2.5
+
+    writer = BackgroundWriter()
+    assert writer.wait() is None
+    writer.submit(job)
+    assert writer.wait() == 2.5
+    writer.stop()

@@ -144,7 +144,7 @@ def explain(profile: Profile, blocks: Sequence[Block], *, beside: bool = False) 
     return Explanation(profile, blocks, np.array(row[: len(blocks)]), row[-1] if beside else 0.0)
 
 
-def block_coefficients(profile: Profile, blocks: Sequence[Block], *, beside: bool = False) -> list[float]:
+def block_coefficients(profile: Profile, blocks: Sequence[Block], *, beside: bool) -> list[float]:
     """One coefficient per block, with ``beside`` one more for the live weights; they sum to 1.
 
     Raises:
