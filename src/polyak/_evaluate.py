@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from polyak import checkpoints
 from polyak._checks import Difference, warn_user
 from polyak._model import ModelTensors, NamedTensor, bare_model, local
 from polyak._swap import Swap, modes, undoing
 from polyak.batchnorm import tracks_statistics, update_bn
+from polyak.combine import write_completed
 from polyak.errors import NotStartedError, OptionError, StructureError, name_list
 from polyak.trajectory import Trajectory
 
@@ -333,13 +333,16 @@ def write_weights(
     model: nn.Module,
     weights: Mapping[str, Tensor],
     *,
+    trajectory: Trajectory,
     recalibrate: Iterable[Any] | None = None,
     metadata: Mapping[str, str],
+    like: str | PathLike[str] | None = None,
     overwrite: bool = False,
-) -> None:
+) -> list[str]:
     """Write the whole model with ``weights`` in it; averaged parameters keep the average's dtype.
 
-    Raises as :func:`averaged` and :func:`polyak.checkpoints.write` do.
+    What lies beside the checkpoints of the ``trajectory`` comes along where the output needs it. Returns notes about
+    the output, one sentence each. Raises as :func:`averaged` and ``combine.write_completed`` do.
     """
     canonical = ModelTensors(model).all_names()
     ours = {canonical.get(name, name): value for name, value in weights.items()}
@@ -350,7 +353,8 @@ def write_weights(
                 averaged_here = entry.kind == "parameter" and entry.name in ours
                 value = ours[entry.name] if averaged_here else entry.tensor.detach()
                 tensors |= dict.fromkeys((entry.name, *entry.aliases), value)
-        checkpoints.write(path, tensors, metadata=metadata, overwrite=overwrite)
+        inputs = [checkpoint for checkpoint in trajectory.checkpoints if checkpoint is not None]
+        return write_completed(path, tensors, inputs, metadata=metadata, like=like, overwrite=overwrite)
 
 
 def refuse_one_pass(recalibrate: Iterable[Any] | None) -> None:

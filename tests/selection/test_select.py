@@ -63,6 +63,7 @@ def test_an_average_is_chosen_where_the_run_circles_and_the_model_is_as_before(r
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in choice.weights().items())
 
 
+@pytest.mark.filterwarnings("ignore:the blocks are too long")
 def test_scores_are_those_of_the_averages_and_the_best_is_simply_the_best(recorded):
     model, trajectory = recorded
     choice = select(recorded)
@@ -410,6 +411,7 @@ def streamed(trajectory, profiles):
         yield profile, {name: tensor.double().clone() for name, tensor in weights.items()}
 
 
+@pytest.mark.filterwarnings("ignore:the blocks are too long")
 def test_nested_tails_are_the_averages_that_the_trajectory_makes_alone(recorded_stream, little_memory):
     tails = [Tail(1.0), Tail(0.02), Tail(steps=3), Tail(0.31), Tail(0.3), Tail(steps=200)]
     found = dict(streamed(recorded_stream, tails))

@@ -415,6 +415,19 @@ def write(
 
     Raises as ``create``; ``StructureError`` also for sparse and meta tensors.
     """
+    layout = layout_of(tensors, path, ties=ties, metadata=metadata)
+    with create(path, layout, format=format, overwrite=overwrite) as writer:
+        writer.fill(tensors)
+
+
+def layout_of(
+    tensors: Mapping[str, Tensor],
+    path: str | PathLike[str],
+    *,
+    ties: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Layout:
+    """How ``write`` lays these out; raises ``StructureError`` for sparse and meta tensors."""
     unwritable = [
         name for name, tensor in tensors.items() if tensor.is_meta or tensor.layout != torch.strided
     ]
@@ -424,9 +437,7 @@ def write(
         )
     shared = _shared(tensors)
     infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items() if name not in shared}
-    layout = Layout(infos, {**shared, **(ties or {})}, metadata or {})
-    with create(path, layout, format=format, overwrite=overwrite) as writer:
-        writer.fill(tensors)
+    return Layout(infos, {**shared, **(ties or {})}, metadata or {})
 
 
 @checked

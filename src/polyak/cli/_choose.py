@@ -165,6 +165,9 @@ def select(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the model with the best weights here.")
     ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Nest the weights as in this torch checkpoint, with its settings.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print every candidate as JSON.")] = False,
 ) -> None:
@@ -178,6 +181,7 @@ def select(
     polyak select ckpts/ --model my.model:build --score my.data:losses --recalibrate my.data:loader
     polyak select ckpts/ --model my.model:build --score my.data:losses --holdout my.data:test_losses
     polyak select run/ --model my.model:build --score my.data:losses --prepare my.model:quantise
+    polyak select outputs/ --model my.model:build --score my.data:losses -o best      # from_pretrained("best")
 
     The score function gets the model in evaluation mode and returns a tensor with one loss per example: then every
     difference to the live weights comes with an interval, and what is as good but simpler is named. Or it returns
@@ -188,18 +192,22 @@ def select(
     from polyak.checkpoints._checkpoint import format_for
     from polyak.checkpoints._io import AtomicOutput
 
+    if like is not None and output is None:
+        raise OptionError("--like is about the output: give -o as well, or leave it out")
     if output is not None:
         format_for(output, None)
         AtomicOutput(output, overwrite=force)  # refused before anything is scored
     questions = Questions(model, score, mode, profiles, recalibrate, holdout, prepare)
     choice = answered(opened(inputs, HowToRead(key, steps, last, allow)), questions).choice
-    if output is not None:
-        choice.write(output, overwrite=force)
+    notes = [] if output is None else choice.write(output, like=like, overwrite=force)
     if as_json:
         written = None if output is None else str(output)
-        typer.echo(json.dumps(choice.to_dict() | {"output": written}, indent=2))
-    else:
-        typer.echo(str(choice) if output is None else f"{choice}\n{_terminal.wrote(output)}")
+        typer.echo(json.dumps(choice.to_dict() | {"output": written, "notes": notes}, indent=2))
+        return
+    typer.echo(str(choice))
+    if output is not None:
+        for line in (*notes, _terminal.wrote(output)):
+            typer.echo(_terminal.printable(line))
 
 
 # ``polyak report``: one page about a run.

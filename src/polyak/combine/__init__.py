@@ -9,6 +9,7 @@ from polyak.combine._offline import (
     batchnorm_statistics,
     is_statistic,
 )
+from polyak.combine._outputs import write_completed
 
 __all__ = [
     "AverageReport",
@@ -23,4 +24,5 @@ __all__ = [
     "common_layout",
     "is_averaged",
     "is_statistic",
+    "write_completed",
 ]

@@ -19,7 +19,7 @@ from polyak._checks import checked, warn_user
 from polyak._distributed import RankGroup
 from polyak.checkpoints import _base, _io
 from polyak.checkpoints._checkpoint import format_for
-from polyak.combine import _inputs, _lora, _nesting, _outputs, _ranks
+from polyak.combine import _inputs, _lora, _outputs, _ranks
 from polyak.combine._engine import Progress, combine
 from polyak.combine._inputs import Budget, is_averaged
 from polyak.combine._reading import Paths, Reading, read_inputs
@@ -189,10 +189,9 @@ class Plan:
         self._memory_bytes()
 
     def _plan_one(self, layout: checkpoints.Layout, output: Path) -> None:
-        self.layout, self.output_notes = _outputs.completed(layout, self.opened, output)
-        if self.like is not None:
-            self.layout, note = _nesting.nested_like(self.layout, Path(self.like), self.key, output)
-            self.output_notes = [*self.output_notes, note]
+        self.layout, self.output_notes = _outputs.completed(
+            layout, self.opened, output, like=self.like, key=self.key
+        )
 
     def _refuse_parts_of_adapters(self) -> None:
         if self.lora != "factors" and any(one.parts and _lora.is_adapter(one) for one in self.opened):

@@ -6,24 +6,54 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from polyak.checkpoints import Checkpoint, Layout
-from polyak.checkpoints._checkpoint import format_for
+from polyak.checkpoints import Checkpoint, Layout, create
+from polyak.checkpoints._checkpoint import format_for, layout_of
 from polyak.checkpoints._huggingface import library_stem
 from polyak.checkpoints._io import SIDECAR
+from polyak.combine._nesting import nested_like
 from polyak.errors import CheckpointError, name_list
 
-__all__ = ["completed", "small_files"]
+__all__ = ["completed", "small_files", "write_completed"]
 
 
-def completed(layout: Layout, inputs: Sequence[Checkpoint], output: Path) -> tuple[Layout, list[str]]:
+def write_completed(
+    path: str | PathLike[str],
+    tensors: Mapping[str, Tensor],
+    inputs: Sequence[Checkpoint],
+    *,
+    metadata: Mapping[str, str],
+    like: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write tensors as a model of the ``inputs``, to be loaded where they are; the notes of :func:`completed`.
+
+    Raises as ``checkpoints.write`` and :func:`completed`.
+    """
+    output = Path(path)
+    layout, notes = completed(layout_of(tensors, path, metadata=metadata), inputs, output, like=like)
+    with create(path, layout, overwrite=overwrite) as writer:
+        writer.fill(tensors)
+    return notes
+
+
+def completed(
+    layout: Layout,
+    inputs: Sequence[Checkpoint],
+    output: Path,
+    *,
+    like: str | PathLike[str] | None = None,
+    key: str | None = None,
+) -> tuple[Layout, list[str]]:
     """The layout with what else ``output`` needs to be loaded, and notes about it, one sentence each.
 
-    Raises ``CheckpointError`` if a file beside the inputs cannot be read.
+    Raises ``CheckpointError`` if a file beside the inputs cannot be read; with ``like`` as ``nested_like`` does.
     """
     format = format_for(output, None)
     notes = list(_ties_note(layout, output)) if format == "safetensors" else []
@@ -36,6 +66,9 @@ def completed(layout: Layout, inputs: Sequence[Checkpoint], output: Path) -> tup
             f"{output.name} has no {name_list(_configs(folders[0]))} beside it: where it is to be loaded by "
             "from_pretrained, name an output without a suffix, which becomes a folder"
         )
+    if like is not None:
+        layout, note = nested_like(layout, Path(like), key, output)
+        notes.append(note)
     return layout, notes
 
 
@@ -153,7 +186,8 @@ _TRIVIAL = {
 def _changed_dtype(layout: Layout, first: Checkpoint) -> torch.dtype | None:
     """The one dtype of the floating-point tensors written, where the first input has another."""
     written = {info.dtype for info in layout.tensors.values() if info.dtype.is_floating_point}
-    is_changed = any(info.dtype != first.tensors[name].dtype for name, info in layout.tensors.items())
+    before = {name: info.dtype for name, info in first.tensors.items()}
+    is_changed = any(info.dtype != before.get(name, info.dtype) for name, info in layout.tensors.items())
     return written.pop() if is_changed and len(written) == 1 else None
 
 

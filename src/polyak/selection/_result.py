@@ -423,23 +423,43 @@ class Selection:
         """
         apply_weights(model, *self._best())
 
-    def write(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
+    def write(
+        self,
+        path: str | PathLike[str],
+        *,
+        like: str | PathLike[str] | None = None,
+        overwrite: bool = False,
+    ) -> list[str]:
         """Write the model with the best weights; the ending says the format, see :mod:`polyak.checkpoints`.
 
         The file holds the whole model, averaged parameters in the average's own dtype. What is not averaged
-        is read from the model that was given to ``select``, as it is now; it is left as it is.
+        is read from the model that was given to ``select``, as it is now; it is left as it is. Where the trajectory's
+        checkpoints are folders of transformers, diffusers or PEFT, an output without a suffix becomes a folder that
+        ``from_pretrained`` loads, with their configs.
+
+        Args:
+            path: the output.
+            like: a torch checkpoint, such as one of the trajectory's, that a torch output is nested like, with its
+                settings, as for :func:`polyak.average_checkpoints`.
+            overwrite: replace an output that is there.
+
+        Returns:
+            Notes about what was copied, left out or is missing beside the output, one sentence each.
 
         Raises:
             OutputExistsError: ``path`` exists and ``overwrite`` is False.
+            OptionError, StructureError: ``like`` is not nested, or holds other tensors.
             NonFiniteError: no candidate has a finite score.
         """
         weights, recalibrate = self._best()
-        write_weights(
+        return write_weights(
             path,
             self._model,
             weights,
+            trajectory=self._trajectory,
             recalibrate=recalibrate,
             metadata={"polyak.profile": self.best.name, "polyak.score": repr(self.best.score)},
+            like=like,
             overwrite=overwrite,
         )
 

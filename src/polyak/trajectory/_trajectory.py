@@ -16,6 +16,7 @@ from polyak import checkpoints
 from polyak._checks import checked, warn_user
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer
 from polyak.combine import MemoryWriter, _inputs, batchnorm_statistics, combine, common_layout, is_averaged
+from polyak.combine._outputs import completed
 from polyak.combine._reading import Reading, read_inputs
 from polyak.errors import CheckpointError, NotStartedError, OptionError, name_list
 from polyak.profiles import Profile, Weights, as_profile, without_live
@@ -343,7 +344,9 @@ class Trajectory:
         Raises as :meth:`average`; ``OutputExistsError``.
         """
         row = self._coefficients(profile)
-        layout = replace(self._assembly.layout(row), metadata={"polyak.profile": str(profile)})
+        inputs = [checkpoint for checkpoint in self._inputs if checkpoint is not None]
+        layout, _ = completed(self._assembly.layout(row), inputs, Path(path))
+        layout = replace(layout, metadata={"polyak.profile": str(profile)})
         counts = [*(block.count for block in self.blocks), 1]
         n_samples = sum(count for count, a in zip(counts, row, strict=False) if a)
         if n_samples > 1 and (statistics := batchnorm_statistics(layout.tensors)):
