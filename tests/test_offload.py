@@ -401,10 +401,10 @@ def test_a_sample_that_was_waited_for_fails_at_once_and_lets_its_weights_go(foll
     ):
         update()
     offload = accumulator._offload
-    assert not offload._sources and not offload._copies and offload not in _offload.under_way
+    assert not offload._sources and not offload._copies and offload not in _offload._under_way
     update()
     assert average.n_averaged == 1
-    assert not offload._sources and not offload._copies and offload not in _offload.under_way
+    assert not offload._sources and not offload._copies and offload not in _offload._under_way
 
 
 def test_an_interrupt_while_it_is_waited_for_loses_nothing():
