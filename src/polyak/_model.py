@@ -391,7 +391,8 @@ class Binding:
 
     def averaged_buffers(self) -> list[Tensor]:
         """The model's buffers that are averaged."""
-        return local(e.tensor for e in self.tensors.values() if e.kind == "buffer" and e.name in self.names)
+        averaged = set(self.names)
+        return local(e.tensor for e in self.tensors.values() if e.kind == "buffer" and e.name in averaged)
 
     def places(self) -> list[Place]:
         """Where every tensor of the model stands now."""

@@ -546,8 +546,9 @@ class Average:
         others = [e.tensor for e in entries if e.name not in means]
         if not self.swapped:  # what is not averaged here must not be another average's
             refuse_swapped(local(others))
-        own = {e.name for e in entries if e.kind == "parameter" or not self.swapped}
-        return {e.name: means[e.name] if e.name in means.keys() & own else e.tensor for e in entries}
+        swapped = self.swapped
+        own = {e.name for e in entries if e.name in means and (e.kind == "parameter" or not swapped)}
+        return {e.name: means[e.name] if e.name in own else e.tensor for e in entries}
 
     def _named(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         binding = self._binding
