@@ -425,3 +425,14 @@ def test_averages_under_keys_of_other_spellings(tmp_path, key):
         put(tmp_path / f"{step}.pt", 50, **{key: {"w": torch.full((2,), float(step))}})
     polyak.average_checkpoints(tmp_path, tmp_path / "out.npz")
     assert checkpoints.open(tmp_path / "out.npz").read("w")[0] == 1.5
+
+
+def test_only_numbered_folders_below_a_model_are_checkpoints_of_its_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "before"):
+        put_hf(folder, "model.safetensors", torch.ones(2))
+    put(tmp_path / "step_5.pt", 5)
+    assert [item.path for item in read_inputs(tmp_path).required().taken] == [tmp_path]
+    for step in (1, 2):
+        put_hf(tmp_path / f"checkpoint-{step}", "model.safetensors", torch.ones(2))
+    taken = read_inputs(tmp_path).required().taken
+    assert [item.name for item in taken] == ["checkpoint-1", "checkpoint-2"]
