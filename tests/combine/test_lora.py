@@ -341,6 +341,14 @@ def test_alpha_is_that_of_the_inputs_where_the_rank_is(tmp_path, rank, alpha):
     assert checkpoints.open(tmp_path / "out.safetensors").read("lora_unet_mid_attn.alpha").item() == alpha
 
 
+def test_progress_counts_the_bytes_of_the_factors(tmp_path):
+    inputs = [kohya_adapter(tmp_path / f"{seed}.safetensors", seed, 2, 1.0) for seed in range(2)]
+    seen = []
+    polyak.average_checkpoints(inputs, tmp_path / "out.safetensors", progress=lambda *at: seen.append(at))
+    linear, conv = 4 * (2 * 6 + 5 * 2), 4 * (2 * 27 + 7 * 2)
+    assert seen[:2] == [(2 * linear, 2 * (linear + conv)), (2 * (linear + conv),) * 2]
+
+
 # What is refused.
 
 
@@ -459,6 +467,8 @@ def test_options_that_do_not_fit(tmp_path):
     with pytest.raises(OptionError, match="no LoRA adapter") as caught:
         Plan([tmp_path / "model.safetensors"], tmp_path / "out.safetensors", rank=3)
     assert caught.value.for_command.endswith("leave out --rank and --lora")
+    with pytest.raises(OptionError, match="no LoRA adapter"):
+        Plan([tmp_path / "model.safetensors"], tmp_path / "out.safetensors", lora="factors")
     with pytest.raises(StructureError, match=r"model\.safetensors.*hold no LoRA adapter"):
         Plan([a, tmp_path / "model.safetensors"], tmp_path / "out.safetensors")
 

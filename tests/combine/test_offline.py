@@ -182,3 +182,13 @@ def test_an_input_cut_short_while_it_is_read(tmp_path, suffix):
     with pytest.raises(CheckpointError, match="step2"):
         polyak.average_checkpoints(tmp_path, tmp_path / f"average{suffix}", progress=cut)
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["step1", "step2"]
+
+
+def test_an_output_in_float64_is_summed_in_it(tmp_path):
+    values = [torch.tensor([1.0, 1e-4]) / (k + 1) for k in range(7)]
+    for k, value in enumerate(values):
+        checkpoints.write(tmp_path / f"{k}.safetensors", {"w": value})
+    inputs = sorted(tmp_path.glob("*.safetensors"))
+    polyak.average_checkpoints(inputs, tmp_path / "out.pt", dtype="fp64")
+    expected = torch.stack(values).double().mean(0)
+    torch.testing.assert_close(checkpoints.open(tmp_path / "out.pt").read("w"), expected, rtol=1e-14, atol=0)

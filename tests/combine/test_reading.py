@@ -475,3 +475,14 @@ def test_runs_of_one_step_each_are_said_to_be_two(tmp_path):
         put(path, 1)
     unordered = read_inputs(paths).unordered
     assert "trial-0/step_5.pt and trial-1/step_5.pt are both of step 5, as of two runs" in str(unordered)
+
+
+def test_only_numbered_folders_below_a_model_are_checkpoints_of_its_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "before"):
+        put_hf(folder, "model.safetensors", torch.ones(2))
+    put(tmp_path / "step_5.pt", 5)
+    assert [item.path for item in read_inputs(tmp_path).required().taken] == [tmp_path]
+    for step in (1, 2):
+        put_hf(tmp_path / f"checkpoint-{step}", "model.safetensors", torch.ones(2))
+    taken = read_inputs(tmp_path).required().taken
+    assert [item.name for item in taken] == ["checkpoint-1", "checkpoint-2"]
