@@ -187,7 +187,7 @@ def adamw(model: nn.Module, rate: float) -> Optimizer:
 TASKS = {
     task.name: task
     for task in (
-        Task("images", images, small_preresnet, sgd, unit_steps=480, rates=(0.03, 0.1, 0.3)),
+        Task("images", images, small_preresnet, sgd, unit_steps=480, rates=(0.01, 0.03, 0.1)),
         Task(
             "text",
             speeches,

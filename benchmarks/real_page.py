@@ -1,21 +1,14 @@
-"""The study of `real_tasks` as a section of docs/results.md, and its map as the figure docs/averaging_pays.svg.
-
-python benchmarks/real_page.py        writes the figure from benchmarks/results/real_tasks.json
-"""
+"""The study of `real_tasks` as a section of docs/results.md."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from page_tables import difference, mean, table
 
 __all__ = ["real_tasks"]
 
-ROOT = Path(__file__).parent.parent
-FIGURE = ROOT / "docs" / "averaging_pays.svg"
 SIGNIFICANT = 0.05
 WHAT = {
     "images": "Fashion-MNIST, 2,048 images in batches of 32, an eight-layer ResNet with BatchNorm of 20,506 parameters",
@@ -23,7 +16,6 @@ WHAT = {
     "parameters",
 }
 AVERAGES = ("SWA", "EMA", "selected")
-COLOURS = {"SWA": "#0072b2", "EMA": "#d55e00", "selected": "#009e73"}
 
 
 def real_tasks(data: dict[str, Any]) -> str:
@@ -266,43 +258,3 @@ def paper_text(paper: dict[str, Any]) -> str:
 def percent(entry: dict[str, float]) -> str:
     p = "p < 0.001" if entry["p_value"] < 0.001 else f"p = {entry['p_value']:.3f}"
     return f"{100 * entry['mean']:+.2f} ({p})"
-
-
-# The map as a figure.
-
-
-def draw(data: dict[str, Any], path: Path) -> None:
-    """A panel for each task and rate: averages minus the tuned decay, with standard errors, over the budget."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update(
-        {"svg.fonttype": "none", "svg.hashsalt": "polyak", "font.family": "sans-serif"}
-    )
-    from matplotlib import pyplot as plt
-
-    rates = {name: data["settings"]["tasks"][name]["rates"] for name in data["tasks"]}
-    figure, axes = plt.subplots(
-        len(rates), max(map(len, rates.values())), figsize=(10, 3 * len(rates)), squeeze=False, sharex=True
-    )
-    figure.set_layout_engine("constrained")
-    for row, (name, tried) in zip(axes, rates.items(), strict=True):
-        for axis in row[len(tried) :]:
-            axis.set_axis_off()
-        for axis, rate in zip(row, tried, strict=False):
-            cells = [cell for cell in data["tasks"][name]["map"] if cell["rate"] == rate]
-            budgets = [cell["budget"] for cell in cells]
-            for kind, colour in COLOURS.items():
-                found = [cell["minus"]["tuned decay"][kind] for cell in cells]
-                means, errors = ([d[part] for d in found] for part in ("mean", "stderr"))
-                axis.errorbar(budgets, means, errors, color=colour, marker="o", label=kind)
-            axis.axhline(0, color="#808080", linewidth=1)
-            axis.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
-            axis.set(title=f"{name}, rate {rate:g}", xlabel="budget")
-        row[0].set_ylabel("test NLL minus the tuned decay's")
-    axes[0][0].legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    draw(json.loads((ROOT / "benchmarks" / "results" / "real_tasks.json").read_text()), FIGURE)
