@@ -35,7 +35,7 @@ AVERAGE, CHOSEN = "average chosen unquantised", "average chosen quantised"
 FULL = "32"
 
 # What the decayed run is tuned over, on seeds that are not reported on.
-DECAYS, RATES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0), (0.01, 0.03, 0.1, 0.3)
+DECAYS, RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), (0.03, 0.1, 0.15, 0.3)
 TUNING_SEEDS = range(1000, 1005)
 
 # Test losses by bits, then by what is shipped.

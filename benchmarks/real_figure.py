@@ -22,7 +22,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
     )
     from matplotlib import pyplot as plt
 
-    rates = {name: data["settings"]["tasks"][name]["rates"] for name in data["tasks"]}
+    rates = {name: data["settings"]["tasks"][name]["reported"] for name in data["tasks"]}
     figure, axes = plt.subplots(
         len(rates), max(map(len, rates.values())), figsize=(10, 3 * len(rates)), squeeze=False, sharex=True
     )

@@ -244,7 +244,7 @@ def paper_text(paper: dict[str, Any]) -> str:
         for rise in paper["rises"]
     ]
     return (
-        "`examples/paper_recipe.py` on 2,048 images of Fashion-MNIST: the eight-layer ResNet, 30 epochs a budget in "
+        "`examples/paper_recipe.py` on 1,024 images of Fashion-MNIST: the eight-layer ResNet, 30 epochs a budget in "
         f"batches of 64, the paper's rates; {len(paper['seeds'])} seeds, mean ± standard error, differences at the "
         "same budget paired over seeds. SWA samples after epochs 26 to 30 of the first budget, and to 38 and 45 of the "
         "larger ones.\n\n"

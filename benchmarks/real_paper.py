@@ -17,7 +17,7 @@ from real_data import paper_recipe
 
 __all__ = ["paper_seed", "paper_summary"]
 
-PAPER_EPOCHS, PAPER_IMAGES, PAPER_BATCH, PAPER_TESTED = 30, 2048, 64, 4000
+PAPER_EPOCHS, PAPER_IMAGES, PAPER_BATCH, PAPER_TESTED = 30, 1024, 64, 4000
 RADII, DIRECTIONS, LOOKED_AT = (0.1, 0.2, 0.3), 3, 512
 
 

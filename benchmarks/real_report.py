@@ -74,7 +74,7 @@ def task_summary(name: str, found: Found) -> dict[str, Any]:
     lengths = {budget: round(budget * task.unit_steps) for budget in BUDGETS}
     places = [
         {"budget": budget, "steps": steps, "rate": rate}
-        for (budget, steps), rate in product(lengths.items(), task.rates)
+        for (budget, steps), rate in product(lengths.items(), task.reported_rates)
     ]
     return {
         "map": [place | cell(seeds, tuning, place["rate"], place["steps"]) for place in places],

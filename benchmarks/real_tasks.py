@@ -81,9 +81,9 @@ def tuning_jobs(task: str, data: Path) -> list[Job]:
 
 
 def report_jobs(task: str, seeds: Sequence[int], data: Path, work: Path) -> list[Job]:
-    """All rates on all seeds, with what was tuned."""
+    """All rates that are reported on, on all seeds, with what was tuned."""
     tuning = Tuning(tried_of(task, work))
-    cells = {rate: cells_of(tuning, steps_of(TASKS[task]), rate) for rate in TASKS[task].rates}
+    cells = {rate: cells_of(tuning, steps_of(TASKS[task]), rate) for rate in TASKS[task].reported_rates}
     return [Job(task, seed, data, rate, cells[rate]) for seed, rate in product(seeds, cells)]
 
 
@@ -110,7 +110,7 @@ def collected(work: Path) -> dict[str, Found]:
     found = {}
     for task in FOLDERS:
         parts = [json.loads(path.read_text()) for path in sorted((work / task / "report").glob("*.json"))]
-        rates = len(TASKS[task].rates) if task in TASKS else 1
+        rates = len(TASKS[task].reported_rates) if task in TASKS else 1
         by_seed = {seed: [part["found"] for part in parts if part["seed"] == seed] for seed in _seeds(parts)}
         whole = {seed: scores for seed, scores in by_seed.items() if len(scores) == rates}
         found[task] = Found(tried_of(task, work), whole)
@@ -142,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
             "sample_steps": SAMPLE_STEPS,
             "grid": {family: list(map(str, grid)) for family, grid in FAMILIES.items()},
             "tasks": {
-                name: {"unit_steps": task.unit_steps, "rates": task.rates} for name, task in TASKS.items()
+                name: {"unit_steps": task.unit_steps, "rates": task.rates, "reported": task.reported_rates}
+                for name, task in TASKS.items()
             },
         }
         head = {"benchmark": "real_tasks", "environment": harness.environment(("polyak", "scipy"))}

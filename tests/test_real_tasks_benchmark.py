@@ -27,7 +27,7 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleTyp
     for name, value in sizes.items():
         monkeypatch.setattr(data, name, value)
     for name, task in list(data.TASKS.items()):
-        small = replace(task, rates=(0.01,), unit_steps=16, warmup_steps=2)
+        small = replace(task, rates=(0.01,), reported_rates=(0.01,), unit_steps=16, warmup_steps=2)
         monkeypatch.setitem(data.TASKS, name, small)
     for module in (scores, study):
         monkeypatch.setattr(module, "BUDGETS", (1.0,))
@@ -216,9 +216,9 @@ def write_made_up_study(work: Path) -> None:
         lengths = scores.steps_of(task)
         write(name, "tuning", 1000, 0, made_up_tried(task, lengths, tuning.FAMILIES))
         for seed in range(4):
-            for rate in task.rates:
+            for rate in task.reported_rates:
                 write(name, "report", seed, rate, made_up_cells(rate, lengths, seed))
-        write(name, "report", 4, task.rates[0], [])
+        write(name, "report", 4, task.reported_rates[0], [])
     for seed in range(4):
         write("paper", "report", seed, 0, made_up_paper(len(import_module("real_paper").RADII), seed))
 
@@ -237,7 +237,7 @@ def test_what_follows_is_written_as_tables_a_page_and_a_figure(
     for name, task in import_module("real_data").TASKS.items():
         summary = found["tasks"][name]
         assert summary["seeds"] == [0, 1, 2, 3]
-        assert len(summary["map"]) == 4 * len(task.rates)
+        assert len(summary["map"]) == 4 * len(task.reported_rates)
         for cell in summary["map"]:
             ahead = cell["minus"]["tuned decay"]["selected"]
             assert ahead["mean"] == pytest.approx(-0.1, abs=0.03) and ahead["p_value"] < 0.05
@@ -248,7 +248,7 @@ def test_what_follows_is_written_as_tables_a_page_and_a_figure(
         assert rank["pays_where_positive"] == [rank["runs"]] * 2
     page = import_module("real_page")
     written = page.real_tasks(found)
-    cells = 4 * len(task.rates)
+    cells = 4 * len(task.reported_rates)
     assert f"SWA is ahead of the tuned decay beyond chance in {cells} of {cells} cells" in written
     assert "On the edge of the grid: none." in written
     import_module("real_figure").draw(found, tmp_path / "map.svg")
