@@ -194,7 +194,7 @@ TASKS = {
             small_preresnet,
             sgd,
             unit_steps=480,
-            rates=(0.01, 0.03, 0.1),
+            rates=(0.01, 0.03, 0.1, 0.3),
             reported_rates=(0.03, 0.1),
         ),
         Task(

@@ -34,13 +34,13 @@ DECAYS = [
     for schedule in (CONSTANT, *(f"linear:{share}" for share in (0.05, 0.1, 0.2, 0.4, 0.7)), COSINE)
 ]
 SWAS = [
-    *(Setting(CONSTANT, f"swa:{start}") for start in (0.25, 0.5, 0.75, 0.9)),
+    *(Setting(CONSTANT, f"swa:{start}") for start in (0.25, 0.5, 0.75, 0.9, 0.95)),
     *(Setting(f"swa:{factor}", f"swa:{SWA_START}") for factor in (0.5, 0.2, 0.05)),
 ]
-EMAS = [Setting(CONSTANT, f"ema:{share}") for share in (0.02, 0.05, 0.1, 0.2, 0.4)]
+EMAS = [Setting(CONSTANT, f"ema:{share}") for share in (0.015, 0.02, 0.05, 0.1, 0.2, 0.4)]
 FAMILIES = {"decay": DECAYS, "SWA": SWAS, "EMA": EMAS, "selected": [Setting(CONSTANT, "selected")]}
 # What a wider grid would go beyond. There is no decay shorter than none or longer than a cosine over the whole run.
-EDGES = {SWAS[0], SWAS[3], SWAS[-1], EMAS[0], EMAS[-1]}
+EDGES = {SWAS[0], SWAS[4], SWAS[-1], EMAS[0], EMAS[-1]}
 
 
 class Tuning:
