@@ -46,6 +46,7 @@ class Task:
     build_model: Callable[[], nn.Module]
     optimizer: Callable[[nn.Module, float], Optimizer]
     unit_steps: int
+    batch: int
     rates: tuple[float, ...]
     reported_rates: tuple[float, ...]
     warmup_steps: int = 0
@@ -194,6 +195,7 @@ TASKS = {
             small_preresnet,
             sgd,
             unit_steps=480,
+            batch=IMAGE_BATCH,
             rates=(0.01, 0.03, 0.1, 0.3),
             reported_rates=(0.03, 0.1),
         ),
@@ -203,6 +205,7 @@ TASKS = {
             ByteTransformer,
             adamw,
             unit_steps=480,
+            batch=TEXT_BATCH,
             rates=(7e-4, 2e-3, 6e-3),
             reported_rates=(2e-3, 6e-3),
             warmup_steps=30,

@@ -21,7 +21,9 @@ AVERAGES = ("SWA", "EMA", "selected")
 def real_tasks(data: dict[str, Any]) -> str:
     """The map, what averaging adds to decayed runs, the predictor, and the paper's table."""
     settings = data["settings"]
-    grid = "; ".join(f"{family}: {', '.join(names)}" for family, names in settings["grid"].items())
+    grid = "; ".join(
+        f"{family}: {', '.join(names)}" for family, names in settings["grid"].items() if len(names) > 1
+    )
     tuned_on = len(settings["tuning_seeds"])
     parts = [
         "Runs of 0.5, 1, 1.5 and 2 budgets, test losses in nats per image or byte. Within a row all took the "
@@ -63,7 +65,7 @@ def task_text(name: str, task: dict[str, Any], settings: dict[str, Any]) -> str:
                 (
                     _place(cell),
                     *(difference(cell["minus"]["tuned decay"][kind]) for kind in AVERAGES),
-                    cell["tuned"]["decay"].removesuffix(", live"),
+                    cell["tuned"]["decay"],
                 )
                 for cell in task["map"]
             ],
@@ -91,7 +93,7 @@ def task_text(name: str, task: dict[str, Any], settings: dict[str, Any]) -> str:
                 (
                     _place(cell),
                     *(
-                        difference(cell["minus_recalibrated"][kind])
+                        difference(cell["minus_recalibrated"][kind]) or "0"
                         for kind in ("average", "selected", "blends too")
                     ),
                     f"{cell['blends_chosen']} of {seeds}",
@@ -100,21 +102,24 @@ def task_text(name: str, task: dict[str, Any], settings: dict[str, Any]) -> str:
             ],
         ),
         _harm(task["on_decayed"]),
-        "`fit(signed=True)` on the validation examples, at the rate of the best decay, minus what `select` chose on "
-        "the same examples, and minus the last weights:",
+        f"`fit(signed=True)` on the validation examples, {task['fit_examples']:,} of them forward and backward, at the "
+        "rate of the best decay: minus what `select` chose on the same examples, and minus the last decayed weights:",
         table(
             (
-                "budgets, steps",
+                "budgets, steps, examples trained on",
                 "constant rate, minus selected",
+                "constant rate, minus decayed",
                 "decayed, minus selected",
-                "decayed, minus last weights",
+                "decayed, minus decayed",
             ),
             [
                 (
-                    f"{one['budget']:g}, {one['steps']}",
-                    difference(one["minus"]["constant"]["blends too"]),
-                    difference(one["minus"]["decayed"]["blends too"]),
-                    difference(one["minus"]["decayed"]["recalibrated"]),
+                    f"{one['budget']:g}, {one['steps']}, {one['steps'] * settings['batch']:,}",
+                    *(
+                        difference(one["minus"][run][kind])
+                        for run in ("constant", "decayed")
+                        for kind in ("selected", "decay")
+                    ),
                 )
                 for one in task["fitted"]
             ],

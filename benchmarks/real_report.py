@@ -21,6 +21,7 @@ from polyak.demo._study import Difference, mean_and_error, paired_difference
 from real_data import TASKS
 from real_paper import paper_summary
 from real_runs import BUDGETS
+from real_scores import FIT_EXAMPLES, FIT_STEPS
 from real_tuning import FAMILIES, Tuning
 
 __all__ = ["AVERAGES", "LEAST_SEEDS", "Found", "summary", "tables"]
@@ -87,6 +88,7 @@ def task_summary(name: str, found: Found) -> dict[str, Any]:
             {"budget": budget, "steps": steps} | fitted(seeds, tuning, steps)
             for budget, steps in lengths.items()
         ],
+        "fit_examples": FIT_STEPS * FIT_EXAMPLES,
         "predictor": predictor(seeds),
         "candidates": float(np.mean([run["candidates"] for seed in seeds for run in runs_of(seed)])),
     }
@@ -158,22 +160,14 @@ def on_decayed(seeds: Sequence[Seed], rate: float, steps: int) -> dict[str, Any]
 def fitted(seeds: Sequence[Seed], tuning: Tuning, steps: int) -> dict[str, Any]:
     """Signed weights fitted to the validation examples, and what `select` chose on the same, at the decay's rate."""
     rate = tuning.best("decay", steps)[0]
-    test = {
-        f"{run}, {kind}": values(seeds, rate, steps, (run, kind))
-        for run in ("constant", "decayed")
-        for kind in ("recalibrated", "blends too", "fitted")
-    }
-    return {
-        "rate": rate,
-        "test": test,
-        "minus": {
-            run: {
-                kind: minus(test[f"{run}, fitted"], test[f"{run}, {kind}"])
-                for kind in ("recalibrated", "blends too")
-            }
-            for run in ("constant", "decayed")
-        },
-    }
+    decay = values(seeds, rate, steps, KINDS["tuned decay"])
+    found: dict[str, Any] = {"rate": rate, "test": {}, "minus": {}}
+    for run in ("constant", "decayed"):
+        test = values(seeds, rate, steps, (run, "fitted"))
+        selected = values(seeds, rate, steps, (run, "blends too"))
+        found["test"][run] = test
+        found["minus"][run] = {"selected": minus(test, selected), "decay": minus(test, decay)}
+    return found
 
 
 def runs_of(seed: Seed, kinds: Iterable[str] = ("constant", "decayed")) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from real_data import Split, Task, losses
 from real_runs import BUDGETS, CONSTANT, Ended, Run, trained
 from real_tuning import FAMILIES, Setting
 
-__all__ = ["Cell", "reported", "steps_of", "tried"]
+__all__ = ["FIT_EXAMPLES", "FIT_STEPS", "Cell", "reported", "steps_of", "tried"]
 
 
 # A short average: what the live weights are compared with before it is known whether averaging pays.

@@ -142,7 +142,12 @@ def main(arguments: list[str] | None = None) -> None:
             "sample_steps": SAMPLE_STEPS,
             "grid": {family: list(map(str, grid)) for family, grid in FAMILIES.items()},
             "tasks": {
-                name: {"unit_steps": task.unit_steps, "rates": task.rates, "reported": task.reported_rates}
+                name: {
+                    "unit_steps": task.unit_steps,
+                    "batch": task.batch,
+                    "rates": task.rates,
+                    "reported": task.reported_rates,
+                }
                 for name, task in TASKS.items()
             },
         }

@@ -26,7 +26,9 @@ class Setting:
     weights: str
 
     def __str__(self) -> str:
-        return f"{self.schedule}, {self.weights}"
+        if self.weights == "live":
+            return self.schedule
+        return self.weights if self.schedule == CONSTANT else f"{self.schedule} and {self.weights}"
 
 
 DECAYS = [

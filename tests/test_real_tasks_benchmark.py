@@ -241,7 +241,7 @@ def test_what_follows_is_written_as_tables_a_page_and_a_figure(
         for cell in summary["map"]:
             ahead = cell["minus"]["tuned decay"]["selected"]
             assert ahead["mean"] == pytest.approx(-0.1, abs=0.03) and ahead["p_value"] < 0.05
-            assert cell["tuned"]["decay"] == "linear:0.05, live"
+            assert cell["tuned"]["decay"] == "linear:0.05"
         assert all(one["tuned"]["EMA"]["rate"] == task.rates[1] for one in summary["own_rate"])
         rank = summary["predictor"]["all runs"]
         assert rank["rank_correlation"] == pytest.approx(1) and rank["within_seeds"][0] == pytest.approx(1)
