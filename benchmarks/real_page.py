@@ -166,9 +166,7 @@ def _tuned(budgets: list[dict[str, Any]]) -> str:
     """What tuning chose, and whether that lies on the edge of what was tried."""
     chosen = [
         f"{one['budget']:g} budgets: "
-        + ", ".join(
-            f"{family} {tuned['setting']} at {tuned['rate']:g}" for family, tuned in one["tuned"].items()
-        )
+        + ", ".join(f"{tuned['setting']} at {tuned['rate']:g}" for tuned in one["tuned"].values())
         for one in budgets
     ]
     edges = [
