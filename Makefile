@@ -83,7 +83,7 @@ evidence: $(VENV)/.dev
 	$(BIN)/python benchmarks/fetch_data.py polyak-evidence/data
 	$(BIN)/python benchmarks/real_tasks.py --data polyak-evidence/data --work polyak-evidence/runs \
 		--output benchmarks/results/real_tasks.json
-	$(BIN)/python benchmarks/real_page.py
+	$(BIN)/python benchmarks/real_figure.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

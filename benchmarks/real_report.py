@@ -1,15 +1,14 @@
 """What the runs of `real_tasks` mean: where averaging pays and where it does not, paired over seeds.
 
-Settings are tuned on validation losses and reported on test losses of other examples. What is tuned over several runs
-(a decay, SWA's schedule) is tuned for each seed on the other seeds; what is chosen within a run (an EMA's half-life,
-the selected average) on the validation examples of that run.
+Settings (a decay, SWA's schedule and start, an EMA's half-life, the rate) are tuned on validation losses of seeds of
+their own, and reported as test losses of others; what is chosen within a run is chosen on its validation examples.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain, product
 from typing import Any
 
@@ -19,125 +18,166 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from polyak.demo._study import Difference, mean_and_error, paired_difference
-from real_runs import CONSTANT, COSINE, TASKS
-from real_scores import RADII, paper_recipe
+from real_data import TASKS
+from real_paper import paper_summary
+from real_runs import BUDGETS
+from real_scores import FIT_EXAMPLES, FIT_STEPS
+from real_tuning import FAMILIES, Tuning
 
-__all__ = ["AVERAGES", "LEAST_SEEDS", "summary", "tables"]
+__all__ = ["AVERAGES", "LEAST_SEEDS", "Found", "summary", "tables"]
 
-# A paired test, and tuning on the other seeds, need some.
+# A paired test needs some.
 LEAST_SEEDS = 3
-AVERAGES = ("SWA", "EMA", "selected", "selected, blends too")
-ON_TOP = ("EMA", "average", "selected", "selected, blends too")
+AVERAGES = ("SWA", "EMA", "selected")
+# What is reported, and where it is in the scores of a cell.
+KINDS: dict[str, tuple[str, ...]] = {
+    "live": ("constant", "live"),
+    "live, recalibrated": ("constant", "recalibrated"),
+    "early-stopped": ("early-stopped",),
+    "tuned decay": ("decayed", "recalibrated"),
+    "SWA": ("SWA",),
+    "EMA": ("EMA",),
+    "selected": ("constant", "blends too"),
+    "selected, no blends": ("constant", "selected"),
+}
+ON_TOP = ("live", "average", "selected", "blends too")
 
-# A setting of runs: rate, schedule, steps.
-Setting = tuple[float, str, int]
-Seed = dict[Setting, dict[str, Any]]
+# A rate and a number of steps to the scores of a seed.
+Seed = dict[tuple[float, int], dict[str, Any]]
 
 
-def summary(found: dict[str, list[Any]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Found:
+    """What was tried on tuning seeds, and the scores of each seed that is whole: of each of its jobs."""
+
+    tried: list[dict[str, Any]]
+    seeds: dict[int, list[Any]]
+
+
+def summary(found: dict[str, Found]) -> dict[str, Any]:
     """Everything that follows from the scores of the seeds that are whole; what has too few of them is left out."""
     tasks = {
-        name: task_summary(name, [_by_setting(seed) for seed in found[name]])
+        name: {"seeds": list(found[name].seeds)} | task_summary(name, found[name])
         for name in TASKS
-        if len(found[name]) >= LEAST_SEEDS
+        if len(found[name].seeds) >= LEAST_SEEDS
     }
-    paper = found["paper"]
+    paper = [scores for (scores,) in found["paper"].seeds.values()]
     return {"tasks": tasks, "paper": paper_summary(paper) if len(paper) >= LEAST_SEEDS else None}
 
 
-def _by_setting(runs: list[dict[str, Any]]) -> Seed:
-    return {(run["rate"], run["schedule"], run["steps"]): run for run in runs}
-
-
-def task_summary(name: str, seeds: Sequence[Seed]) -> dict[str, Any]:
-    """The map, what averages add to decayed runs, and the predictor."""
-    task = TASKS[name]
-    budgets = {budget: round(budget * task.unit_steps) for budget in task.budgets}
-    decays = [schedule for schedule in task.schedules if schedule != CONSTANT and "swa" not in schedule]
-    cells = []
-    for (budget, steps), rate in product(budgets.items(), task.rates):
-        swa = [(rate, schedule, steps) for schedule in task.schedules if schedule not in decays]
-        same = [(rate, schedule, steps) for schedule in decays]
-        every = [(other, schedule, steps) for other in task.rates for schedule in decays]
-        cells.append(
-            {"budget": budget, "steps": steps, "rate": rate} | cell(seeds, rate, steps, swa, same, every)
-        )
+def task_summary(name: str, found: Found) -> dict[str, Any]:
+    """The map, each kind of average at a rate of its own, what averages add to decayed runs, and the predictor."""
+    task, tuning = TASKS[name], Tuning(found.tried)
+    seeds = [
+        {(cell["rate"], cell["steps"]): cell for cell in chain.from_iterable(rates)}
+        for rates in found.seeds.values()
+    ]
+    lengths = {budget: round(budget * task.unit_steps) for budget in BUDGETS}
+    places = [
+        {"budget": budget, "steps": steps, "rate": rate}
+        for (budget, steps), rate in product(lengths.items(), task.reported_rates)
+    ]
     return {
-        "seeds": [next(iter(seed.values()))["seed"] for seed in seeds],
-        "map": cells,
-        "on_decayed": [
-            {"budget": budget, "steps": steps, "rate": rate}
-            | on_decayed(seeds, [(rate, schedule, steps) for schedule in decays])
-            for (budget, steps), rate in product(budgets.items(), task.rates)
+        "map": [place | cell(seeds, tuning, place["rate"], place["steps"]) for place in places],
+        "own_rate": [
+            {"budget": budget, "steps": steps} | own_rate(seeds, tuning, steps)
+            for budget, steps in lengths.items()
         ],
+        "on_decayed": [place | on_decayed(seeds, place["rate"], place["steps"]) for place in places],
+        "fitted": [
+            {"budget": budget, "steps": steps} | fitted(seeds, tuning, steps)
+            for budget, steps in lengths.items()
+        ],
+        "fit_examples": FIT_STEPS * FIT_EXAMPLES,
         "predictor": predictor(seeds),
+        "candidates": float(np.mean([run["candidates"] for seed in seeds for run in runs_of(seed)])),
     }
 
 
-def tuned(seeds: Sequence[Seed], settings: Sequence[Setting], kind: str) -> list[Setting]:
-    """For each seed the setting of the lowest mean validation loss of ``kind`` on all other seeds."""
-    losses = np.array([[seed[setting][kind]["validation"] for setting in settings] for seed in seeds])
-    others = losses.sum(axis=0) - losses
-    return [settings[index] for index in others.argmin(axis=1)]
+def values(
+    seeds: Sequence[Seed], rate: float, steps: int, path: Iterable[str], which: str = "test"
+) -> list[Any]:
+    """One number of each seed's scores at a rate and a number of steps."""
+    found = []
+    for seed in seeds:
+        scores = seed[rate, steps]
+        for name in path:
+            scores = scores[name]
+        found.append(scores.get(which))
+    return found
 
 
-def cell(
-    seeds: Sequence[Seed],
-    rate: float,
-    steps: int,
-    swa: Sequence[Setting],
-    same: Sequence[Setting],
-    every: Sequence[Setting],
-) -> dict[str, Any]:
-    """One budget and rate: test losses by seed of everything, and what averages have over the tuned decays."""
-    constant = [(rate, CONSTANT, steps)] * len(seeds)
-    chosen: dict[str, tuple[list[Setting], str]] = {
-        "live": (constant, "live"),
-        "live, recalibrated": (constant, "recalibrated"),
-        "early-stopped": (constant, "early"),
-        "cosine": ([(rate, COSINE, steps)] * len(seeds), "recalibrated"),
-        "tuned decay": (tuned(seeds, same, "recalibrated"), "recalibrated"),
-        "tuned decay, any rate": (tuned(seeds, every, "recalibrated"), "recalibrated"),
-        "SWA": (tuned(seeds, swa, "SWA"), "SWA"),
-        **{name: (constant, name) for name in AVERAGES[1:]},
-    }
-    test = {name: _values(seeds, *choice, "test") for name, choice in chosen.items()}
-    error = {name: _values(seeds, *choice, "error") for name, choice in chosen.items()}
+def minus(candidate: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    return asdict(paired_difference(candidate, baseline))
+
+
+def cell(seeds: Sequence[Seed], tuning: Tuning, rate: float, steps: int) -> dict[str, Any]:
+    """One budget and rate: losses by seed of everything, and what averages have over the tuned decay."""
+    test = {kind: values(seeds, rate, steps, path) for kind, path in KINDS.items()}
+    error = {kind: values(seeds, rate, steps, path, "error") for kind, path in KINDS.items()}
+    chosen = (seed[rate, steps]["constant"]["blends too"]["name"] for seed in seeds)
     return {
+        "tuned": {family: str(tuning.best(family, steps, rate)[1]) for family in ("decay", "SWA", "EMA")},
         "test": test,
         "error": error if all(error["live"]) else None,
-        "tuned": {
-            name: dict(
-                Counter(f"{rate:g}, {schedule}" for rate, schedule, _ in chosen[name][0]).most_common()
-            )
-            for name in ("tuned decay", "tuned decay, any rate", "SWA")
-        },
-        "selected": dict(Counter(seed[constant[0]]["average"]["name"] for seed in seeds).most_common()),
+        "selected": dict(Counter(chosen).most_common()),
         "minus": {
-            baseline: {name: asdict(paired_difference(test[name], test[baseline])) for name in AVERAGES}
-            for baseline in ("live, recalibrated", "tuned decay", "tuned decay, any rate")
+            baseline: {kind: minus(test[kind], test[baseline]) for kind in AVERAGES}
+            for baseline in ("live, recalibrated", "tuned decay")
         },
     }
 
 
-def _values(seeds: Sequence[Seed], settings: Sequence[Setting], kind: str, which: str) -> list[float]:
-    found = [seed[setting][kind].get(which) for seed, setting in zip(seeds, settings, strict=True)]
-    return [value for value in found if value is not None]
+def own_rate(seeds: Sequence[Seed], tuning: Tuning, steps: int) -> dict[str, Any]:
+    """One budget: every kind of average and the decay, each at the rate that is best for it, and the differences."""
+    kinds = {family: KINDS["tuned decay" if family == "decay" else family] for family in FAMILIES}
+    best = {family: tuning.best(family, steps) for family in FAMILIES}
+    test = {family: values(seeds, best[family][0], steps, kinds[family]) for family in FAMILIES}
+    test["decay, selected"] = values(seeds, best["decay"][0], steps, ("decayed", "blends too"))
+    return {
+        "tuned": {
+            family: {"rate": rate, "setting": str(setting), "on_edge": tuning.on_edge(rate, setting)}
+            for family, (rate, setting) in best.items()
+        },
+        "test": test,
+        "minus_decay": {kind: minus(test[kind], test["decay"]) for kind in test if kind != "decay"},
+    }
 
 
-def on_decayed(seeds: Sequence[Seed], decays: Sequence[Setting]) -> dict[str, Any]:
+def on_decayed(seeds: Sequence[Seed], rate: float, steps: int) -> dict[str, Any]:
     """What averages of the tuned decayed run itself have over its last weights, recalibrated."""
-    settings = tuned(seeds, decays, "recalibrated")
-    last = _values(seeds, settings, "recalibrated", "test")
-    found = {name: _values(seeds, settings, name, "test") for name in ("live", *ON_TOP)}
+    last = values(seeds, rate, steps, KINDS["tuned decay"])
+    found = {kind: values(seeds, rate, steps, ("decayed", kind)) for kind in ON_TOP}
+    chosen = [seed[rate, steps]["decayed"]["blends too"]["name"] for seed in seeds]
     return {
         "test": {"recalibrated": last, **found},
-        "minus_recalibrated": {name: asdict(paired_difference(found[name], last)) for name in found},
-        "blends_chosen": sum(
-            seed[setting]["selected, blends too"]["kind"] == "blend"
-            for seed, setting in zip(seeds, settings, strict=True)
-        ),
+        "minus_recalibrated": {kind: minus(found[kind], last) for kind in ON_TOP},
+        "blends_chosen": sum(name.startswith("blend:") for name in chosen),
+        "live_chosen": sum(name.startswith("live") for name in chosen),
     }
+
+
+def fitted(seeds: Sequence[Seed], tuning: Tuning, steps: int) -> dict[str, Any]:
+    """Signed weights fitted to the validation examples, and what `select` chose on the same, at the decay's rate."""
+    rate = tuning.best("decay", steps)[0]
+    decay = values(seeds, rate, steps, KINDS["tuned decay"])
+    found: dict[str, Any] = {"rate": rate, "test": {}, "minus": {}}
+    for run in ("constant", "decayed"):
+        test = values(seeds, rate, steps, (run, "fitted"))
+        selected = values(seeds, rate, steps, (run, "blends too"))
+        found["test"][run] = test
+        found["minus"][run] = {"selected": minus(test, selected), "decay": minus(test, decay)}
+    return found
+
+
+def runs_of(seed: Seed, kinds: Iterable[str] = ("constant", "decayed")) -> list[dict[str, Any]]:
+    """The runs of a seed that were selected from; a decay of no length is the constant run, and counts once."""
+    runs = []
+    for scores in seed.values():
+        runs += [
+            scores[kind] for kind in kinds if kind == "constant" or scores["decayed"] != scores["constant"]
+        ]
+    return runs
 
 
 def predictor(seeds: Sequence[Seed]) -> dict[str, Any]:
@@ -146,87 +186,41 @@ def predictor(seeds: Sequence[Seed]) -> dict[str, Any]:
     The gain is the test loss of the live weights minus that of the average that validation prefers; both with
     BatchNorm statistics of their own. Runs of a seed are ranked among themselves, and all runs together.
     """
-    points = [_points(seed, lambda _: True) for seed in seeds]
-    kinds: dict[str, Callable[[str], bool]] = {
-        "all runs": lambda _: True,
-        "constant rate": lambda schedule: schedule == CONSTANT,
-        "others": lambda schedule: schedule != CONSTANT,
-    }
     found = {}
-    for kind, belongs in kinds.items():
-        each = [_points(seed, belongs) for seed in seeds]
+    for name, kinds in {
+        "all runs": ("constant", "decayed"),
+        "constant rate": ("constant",),
+        "decayed": ("decayed",),
+    }.items():
+        each = [points(runs_of(seed, kinds)) for seed in seeds]
         together = np.concatenate(each)
-        within = [float(spearmanr(*one.T).statistic) for one in each]
-        found[kind] = {
+        within = [float(spearmanr(*one.T).statistic) for one in each if len(one) > 2]
+        found[name] = {
             "runs": len(together),
             "rank_correlation": float(spearmanr(*together.T).statistic),
             "within_seeds": mean_and_error(within),
+            "pays_where_positive": counted(together[together[:, 0] > 0]),
+            "pays_where_not": counted(together[together[:, 0] <= 0]),
         }
-    every = np.concatenate(points)
-    positive = every[:, 0] > 0
-    return {
-        "rank": found,
-        "pays_where_positive": [int((every[positive, 1] > 0).sum()), int(positive.sum())],
-        "pays_where_not": [int((every[~positive, 1] > 0).sum()), int((~positive).sum())],
-    }
+    return found
 
 
-def _points(seed: Seed, belongs: Callable[[str], bool]) -> np.ndarray:
+def points(runs: Iterable[dict[str, Any]]) -> np.ndarray:
     """Rows of g and the gain, for the runs of which both are known."""
-    runs = [
-        run for (_, schedule, _), run in seed.items() if belongs(schedule) and run.get("recent") is not None
+    rows = [
+        (
+            run["recalibrated"]["validation"] - run["recent"],
+            run["recalibrated"]["test"] - run["average"]["test"],
+        )
+        for run in runs
+        if run["recent"] is not None
     ]
-    return np.array(
-        [
-            (
-                run["recalibrated"]["validation"] - run["recent"],
-                run["recalibrated"]["test"] - run["average"]["test"],
-            )
-            for run in runs
-        ]
-    )
+    return np.array(rows).reshape(-1, 2)
 
 
-def paper_summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The paper's table with standard errors, and how much less the loss rises around SWA's weights."""
-    swa, conventional = paper_recipe.SWA, paper_recipe.CONVENTIONAL
-    values: dict[tuple[str, float], dict[str, list[float]]] = {}
-    for row in chain.from_iterable(seed["rows"] for seed in seeds):
-        kept = values.setdefault((row["contender"], row["budget"]), {"accuracy": [], "nll": []})
-        for metric in kept:
-            kept[metric].append(row[metric])
-    rows = []
-    for (contender, budget), metrics in values.items():
-        row = {"contender": contender, "budget": budget}
-        row |= {metric: mean_and_error(found) for metric, found in metrics.items()}
-        row["minus_conventional"] = {
-            metric: asdict(paired_difference(found, values[conventional, budget][metric]))
-            for metric, found in metrics.items()
-            if contender != conventional
-        }
-        rows.append(row)
-    rises = []
-    for part, size in product(*(dict.fromkeys(keys) for keys in _parts_and_sizes(seeds[0]))):
-        for index, radius in enumerate(RADII):
-            both = {
-                name: [seed["around"][part][size][name][index] for seed in seeds]
-                for name in (conventional, swa)
-            }
-            rises.append(
-                {
-                    "part": part,
-                    "size": size,
-                    "radius": radius,
-                    **{name: mean_and_error(found) for name, found in both.items()},
-                    "difference": asdict(paired_difference(both[swa], both[conventional])),
-                }
-            )
-    return {"seeds": [seed["seed"] for seed in seeds], "rows": rows, "rises": rises}
-
-
-def _parts_and_sizes(seed: dict[str, Any]) -> tuple[list[str], list[str]]:
-    around = seed["around"]
-    return list(around), list(next(iter(around.values())))
+def counted(rows: np.ndarray) -> tuple[int, int]:
+    """In how many of them averaging helped, of how many."""
+    return int((rows[:, 1] > 0).sum()), len(rows)
 
 
 # For the eye.

@@ -407,6 +407,7 @@ def worth_of_preview(shares: dict[str, Any]) -> str:
 
 def quantised(data: dict[str, Any]) -> str:
     settings, bits = data["settings"], data["bits"]
+    decay = settings["decay"]
     names = list(bits["4"]["loss"])
     rows = [
         (width, *(mean(entry["loss"][name]) if name in entry["loss"] else "" for name in names))
@@ -428,8 +429,10 @@ def quantised(data: dict[str, Any]) -> str:
         (
             f"`python benchmarks/quantised.py` (`quantised.json`): networks of two hidden layers on 8x8 digits, "
             f"{settings['seeds']} seeds, test loss; weights are rounded to the nearest level of each output channel. "
-            "The average is that which validation chose unquantised; the decayed run's rate falls to zero over its "
-            f"last {settings['decay']:.0%}.",
+            "The average is that which validation chose unquantised, of a run at the constant rate "
+            f"{settings['rate']:g}; the decayed run's rate, {decay['rate']:g}, falls to zero over its last "
+            f"{decay['share']:.0%}, the best of {len(settings['tried'])} settings on {len(settings['tuning_seeds'])} "
+            "other seeds.",
             table(("bits", *names), rows),
             "By how much the loss rises over that of the same weights unquantised, paired over seeds, and what it "
             "brings to choose the average quantised:",

@@ -42,17 +42,17 @@ def digits(seed: int) -> tuple[Examples, Examples, Examples]:
 
 
 def train(
-    examples: Examples, seed: int, folder: str, decay: float = 0.0
+    examples: Examples, seed: int, folder: str, decay: float = 0.0, rate: float = RATE
 ) -> tuple[nn.Module, polyak.Trajectory]:
     """SGD at a constant rate, or one that falls linearly to zero over the last ``decay`` of the run; recorded."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-3)
     inputs, labels = examples
     with polyak.Recorder(model, folder, every=2, block=24) as run:
         for step in range(STEPS):
             left = (STEPS - step) / STEPS
-            optimizer.param_groups[0]["lr"] = RATE * min(1.0, left / decay if decay else 1.0)
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, left / decay if decay else 1.0)
             rows = torch.randint(len(labels), (BATCH,))
             optimizer.zero_grad()
             cross_entropy(model(inputs[rows]), labels[rows]).backward()

@@ -124,6 +124,14 @@ def test_rises_by_quantisation_are_paired_over_seeds(benchmark):
     assert found["quantised_minus_unquantised_choice"]["mean"] == pytest.approx(-0.375)
 
 
+def test_the_decay_beside_quantised_averages_is_the_best_of_other_seeds(benchmark, monkeypatch):
+    quantised = benchmark("quantised")
+    monkeypatch.setattr(quantised, "RATES", (0.1, 0.3))
+    monkeypatch.setattr(quantised, "DECAYS", (0.5,))
+    monkeypatch.setattr(quantised.harness, "on_two_processes", lambda *_: [[0.0, 1.0], [3.0, 1.0]])
+    assert quantised.tuned() == (quantised.Decay(0.3, 0.5), {"0.1, 0.5": 1.5, "0.3, 0.5": 1.0})
+
+
 @pytest.mark.parametrize("bits", [8, 3])
 def test_quantised_weights_are_the_nearest_levels_of_their_channel(benchmark, bits):
     layer = torch.nn.Linear(40, 5)
