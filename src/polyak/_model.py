@@ -549,10 +549,11 @@ class Binding:
     def _describe(self, tensors: ModelTensors) -> dict[str, str | None]:
         """Parameters and averaged buffers to their shapes in words, None for one that is still lazy."""
         lazy = {name for name in tensors.unmaterialised() if not tensors[name].tensor.is_meta}
+        averaged = set(self.names)
         return {
             e.name: None if e.name in lazy else shape_of(e.tensor)
             for e in tensors.values()
-            if e.kind == "parameter" or e.name in self.names
+            if e.kind == "parameter" or e.name in averaged
         }
 
 
