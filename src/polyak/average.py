@@ -85,7 +85,7 @@ class Average:
     """
 
     _attachment: Attachment | None = None  # to the optimizer that calls update()
-    _blended: list[Tensor] | None = None  # what is in the model, where it is not the average alone
+    _blended: list[Tensor] | None = None  # what a swap puts into the model, where it is not the average alone
     _share: float
 
     @checked
@@ -274,8 +274,8 @@ class Average:
         blended = None if share == 1 else _blended(self._binding.live, accumulator.means, share)
         # Kept before anything is copied: whatever interrupts the rest, the live weights can be brought back.
         self._swap = Swap.of(self._binding, self._device)
-        self._swap.put_in(accumulator.means if blended is None else blended)
         self._blended, self._share = blended, share
+        self._swap.put_in(accumulator.means if blended is None else blended)
 
     @_torch.uncompiled
     def swap_out(self) -> None:
@@ -389,7 +389,7 @@ class Average:
         entries = [e for e in ModelTensors(self._binding.model).values() if e.persistent]
         ties = {alias: e.name for e in entries for alias in e.aliases}
         about = {"scheme": str(self.scheme), "n_averaged": self.n_averaged, "polyak": __version__}
-        if self._blended:
+        if self._blend_in_model:
             about["share"] = self._share
         write = checkpoints.write_sharded if self._binding.sharded else checkpoints.write
         write(path, tensors, ties=ties, metadata={"polyak": json.dumps(about)}, overwrite=overwrite)
@@ -528,6 +528,11 @@ class Average:
             )
         return self._accumulator
 
+    @property
+    def _blend_in_model(self) -> list[Tensor] | None:
+        """After an interrupt the blend of a swap that is over may be there still."""
+        return self._blended if self.swapped else None
+
     def _swap_out_if_swapped(self) -> None:
         if self.swapped:
             self.swap_out()
@@ -541,7 +546,7 @@ class Average:
         """The averaged model; while swapped its buffers are those in the model, which may have been recomputed."""
         self._started(call)
         accumulator = self._follow_model()
-        means = self._named(self._blended or accumulator.means)
+        means = self._named(self._blend_in_model or accumulator.means)
         entries = list(ModelTensors(self._binding.model).values())
         others = [e.tensor for e in entries if e.name not in means]
         if not self.swapped:  # what is not averaged here must not be another average's
