@@ -57,6 +57,7 @@ class Mutant:
     operator: str
     at: Position
     line: str
+    nth: int  # of those that are the same but for the line's number
     make: Callable[[], str] = field(repr=False, compare=False)
 
     @property
@@ -67,7 +68,7 @@ class Mutant:
     @cached_property
     def draw(self) -> str:
         """In this order they are drawn: a mutant keeps its place when other lines change."""
-        return hashlib.sha256("\0".join((str(SETTINGS["seed"]), *self.key)).encode()).hexdigest()
+        return hashlib.sha256("\0".join((str(SETTINGS["seed"]), *self.key[:-1])).encode()).hexdigest()
 
     @cached_property
     def source(self) -> str:
@@ -77,12 +78,12 @@ class Mutant:
 
     @property
     def shown(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("file", "operator", "at", "line", "becomes")}
+        return {name: getattr(self, name) for name in ("file", "operator", "at", "line", "nth", "becomes")}
 
     @property
     def key(self) -> tuple[str, ...]:
         """What it is known by when lines have moved."""
-        return self.file, self.operator, self.line, str(self.at[1])
+        return self.file, self.operator, self.line, str(self.at[1]), str(self.nth)
 
     @property
     def becomes(self) -> str:
@@ -114,6 +115,7 @@ def _all_mutants(file: str) -> Iterator[Mutant]:
     nodes = list(ast_nodes(tree))
     left_out = _left_out(ast.parse(source))
     lines = source.splitlines()
+    same = Counter[tuple[str, str, int]]()
     for name in plugins.operator_names():
         kind = plugins.get_operator(name)
         # Identity for equality, and back, differs for few objects and is a matter of style.
@@ -125,7 +127,9 @@ def _all_mutants(file: str) -> Iterator[Mutant]:
                 is_mark = node.parent is not None and node.parent.type in ("parameters", "lambdef")
                 if not is_mark and not any(first <= start and stop <= last for first, last in left_out):
                     make = partial(_mutated, tree, node, operator, index)
-                    yield Mutant(file, name, start, lines[start[0] - 1].strip(), make)
+                    line = lines[start[0] - 1].strip()
+                    yield Mutant(file, name, start, line, same[name, line, start[1]], make)
+                    same[name, line, start[1]] += 1
 
 
 def _mutated(tree: Any, node: Any, operator: Any, index: int) -> str:
@@ -473,7 +477,7 @@ def _fork(call: Callable[[], int], seconds: int, folder: str, quiet: bool) -> in
 def _fates(report: Path) -> dict[tuple[str, ...], dict[str, Any]]:
     """What has become of mutants so far."""
     found = json.loads(report.read_text()) if report.exists() else []
-    return {(r["file"], r["operator"], r["line"], str(r["at"][1])): r for r in found}
+    return {(r["file"], r["operator"], r["line"], str(r["at"][1]), str(r["nth"])): r for r in found}
 
 
 def run_module(module: dict[str, Any], mutants: Sequence[Mutant], report: Path, jobs: int) -> None:

@@ -301,3 +301,10 @@ def test_positions_go_on_by_one_and_begin_anew_at_a_restart():
     mean.restart(3, 1, position=4.0)
     assert (mean.position, mean.clock, mean.n_averaged, mean.n_skipped) == (4.0, 4.0, 3, 1)
     assert torch.equal(mean.memory[0], mean.means[0])
+
+
+def test_of_several_tensors_that_are_not_finite_the_first_is_named():
+    tensors = [torch.ones(2), torch.full((2,), float("nan")), torch.full((2,), float("inf"))]
+    mean = Accumulator(tensors, ["good", "first", "second"], Uniform(), check_finite="raise")
+    with pytest.raises(NonFiniteError, match="'first' holds a NaN or an infinity"):
+        mean.add(tensors)

@@ -117,7 +117,8 @@ def test_too_little_memory_says_how_much_is_needed(tmp_path, max_memory):
     with pytest.raises(OptionError, match=r"allow (\d+)MB or more") as caught:
         Budget.within(max_memory, inputs, 1)
     least = str(caught.value).partition("allow ")[2].partition(" ")[0]
-    assert Budget.within(least, inputs, 1).total_bytes <= parse_bytes(least)
+    budget = Budget.within(least, inputs, 1)
+    assert budget.total_bytes <= parse_bytes(least) and budget.slice_bytes == 1 << 16
 
 
 def test_many_outputs_make_the_slices_smaller(tmp_path):

@@ -486,3 +486,18 @@ def test_only_numbered_folders_below_a_model_are_checkpoints_of_its_run(tmp_path
         put_hf(tmp_path / f"checkpoint-{step}", "model.safetensors", torch.ones(2))
     taken = read_inputs(tmp_path).required().taken
     assert [item.name for item in taken] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_averages_beside_live_weights_are_named_by_a_pattern_and_completed(tmp_path):
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        put_hf(folder, "model.safetensors", torch.full((2,), float(step)))
+        torch.save({"average": {"w": torch.ones(2)}}, folder / "polyak-ema.pt")
+        torch.save({"average": {"other": torch.ones(2)}}, folder / "polyak-swa.pt")
+    reading = read_inputs(tmp_path).required()
+    assert [item.opened.read("w")[0].item() for item in reading.taken] == [1, 2]
+    assert f"name '{tmp_path}/checkpoint-*/polyak-ema.pt' to take these" in reading.left_out
+    one = read_inputs(tmp_path / "checkpoint-1").required()
+    assert [item.name for item in one.taken] == [
+        "checkpoint-1"
+    ] and "checkpoint-1/polyak-ema.pt'" in one.left_out

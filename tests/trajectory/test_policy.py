@@ -115,6 +115,11 @@ def test_what_profiles_lose(steps: int) -> None:
         assert explain(EMA(half_life=half_life * steps), blocks).misplaced_weight <= most
 
 
+def test_the_newest_merge_where_they_are_fine_beside_the_length_of_the_run() -> None:
+    assert pair_to_merge([100, 100, 1, 1], 3) == 2
+    assert pair_to_merge([100, 100, 40, 40], 3) == 0
+
+
 def test_nothing_to_merge() -> None:
     assert pair_to_merge([1] * 64, 64) is None
     assert pair_to_merge([1, 1, 1], 2, kept={0, 1}) is None

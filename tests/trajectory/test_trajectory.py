@@ -324,3 +324,13 @@ def test_names_are_the_models_own_whatever_other_tools_mean_by_them(
     assert [value.unique().item() for value in found.values()] == [10.5 + i for i in range(len(found))]
     assert polyak.Trajectory(tmp_path).live().keys() == found.keys()
     polyak.Recorder(model, tmp_path, resume=True, block=1).close()
+
+
+def test_checkpoints_without_steps_are_of_one_step_each(tmp_path):
+    for folder, name in (("one", "b"), ("two", "a")):
+        (tmp_path / folder).mkdir()
+        torch.save({"w": torch.ones(2)}, tmp_path / folder / f"{name}.pt")
+    both = polyak.Trajectory.from_checkpoints([tmp_path / "one" / "b.pt", tmp_path / "two" / "a.pt"])
+    assert [(block.start, block.stop) for block in both.blocks] == [(0, 1), (1, 2)]
+    assert both.name == "one" and repr(both).endswith("one', 2 blocks, steps 0 to 2)")
+    assert polyak.Trajectory.from_checkpoints([tmp_path / "two" / "a.pt"]).name == "two"
