@@ -28,6 +28,7 @@ UNEVEN = [Block(0, 60, count=6), Block(60, 100, count=40)]
         (EMA(half_life=1e6), EVEN, [0.6, 0.4], 0.0, 0.0),
         (Weights([1, 3]), UNEVEN, [0.25, 0.75], 0.0, 0.0),
         (Weights([0, 3]), UNEVEN, [0.0, 1.0], 0.0, 0.0),
+        (Weights([-1, 3]), UNEVEN, [-0.5, 1.5], 0.0, 0.0),
         (Blend("tail:0.5", 0.25), EVEN, [0.05, 0.95], 0.25 * 0.2 * 50 / 60, 0.05),
     ],
 )
