@@ -8,7 +8,7 @@ bytes. On seeds of their own every setting of a decay, SWA and EMA is tried at 0
 rates; on other seeds the best of them are reported, beside live weights, recalibrated, early-stopped, and what
 `select` chooses of constant-rate and decayed runs, blends included. Paper: the recipe of examples/paper_recipe.py,
 sized down. What is done is kept in the work folder, so that a study that was interrupted goes on; `--part report`
-writes the figures of the seeds that are whole. Some hours on two cores.
+writes the figures of the seeds that are whole. Less than an hour on two idle cores.
 """
 
 from __future__ import annotations
