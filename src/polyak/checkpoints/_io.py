@@ -320,7 +320,8 @@ class AtomicOutput:
             raise CheckpointError(f"cannot write {path}: {path.parent} may not be written to")
         self._refuse_existing()
         # An interrupt may fall where nobody can abort: between the lines of whoever does, or within.
-        self._forgotten = weakref.finalize(self, _remove, self.temporary)
+        self._ruins = (self.temporary, self.temporary.with_suffix(".old"), self.path)
+        self._forgotten = weakref.finalize(self, _clear, *self._ruins)
         self._forgotten.atexit = False  # a forked child that ends would take its parent's output away
 
     def _refuse_existing(self) -> None:
@@ -367,22 +368,29 @@ class AtomicOutput:
             os.replace(self.temporary, self.path)
             return
         # No rename replaces a folder that has files in it.
-        aside = self.temporary.with_suffix(".old")
-
-        def settle() -> None:
-            if os.path.lexists(self.path):
-                shutil.rmtree(aside, ignore_errors=True)
-            else:
-                os.rename(aside, self.path)
-
-        with undoing(settle):
-            os.rename(self.path, aside)
-            os.rename(self.temporary, self.path)
+        _, aside, path = self._ruins
+        with undoing(lambda: _settle(aside, path)):
+            os.rename(path, aside)
+            os.rename(self.temporary, path)
 
     def abort(self) -> None:
         """Remove the temporary; more than once is harmless, and so is doing it after ``commit``."""
-        _remove(self.temporary)
+        _clear(*self._ruins)
         self._forgotten.detach()
+
+
+def _clear(temporary: Path, aside: Path, path: Path) -> None:
+    _remove(temporary)
+    with suppress(OSError):
+        _settle(aside, path)
+
+
+def _settle(aside: Path, path: Path) -> None:
+    """A folder that made way goes, or comes back where nothing came into its place."""
+    if os.path.lexists(path):
+        shutil.rmtree(aside, ignore_errors=True)
+    elif os.path.lexists(aside):
+        os.rename(aside, path)
 
 
 def _remove(path: Path) -> None:

@@ -308,7 +308,8 @@ class TrajectoryFolder:
         unlisted = [n for n in os.listdir(self.path) if _TRANSIENT.fullmatch(n) and n not in listed]
         for name in unlisted:
             if not (self.path / name).is_dir():  # nobody writes folders of such names but somebody else
-                (self.path / name).unlink(missing_ok=True)
+                with suppress(OSError):  # no manifest lists it, and it is tried again with the next block
+                    (self.path / name).unlink()
 
     def _refuse_orphans(self) -> None:
         orphans = [name for name in sorted(os.listdir(self.path)) if name.startswith("block-")]
