@@ -322,7 +322,7 @@ def _parsed(data: bytes) -> Manifest:
     if entries.pop("format") != _FORMAT:
         raise ValueError(f"it is not of the format {_FORMAT!r}")
     blocks = tuple(_parsed_block(entry) for entry in entries.pop("blocks"))
-    manifest = Manifest(options=entries.pop(_OPTIONS_KEY), **entries, blocks=blocks)
+    manifest = Manifest(options={**entries.pop(_OPTIONS_KEY)}, **entries, blocks=blocks)
     edges = [manifest.start, *(block.stop for block in manifest.blocks)]
     if [block.start for block in blocks] != edges[:-1] or any(b.steps < 1 for b in blocks):
         raise ValueError("its blocks do not follow each other")
