@@ -6,6 +6,7 @@ import contextlib
 import dis
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -79,10 +80,19 @@ def interrupted(name: str, share: float, folder: Path) -> None:
         check_model(setting, name, before)
         check_average(setting)
         check_files(setting, files)
-        assert not [path for path in folder.rglob("*") if path.name.startswith(".polyak-")], f"ruins, {was}"
+        assert not ruins(folder), f"ruins, {was}"
         CALLS[name](setting)  # what was interrupted stands in the way of nothing
         check_average(setting)
     check_recording(setting)
+
+
+def ruins(folder: Path) -> list[Path]:
+    """Files under construction, once a recorder's thread has had the time to end what it writes."""
+    for _ in range(200):
+        if not (found := list(folder.rglob(".polyak-*"))):
+            break
+        time.sleep(0.02)
+    return found
 
 
 def check_model(s: Setting, name: str, before: dict[str, object]) -> None:

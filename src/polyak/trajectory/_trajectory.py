@@ -314,9 +314,9 @@ class Trajectory:
             raise OptionError(
                 f"dtype must be a floating-point torch.dtype, such as torch.float32, got {dtype!r}"
             )
-        if not profiles:
-            raise OptionError("profiles is empty: give at least one")
         rows = [self._coefficients(profile) for profile in profiles]
+        if not rows:
+            raise OptionError("profiles is empty: give at least one")
         writers = [MemoryWriter(self._assembly.layout(row, dtype)) for row in rows]
         self._fill(rows, writers, max_memory)
         return [writer.tensors for writer in writers]
