@@ -71,12 +71,7 @@ def run(job: Job) -> Outcome:
     def look(
         trajectory: polyak.Trajectory, model: nn.Module, scoring: Scoring, selection: polyak.Selection
     ) -> Outcome:
-        profile = next(
-            candidate.profile
-            for candidate in selection.table
-            if candidate.profile is not None
-            and np.count_nonzero(trajectory.explain(candidate.profile).coefficients) >= LEAST_BLOCKS
-        )
+        profile = best_of_blocks(trajectory, selection)
         batches = scoring.update_bn_batches[:1] if tracks_statistics(model) else None
         common: dict[str, Any] = {"recalibrate": batches, "seed": job.seed, "progress": False}
         validation, test = scoring.split.validation, scoring.split.test
@@ -98,6 +93,16 @@ def run(job: Job) -> Outcome:
         return Outcome(job, str(profile), scale, metrics)
 
     return train(task, job.seed, record=True, eval_steps=task.steps, look=look).seen
+
+
+def best_of_blocks(trajectory: polyak.Trajectory, selection: polyak.Selection) -> polyak.Profile:
+    """The best average of five blocks or more; in a blend the live weights count, and what scatters are blocks."""
+    explained = (trajectory.explain(one.profile) for one in selection.table if one.profile is not None)
+    return next(
+        one.profile
+        for one in explained
+        if not one.live and np.count_nonzero(one.coefficients) >= LEAST_BLOCKS
+    )
 
 
 def on(examples: Examples) -> Callable[[nn.Module], Tensor]:

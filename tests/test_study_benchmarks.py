@@ -110,6 +110,20 @@ def test_a_short_study_of_previews_logs_all_losses_beside_runs_that_are_the_same
         assert outcome.loss("eval_loss") != constant.loss("eval_loss", outcome.job.steps)
 
 
+def test_swag_is_made_of_an_average_of_many_blocks_and_of_no_blend(benchmark, tmp_path):
+    posterior = benchmark("posterior")
+    model = torch.nn.Linear(1, 1)
+    with posterior.polyak.Recorder(model, tmp_path / "run", block=1) as run:
+        for _ in range(10):
+            run.update()
+    profiles = ["blend:0.5:tail:0.8", "tail:0.2", "tail:0.8"]
+    scores = iter([3.0, 0.0, 1.0, 2.0])  # of the live weights, then of each
+    selection = posterior.polyak.select(
+        run.trajectory, model, score=lambda _: next(scores), mode="min", profiles=profiles, progress=False
+    )
+    assert str(posterior.best_of_blocks(run.trajectory, selection)) == "tail:0.8"
+
+
 def test_rises_by_quantisation_are_paired_over_seeds(benchmark):
     quantised = benchmark("quantised")
 
