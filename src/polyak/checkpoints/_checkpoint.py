@@ -413,7 +413,7 @@ def write(
         metadata: text entries.
         overwrite: as for ``create``.
 
-    Raises as ``create``; ``StructureError`` also for sparse and meta tensors.
+    Raises as ``create``; ``StructureError`` also for sparse and meta tensors and for what is none.
     """
     layout = layout_of(tensors, path, ties=ties, metadata=metadata)
     with create(path, layout, format=format, overwrite=overwrite) as writer:
@@ -427,7 +427,10 @@ def layout_of(
     ties: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Layout:
-    """How ``write`` lays these out; raises ``StructureError`` for sparse and meta tensors."""
+    """How ``write`` lays these out; raises ``StructureError`` for sparse and meta tensors and for what is none."""
+    others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if others:
+        raise StructureError(f"{path}: {name_list(others)} are no tensors: leave them out")
     unwritable = [
         name for name, tensor in tensors.items() if tensor.is_meta or tensor.layout != torch.strided
     ]
