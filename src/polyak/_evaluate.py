@@ -20,6 +20,7 @@ from polyak._checks import Difference, warn_user
 from polyak._model import ModelTensors, NamedTensor, bare_model, local
 from polyak._swap import Swap, modes, undoing
 from polyak.batchnorm import tracks_statistics, update_bn
+from polyak.checkpoints import Checkpoint
 from polyak.combine import write_completed
 from polyak.errors import NotStartedError, OptionError, StructureError, name_list
 from polyak.trajectory import Trajectory
@@ -333,7 +334,7 @@ def write_weights(
     model: nn.Module,
     weights: Mapping[str, Tensor],
     *,
-    trajectory: Trajectory,
+    inputs: Sequence[Checkpoint | None] = (),
     recalibrate: Iterable[Any] | None = None,
     metadata: Mapping[str, str],
     like: str | PathLike[str] | None = None,
@@ -341,8 +342,8 @@ def write_weights(
 ) -> list[str]:
     """Write the whole model with ``weights`` in it; averaged parameters keep the average's dtype.
 
-    What lies beside the checkpoints of the ``trajectory`` comes along where the output needs it. Returns notes about
-    the output, one sentence each. Raises as :func:`averaged` and ``combine.write_completed`` do.
+    What lies beside the checkpoints that were averaged comes along where the output needs it. Returns notes about the
+    output, one sentence each. Raises as :func:`averaged` and ``combine.write_completed`` do.
     """
     canonical = ModelTensors(model).all_names()
     ours = {canonical.get(name, name): value for name, value in weights.items()}
@@ -353,8 +354,8 @@ def write_weights(
                 averaged_here = entry.kind == "parameter" and entry.name in ours
                 value = ours[entry.name] if averaged_here else entry.tensor.detach()
                 tensors |= dict.fromkeys((entry.name, *entry.aliases), value)
-        inputs = [checkpoint for checkpoint in trajectory.checkpoints if checkpoint is not None]
-        return write_completed(path, tensors, inputs, metadata=metadata, like=like, overwrite=overwrite)
+        opened = [checkpoint for checkpoint in inputs if checkpoint is not None]
+        return write_completed(path, tensors, opened, metadata=metadata, like=like, overwrite=overwrite)
 
 
 def refuse_one_pass(recalibrate: Iterable[Any] | None) -> None:

@@ -161,14 +161,15 @@ def modes(model: nn.Module, training: Collection[nn.Module] = ()) -> Iterator[No
     >>> model.training, model[0].training
     (True, True)
     """
-    before = {module: (module.training, dict(module._modules)) for module in model.modules()}
+    before = {module: (module.training, dict(_torch.children_of(module))) for module in model.modules()}
 
     def restore() -> None:
         for module, (mode, inside) in before.items():
             module.training = mode
-            if module._modules != inside:
-                module._modules.clear()
-                module._modules.update(inside)
+            children = _torch.children_of(module)
+            if children != inside:
+                children.clear()
+                children.update(inside)
 
     with undoing(restore):
         # The flags, not `eval()`: some modules merge weights there, which restoring a flag would not undo.

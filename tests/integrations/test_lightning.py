@@ -366,6 +366,7 @@ def test_a_recording_is_the_run(tmp_path, beside):
     assert torch.equal(trajectory.live()["body.0.weight"], model.stepped[-1])
 
 
+@pytest.mark.filterwarnings("ignore:the blocks are too long")
 def test_a_recording_goes_on_with_its_checkpoint(tmp_path):
     whole, _ = fit(tmp_path, Recording(tmp_path / "whole", block=6), epochs=4)
     saving = ModelCheckpoint(tmp_path, filename="at", save_last=True)

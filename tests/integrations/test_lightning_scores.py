@@ -152,6 +152,7 @@ def test_that_statistics_do_not_fit_is_said_once_and_in_words_of_the_callback(tm
     assert not [warning for warning in caught if "applied()" in str(warning.message)]
 
 
+@pytest.mark.filterwarnings("ignore:the blocks are too long")
 def test_a_run_is_scored_as_if_it_ended_now(tmp_path):
     previews = ["decay:sqrt:0.5", "tail:steps=2"]
     recording = Recording(tmp_path / "run", block=2, preview=previews)

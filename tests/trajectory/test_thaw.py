@@ -17,6 +17,8 @@ from polyak import checkpoints
 from polyak.errors import CheckpointError, StateError
 from polyak.trajectory import Recorder
 
+pytestmark = pytest.mark.filterwarnings("ignore:the blocks are too long")
+
 STEPS, THAW = 24, 10
 PROFILES = ["uniform", "tail:0.5", "decay:sqrt:0.75", "window:0,8", "power:gamma=2", "ema:half_life=8"]
 

@@ -199,7 +199,7 @@ def select(
         AtomicOutput(output, overwrite=force)  # refused before anything is scored
     questions = Questions(model, score, mode, profiles, recalibrate, holdout, prepare)
     choice = answered(opened(inputs, HowToRead(key, steps, last, allow)), questions).choice
-    notes = [] if output is None else choice.write(output, like=like, overwrite=force)
+    notes = [] if output is None else choice._write(output, like, force)
     if as_json:
         written = None if output is None else str(output)
         typer.echo(json.dumps(choice.to_dict() | {"output": written, "notes": notes}, indent=2))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -429,7 +430,7 @@ class Selection:
         *,
         like: str | PathLike[str] | None = None,
         overwrite: bool = False,
-    ) -> list[str]:
+    ) -> None:
         """Write the model with the best weights; the ending says the format, see :mod:`polyak.checkpoints`.
 
         The file holds the whole model, averaged parameters in the average's own dtype. What is not averaged
@@ -443,20 +444,21 @@ class Selection:
                 settings, as for :func:`polyak.average_checkpoints`.
             overwrite: replace an output that is there.
 
-        Returns:
-            Notes about what was copied, left out or is missing beside the output, one sentence each.
-
         Raises:
             OutputExistsError: ``path`` exists and ``overwrite`` is False.
             OptionError, StructureError: ``like`` is not nested, or holds other tensors.
             NonFiniteError: no candidate has a finite score.
         """
+        self._write(Path(path), like, overwrite)
+
+    def _write(self, path: Path, like: str | PathLike[str] | None, overwrite: bool) -> list[str]:
+        """As :meth:`write`, with notes on what was copied, left out or is missing beside the output."""
         weights, recalibrate = self._best()
         return write_weights(
             path,
             self._model,
             weights,
-            trajectory=self._trajectory,
+            inputs=self._trajectory.checkpoints,
             recalibrate=recalibrate,
             metadata={"polyak.profile": self.best.name, "polyak.score": repr(self.best.score)},
             like=like,

@@ -58,7 +58,7 @@ class Soup:
             path,
             self._model,
             self._trajectory.average(self.profile),
-            trajectory=self._trajectory,
+            inputs=self._trajectory.checkpoints,
             recalibrate=self._recalibrate,
             metadata={"polyak.soup": names, "polyak.score": repr(self.score)},
             overwrite=overwrite,
