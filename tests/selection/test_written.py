@@ -77,10 +77,13 @@ def test_the_command_says_what_came_along(gpt2_run, tmp_path, monkeypatch, capsy
         "import torch\nfrom transformers import GPT2LMHeadModel\n"
         "def build(): return GPT2LMHeadModel.from_pretrained('checkpoint-100')\n"
         "def losses(model):\n"
+        "    print('validating')\n"
         "    return torch.stack([(p.detach() - 2).square().mean() for p in model.parameters()])\n"
     )
     asked = "select checkpoint-100 checkpoint-200 --model mine:build --score mine:losses --mode min --profiles uniform"
     assert main([*asked.split(), "--json", "-o", "best"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert "validating" in captured.err
     assert found["best"] == "uniform" and (tmp_path / "best" / "config.json").exists()
     assert any(note.startswith("copied from checkpoint-100") for note in found["notes"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -51,7 +52,8 @@ def imported(option: str, text: str) -> Callable[..., Any]:
 def _guarded(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         try:
-            return function(*arguments)
+            with redirect_stdout(sys.stderr):  # what it prints is no part of a result, least of all of JSON
+                return function(*arguments)
         except PolyakError:
             raise
         except Exception as error:
