@@ -143,6 +143,17 @@ def test_a_stalling_mean_is_said_once():
         fine.add([weight])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("step", "stalls"), [(0.063, False), (0.062, True)])
+def test_a_mean_stalls_below_64_eps(step, stalls, device):
+    samples = [[torch.ones(1)]] * 2
+    law = EMA(decay=1 - step, debias=False)  # eps of half precision is 2^-10
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        accumulated(samples, law, device=device, dtype=torch.float16)
+    assert [str(one.message).startswith("the average takes in") for one in said] == [True] * stalls
+
+
 BAD = [float("nan"), float("inf"), -float("inf")]
 
 
@@ -160,6 +171,30 @@ def test_a_non_finite_sample_is_left_out(at, where, bad, device):
     for i, value in enumerate(mean.means):
         expected = oracles.mean_of([s[i] for s in good], oracles.uniform(29))
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fill", [0.0, 0.7])
+def test_after_the_means_were_read_a_non_finite_sample_changes_no_bit(fill):
+    samples = samples_of([(50,), (50,)], torch.float32, 3)
+    mean = accumulated([[one, other.double()] for one, other in samples], Uniform())
+    before = [value.clone() for value in mean.means]
+    mean.add([torch.full((50,), fill), torch.full((50,), float("nan"), dtype=torch.float64)])
+    assert mean.n_skipped == 1 and all(map(torch.equal, mean.memory, before))
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_weights_far_larger_than_last_time_are_folded_in_when_all_were_seen(at, compensated):
+    scales = [1e-3 if place == at else 1.0 for place in range(3)]
+    drawn = samples_of([(100_000,)] * 3, torch.float32, 4)
+    samples = [[tensor * scale for tensor, scale in zip(one, scales, strict=True)] for one in drawn]
+    mean = accumulated(samples[:3], Uniform(), compensated=compensated)
+    before = [value.clone() for value in mean.memory]
+    samples[3][at] *= 100
+    samples[3][at - 1][-1] = float("nan")
+    mean.add(samples[3])
+    assert mean.n_skipped == 1 and torch.equal(mean.memory[at], before[at])
+    torch.testing.assert_close(mean.memory, before, rtol=0, atol=1e-6)
 
 
 def test_a_skipped_sample_lengthens_the_step_of_the_next():

@@ -478,11 +478,12 @@ def test_runs_of_one_step_each_are_said_to_be_two(tmp_path):
 
 
 def test_steps_that_were_given_are_of_one_run(tmp_path):
-    paths = [tmp_path / f"trial-{number}" / "step_5.pt" for number in (0, 1)]
+    paths = [tmp_path / f"trial-{run}" / f"step_{step}.pt" for run in (0, 1) for step in (5, 6)]
     for path in paths:
         put(path, 1)
-    reading = read_inputs(paths, steps=[20, 10]).required()
-    assert reading.steps == [10, 20] and reading.unordered is None
+    assert "as of two runs" in str(read_inputs(paths).refusal or read_inputs(paths).unordered)
+    reading = read_inputs(paths, steps=[10, 30, 20, 40]).required()
+    assert reading.steps == [10, 20, 30, 40] and reading.unordered is None
 
 
 def test_live_weights_are_not_mixed_with_averages_of_other_files_unless_all_count(tmp_path):
