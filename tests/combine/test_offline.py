@@ -210,5 +210,5 @@ def test_the_group_of_processes_is_as_long_as_its_block(monkeypatch):
 
 
 def test_arguments_of_other_types_are_refused(tmp_path):
-    with pytest.raises(OptionError, match="weights must be of type"):
-        polyak.average_checkpoints(tmp_path, tmp_path / "out", weights=3)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="key must be of type"):
+        polyak.average_checkpoints(tmp_path, tmp_path / "out", key=3)  # type: ignore[arg-type]
