@@ -14,6 +14,7 @@ import oracles
 from devices import DEVICES, as_if_on
 from polyak._batches import with_sources
 from polyak._mean import Accumulator, mean_dtype
+from polyak._offload import Offload
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import EMA, Polynomial, Power, Uniform
 
@@ -154,6 +155,13 @@ def test_a_mean_stalls_below_64_eps(step, stalls, device):
     assert [str(one.message).startswith("the average takes in") for one in said] == [True] * stalls
 
 
+def test_weights_on_the_host_are_copied_nowhere_on_their_way():
+    offload = Offload()
+    mean = Accumulator([torch.ones(2)], ["w"], Uniform(), offload=offload)
+    mean.add([torch.ones(2)])
+    assert not offload._staging
+
+
 BAD = [float("nan"), float("inf"), -float("inf")]
 
 
@@ -212,12 +220,14 @@ def test_large_sums_that_overflow_are_not_taken_for_infinities():
     assert mean.n_averaged == 3 and torch.equal(mean.means[0], weight)
 
 
-def test_raise_names_the_tensor_and_leaves_the_mean():
+@pytest.mark.parametrize("device", DEVICES)
+def test_raise_names_the_tensor_and_leaves_the_mean(device):
     good, bad = torch.ones(2), torch.tensor([1.0, float("nan")])
-    mean = Accumulator([good, good], ["a", "b"], Uniform(), check_finite="raise")
-    mean.add([good, good])
-    with pytest.raises(NonFiniteError, match="'b' holds a NaN"):
-        mean.add([good * 2, bad])
+    with as_if_on(device):
+        mean = Accumulator([good, good], ["a", "b"], Uniform(), check_finite="raise")
+        mean.add([good, good])
+        with pytest.raises(NonFiniteError, match="'b' holds a NaN"):
+            mean.add([good * 2, bad])
     assert mean.n_averaged == 1 and torch.equal(mean.means[0], good)
 
 
@@ -326,9 +336,10 @@ def test_memory_of_an_update_is_two_percent_or_a_quarter_of_a_megabyte(rows):
 def test_positions_go_on_by_one_and_begin_anew_at_a_restart():
     weight = torch.ones(2)
     mean = Accumulator([weight], ["weight"], Uniform())
-    for position in (None, None, 5.0, None):
+    for position, expected in ((None, 1.0), (None, 2.0), (5.0, 5.0), (None, 6.0)):
         mean.add([weight], position)
-    assert (mean.position, mean.clock, mean.n_averaged) == (6.0, 6.0, 4)
+        assert mean.position == mean.clock == expected
+    assert mean.n_averaged == 4
     mean.add([torch.full((2,), float("nan"))])
     assert (mean.position, mean.clock, mean.n_skipped) == (6.0, 7.0, 1)
     mean.restart()
