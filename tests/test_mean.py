@@ -155,6 +155,14 @@ def test_a_mean_stalls_below_64_eps(step, stalls, device):
     assert [str(one.message).startswith("the average takes in") for one in said] == [True] * stalls
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_whether_a_mean_stalls_is_told_by_the_steps_between_samples(device):
+    law = EMA(half_life=70, debias=False)  # takes in 6.7% every 7 steps, and 1% every step
+    accumulated([[torch.ones(1)]] * 3, law, 7, device, dtype=torch.float16)
+    with pytest.warns(UserWarning, match="takes in 9.9e-03 of each new sample"):
+        accumulated([[torch.ones(1)]] * 3, law, 1, device, dtype=torch.float16)
+
+
 def test_weights_on_the_host_are_copied_nowhere_on_their_way():
     offload = Offload()
     mean = Accumulator([torch.ones(2)], ["w"], Uniform(), offload=offload)
@@ -336,6 +344,7 @@ def test_memory_of_an_update_is_two_percent_or_a_quarter_of_a_megabyte(rows):
 def test_positions_go_on_by_one_and_begin_anew_at_a_restart():
     weight = torch.ones(2)
     mean = Accumulator([weight], ["weight"], Uniform())
+    assert mean.position == mean.clock == 0.0
     for position, expected in ((None, 1.0), (None, 2.0), (5.0, 5.0), (None, 6.0)):
         mean.add([weight], position)
         assert mean.position == mean.clock == expected
