@@ -358,6 +358,18 @@ def test_positions_go_on_by_one_and_begin_anew_at_a_restart():
     assert torch.equal(mean.memory[0], mean.means[0])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_nothing_is_left_behind_a_restart(device, compensated):
+    with as_if_on(device):
+        mean = Accumulator([torch.ones(3)], ["w"], Uniform(), check_finite=False, compensated=compensated)
+        for value in (1.0, float("nan")):
+            mean.add([torch.full((3,), value)])
+        mean.restart()
+        mean.add([torch.full((3,), 2.0)])
+    assert torch.equal(mean.means[0], torch.full((3,), 2.0))
+
+
 def test_of_several_tensors_that_are_not_finite_the_first_is_named():
     tensors = [torch.ones(2), torch.full((2,), float("nan")), torch.full((2,), float("inf"))]
     mean = Accumulator(tensors, ["good", "first", "second"], Uniform(), check_finite="raise")
