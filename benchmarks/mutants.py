@@ -534,7 +534,9 @@ def main() -> None:
         "--work", type=Path, default=ROOT / "build" / "mutants", help="the fate of each mutant"
     )
     parser.add_argument(
-        "--again", action="store_true", help="only those that were not killed, and what is new"
+        "--again",
+        action="store_true",
+        help="only those that were neither killed nor explained, and what is new",
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     options = parser.parse_args()
@@ -547,12 +549,9 @@ def main() -> None:
         mutants, possible = [m for those, _ in drawn for m in those], sum(count for _, count in drawn)
         print(f"{module['name']}: {len(mutants)} of {possible} mutants", flush=True)
         report = options.work / f"{module['name']}.json"
-        killed = (
-            [r for r in _fates(report).values() if r["outcome"] in ("killed", "timeout")]
-            if options.again
-            else []
-        )
-        report.write_text(json.dumps(killed))
+        before = list(_fates(report).values()) if options.again else []
+        done = [r for r in before if r["outcome"] in ("killed", "timeout") or explained(r)]
+        report.write_text(json.dumps(done))
         process = multiprocessing.get_context("fork").Process(
             target=run_module, args=(module, mutants, report, options.jobs)
         )

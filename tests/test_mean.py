@@ -14,6 +14,7 @@ import oracles
 from devices import DEVICES, as_if_on
 from polyak._batches import with_sources
 from polyak._mean import Accumulator, mean_dtype
+from polyak._offload import Offload
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import EMA, Polynomial, Power, Uniform
 
@@ -143,6 +144,32 @@ def test_a_stalling_mean_is_said_once():
         fine.add([weight])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("step", "stalls"), [(0.063, False), (0.062, True)])
+def test_a_mean_stalls_below_64_eps(step, stalls, device):
+    samples = [[torch.ones(1)]] * 2
+    law = EMA(decay=1 - step, debias=False)  # eps of half precision is 2^-10
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        accumulated(samples, law, device=device, dtype=torch.float16)
+    assert [str(one.message).startswith("the average takes in") for one in said] == [True] * stalls
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_whether_a_mean_stalls_is_told_by_the_steps_between_samples(device):
+    law = EMA(half_life=70, debias=False)  # takes in 6.7% every 7 steps, and 1% every step
+    accumulated([[torch.ones(1)]] * 3, law, 7, device, dtype=torch.float16)
+    with pytest.warns(UserWarning, match="takes in 9.9e-03 of each new sample"):
+        accumulated([[torch.ones(1)]] * 3, law, 1, device, dtype=torch.float16)
+
+
+def test_weights_on_the_host_are_copied_nowhere_on_their_way():
+    offload = Offload()
+    mean = Accumulator([torch.ones(2)], ["w"], Uniform(), offload=offload)
+    mean.add([torch.ones(2)])
+    assert not offload._staging
+
+
 BAD = [float("nan"), float("inf"), -float("inf")]
 
 
@@ -162,6 +189,30 @@ def test_a_non_finite_sample_is_left_out(at, where, bad, device):
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("fill", [0.0, 0.7])
+def test_after_the_means_were_read_a_non_finite_sample_changes_no_bit(fill):
+    samples = samples_of([(50,), (50,)], torch.float32, 3)
+    mean = accumulated([[one, other.double()] for one, other in samples], Uniform())
+    before = [value.clone() for value in mean.means]
+    mean.add([torch.full((50,), fill), torch.full((50,), float("nan"), dtype=torch.float64)])
+    assert mean.n_skipped == 1 and all(map(torch.equal, mean.memory, before))
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_weights_far_larger_than_last_time_are_folded_in_when_all_were_seen(at, compensated):
+    scales = [1e-3 if place == at else 1.0 for place in range(3)]
+    drawn = samples_of([(100_000,)] * 3, torch.float32, 4)
+    samples = [[tensor * scale for tensor, scale in zip(one, scales, strict=True)] for one in drawn]
+    mean = accumulated(samples[:3], Uniform(), compensated=compensated)
+    before = [value.clone() for value in mean.memory]
+    samples[3][at] *= 100
+    samples[3][at - 1][-1] = float("nan")
+    mean.add(samples[3])
+    assert mean.n_skipped == 1 and torch.equal(mean.memory[at], before[at])
+    torch.testing.assert_close(mean.memory, before, rtol=0, atol=1e-6)
+
+
 def test_a_skipped_sample_lengthens_the_step_of_the_next():
     weight = torch.zeros(1)
     mean = Accumulator([weight], ["w"], EMA(half_life=1))
@@ -177,12 +228,14 @@ def test_large_sums_that_overflow_are_not_taken_for_infinities():
     assert mean.n_averaged == 3 and torch.equal(mean.means[0], weight)
 
 
-def test_raise_names_the_tensor_and_leaves_the_mean():
+@pytest.mark.parametrize("device", DEVICES)
+def test_raise_names_the_tensor_and_leaves_the_mean(device):
     good, bad = torch.ones(2), torch.tensor([1.0, float("nan")])
-    mean = Accumulator([good, good], ["a", "b"], Uniform(), check_finite="raise")
-    mean.add([good, good])
-    with pytest.raises(NonFiniteError, match="'b' holds a NaN"):
-        mean.add([good * 2, bad])
+    with as_if_on(device):
+        mean = Accumulator([good, good], ["a", "b"], Uniform(), check_finite="raise")
+        mean.add([good, good])
+        with pytest.raises(NonFiniteError, match="'b' holds a NaN"):
+            mean.add([good * 2, bad])
     assert mean.n_averaged == 1 and torch.equal(mean.means[0], good)
 
 
@@ -291,9 +344,11 @@ def test_memory_of_an_update_is_two_percent_or_a_quarter_of_a_megabyte(rows):
 def test_positions_go_on_by_one_and_begin_anew_at_a_restart():
     weight = torch.ones(2)
     mean = Accumulator([weight], ["weight"], Uniform())
-    for position in (None, None, 5.0, None):
+    assert mean.position == mean.clock == 0.0
+    for position, expected in ((None, 1.0), (None, 2.0), (5.0, 5.0), (None, 6.0)):
         mean.add([weight], position)
-    assert (mean.position, mean.clock, mean.n_averaged) == (6.0, 6.0, 4)
+        assert mean.position == mean.clock == expected
+    assert mean.n_averaged == 4
     mean.add([torch.full((2,), float("nan"))])
     assert (mean.position, mean.clock, mean.n_skipped) == (6.0, 7.0, 1)
     mean.restart()
@@ -301,6 +356,18 @@ def test_positions_go_on_by_one_and_begin_anew_at_a_restart():
     mean.restart(3, 1, position=4.0)
     assert (mean.position, mean.clock, mean.n_averaged, mean.n_skipped) == (4.0, 4.0, 3, 1)
     assert torch.equal(mean.memory[0], mean.means[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_nothing_is_left_behind_a_restart(device, compensated):
+    with as_if_on(device):
+        mean = Accumulator([torch.ones(3)], ["w"], Uniform(), check_finite=False, compensated=compensated)
+        for value in (1.0, float("nan")):
+            mean.add([torch.full((3,), value)])
+        mean.restart()
+        mean.add([torch.full((3,), 2.0)])
+    assert torch.equal(mean.means[0], torch.full((3,), 2.0))
 
 
 def test_of_several_tensors_that_are_not_finite_the_first_is_named():

@@ -232,6 +232,13 @@ def test_progress_ends_at_the_total(tmp_path):
     assert seen[-1] == (3 * 6_000_000,) * 2
 
 
+def test_progress_counts_the_bytes_read_and_written(tmp_path):
+    seen = []
+    inputs = saved(tmp_path, [{"w": random(torch.float32, seed, (5,))} for seed in range(3)])
+    combined(inputs, [0.2, 0.3, 0.5], torch.bfloat16, progress=lambda *at: seen.append(at))
+    assert seen == [(5 * (3 * 4 + 2),) * 2]
+
+
 @pytest.mark.parametrize(
     "coefficients", [[0.5, 0.4], [1.0], [float("nan"), 1.0], [float("inf"), -float("inf")]]
 )

@@ -128,6 +128,12 @@ def test_many_outputs_make_the_slices_smaller(tmp_path):
     assert tight.slice_bytes < roomy.slice_bytes and tight.total_bytes <= 20_000_000 < roomy.total_bytes
 
 
+def test_slices_have_64_kilobytes_at_least(tmp_path):
+    save(tmp_path / "1.pt")
+    with pytest.raises(OptionError, match="allow 30MB or more"):  # 16 MB for the rest, and 200 buffers
+        Budget.within("20MB", read_inputs(tmp_path).checkpoints, 196)
+
+
 def test_a_file_that_must_be_loaded_whole_counts(tmp_path):
     model = {"w": torch.ones(10_000_000)}
     torch.save(model, tmp_path / "old.pt", _use_new_zipfile_serialization=False)

@@ -83,6 +83,15 @@ def test_what_holds_code_is_left_out(tmp_path):
     assert report.notes[-1].endswith("left out: 'args'")
 
 
+@pytest.mark.parametrize("name", ["images", "views"])  # before and behind that of the weights
+def test_a_dict_of_which_nothing_is_kept_is_left_out(tmp_path, name):
+    path = tmp_path / "a.pt"
+    torch.save({"model": {"w": torch.ones(2)}, name: {"first": torch.ones(1)}}, path)
+    report = polyak.average_checkpoints(path, tmp_path / "b.pt", key="model", like=path)
+    assert list(torch.load(tmp_path / "b.pt")) == ["model"]
+    assert report.notes[-1].endswith(f"left out: '{name}'")
+
+
 def test_weights_in_dicts_of_dicts_stay_there(tmp_path):
     # As Megatron's classic models do, below module. where they are wrapped.
     for step, value in ((1, 1.0), (2, 4.0)):

@@ -5,11 +5,13 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
 import polyak
 from combine_inputs import random, same_bits, saved
 from polyak import checkpoints
+from polyak.combine._offline import process_group
 from polyak.errors import CheckpointError, OptionError, OutputExistsError, PolyakError, StructureError
 
 
@@ -192,3 +194,21 @@ def test_an_output_in_float64_is_summed_in_it(tmp_path):
     polyak.average_checkpoints(inputs, tmp_path / "out.pt", dtype="fp64")
     expected = torch.stack(values).double().mean(0)
     torch.testing.assert_close(checkpoints.open(tmp_path / "out.pt").read("w"), expected, rtol=1e-14, atol=0)
+
+
+def test_the_group_of_processes_is_as_long_as_its_block(monkeypatch):
+    for name, value in (
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    with process_group():
+        assert dist.get_backend() == "gloo" and dist.get_world_size() == 1
+    assert not dist.is_initialized()
+
+
+def test_arguments_of_other_types_are_refused(tmp_path):
+    with pytest.raises(OptionError, match="key must be of type"):
+        polyak.average_checkpoints(tmp_path, tmp_path / "out", key=3)  # type: ignore[arg-type]

@@ -161,6 +161,18 @@ def test_nothing_is_copied_where_no_config_says_what_the_folder_is(tmp_path):
     assert os.listdir(tmp_path / "average") == ["model.safetensors"] and report.notes == ()
 
 
+def test_only_small_files_of_the_first_folder_are_copied(tmp_path):
+    for name in "ab":
+        checkpoints.write(tmp_path / name, {"w": torch.ones(2)})
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "b" / "adapter_config.json").write_text("{}")
+    with (tmp_path / "a" / "tokenizer.json").open("wb") as file:
+        file.truncate(50_000_001)
+    report = polyak.average_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "average")
+    assert sorted(os.listdir(tmp_path / "average")) == ["config.json", "model.safetensors", "polyak.json"]
+    assert report.notes == ("copied from a: 'config.json'", "not copied from a: 'tokenizer.json'")
+
+
 def tied_model():
     model = torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 4, bias=False))
     model[1].weight = model[0].weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +27,7 @@ from combine_inputs import random, same_bits
 from polyak import checkpoints
 from polyak.cli import main
 from polyak.combine import Plan
+from polyak.combine._ranks import _place
 from polyak.combine._reading import read_inputs
 from polyak.errors import CheckpointError, NonFiniteError, OptionError, OutputExistsError, StructureError
 
@@ -228,6 +231,13 @@ def test_the_files_of_one_rank_are_said_to_be_a_part(llama, tmp_path, monkeypatc
     assert "one part" not in capsys.readouterr().out
 
 
+def test_parts_of_other_checkpoints_in_the_folder_are_no_parts_of_this_one(tmp_path):
+    run_of(tmp_path, LAYOUTS["fairseq"], steps=(100,), ranks=(0,))
+    run_of(tmp_path, LAYOUTS["fairseq"], steps=(200,), ranks=(1,))
+    report = polyak.average_checkpoints(tmp_path / "checkpoint100-model_part-0.pt", tmp_path / "out.pt")
+    assert not any("one part" in note for note in report.notes)
+
+
 def test_folders_one_by_one_count_as_weights_say(llama, tmp_path):
     folders = [llama / "step-400", llama / "step-100"]
     report = polyak.average_checkpoints(folders, tmp_path / "out", weights=[3, 1])
@@ -300,6 +310,7 @@ def test_small_files_beside_are_copied_where_they_are_of_the_model(llama, tmp_pa
     assert "copied from step-100: 'params.json', 'tokenizer.model'" in report.notes
     assert "not copied from step-100: 'latest_checkpointed_iteration.txt', 'train.log'" in report.notes
     assert "the inputs' params.json differ: what step-100 says was copied" in report.notes
+    assert json.loads((tmp_path / "out" / "params.json").read_text())["step"] == 100
 
 
 def test_the_average_says_what_it_is_made_of_and_may_be_replaced(llama, tmp_path):
@@ -415,6 +426,24 @@ def test_optimizers_beside_are_left_out(tmp_path, monkeypatch, capsys):
     assert "holds the state of an optimizer and no weights" in capsys.readouterr().err
 
 
+def test_optimizers_beside_ranks_are_not_opened(tmp_path):
+    run_of(tmp_path, LAYOUTS["DeepSpeed"], ranks=(0, 1))
+    (tmp_path / "global_step100" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"cut off")
+    files = sorted(tmp_path.rglob("*.pt"))
+    assert read_inputs(files, found=files).required(by_rank=True).steps == list(STEPS)
+
+
+def test_ranks_that_were_all_named_are_a_checkpoint_that_was(tmp_path):
+    for name, epoch in (("1", 1), ("2", 2), ("_best", 2)):
+        for rank in (0, 1):
+            tree = fairseq(epoch, rank, part(len(name), rank))
+            put(tree, tmp_path / f"checkpoint{name}-model_part-{rank}.pt")
+    files = sorted(tmp_path.iterdir())
+    assert "no part of the numbered series" in refusal(*files)
+    found = [file for file in files if file.name == "checkpoint_best-model_part-1.pt"]
+    assert read_inputs(files, found=found).required(by_rank=True).steps == [1, 2]
+
+
 def test_a_pipeline_of_deepspeed_keeps_the_weights_in_the_files_of_layers(tmp_path):
     layout = LAYOUTS["DeepSpeed's pipeline"]
     run_of(tmp_path, layout)
@@ -454,6 +483,12 @@ def test_a_rank_that_all_lack(tmp_path):
     assert "no checkpoint has 'mp_rank_00_000/model_optim_rng.pt'" in refusal(tmp_path / "b")
     run_of(tmp_path / "c", LAYOUTS["Llama"], ranks=(0, 10**12))
     assert "no checkpoint has 'consolidated.01.pth', 'consolidated.02.pth'" in refusal(tmp_path / "c")
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
+def test_ranks_are_counted_as_a_grid_is(sizes, data):
+    index = data.draw(st.integers(0, math.prod(sizes) - 1))
+    assert _place(index, sizes) == np.unravel_index(index, sizes)
 
 
 def test_parts_of_several_moments_or_keys(tmp_path):

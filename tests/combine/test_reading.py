@@ -477,6 +477,35 @@ def test_runs_of_one_step_each_are_said_to_be_two(tmp_path):
     assert "trial-0/step_5.pt and trial-1/step_5.pt are both of step 5, as of two runs" in str(unordered)
 
 
+def test_steps_that_were_given_are_of_one_run(tmp_path):
+    paths = [tmp_path / f"trial-{run}" / f"step_{step}.pt" for run in (0, 1) for step in (5, 6)]
+    for path in paths:
+        put(path, 1)
+    assert "as of two runs" in str(read_inputs(paths).refusal or read_inputs(paths).unordered)
+    reading = read_inputs(paths, steps=[10, 30, 20, 40]).required()
+    assert reading.steps == [10, 20, 30, 40] and reading.unordered is None
+
+
+def test_live_weights_are_not_mixed_with_averages_of_other_files_unless_all_count(tmp_path):
+    put(tmp_path / "step_1.pt", 1)
+    put(tmp_path / "step_2.pt", 2, ema={"w": torch.ones(2)})
+    paths = [tmp_path / "step_1.pt", tmp_path / "step_2.pt"]
+    refusal = str(read_inputs(paths).refusal)
+    assert "step_1.pt' hold live weights only ('model'), and 'step_2.pt' averaged ones ('ema')" in refusal
+    assert read_inputs(paths, all_count=True).refusal is None
+
+
+def test_of_one_saved_step_one_file_counts(tmp_path):
+    for name, step in (("a", 1), ("b", 2), ("c", 2)):
+        put(tmp_path / f"{name}.pt", step, global_step=step)
+    reading = read_inputs(tmp_path).required()
+    assert reading.steps == [1, 2] and "'c.pt' (the same weights as b.pt)" in reading.left_out
+    put(tmp_path / "c.pt", 3, global_step=2)
+    assert "b.pt and c.pt are both of step 2, and hold different weights" in str(
+        read_inputs(tmp_path).refusal
+    )
+
+
 def test_only_numbered_folders_below_a_model_are_checkpoints_of_its_run(tmp_path):
     for folder in (tmp_path, tmp_path / "before"):
         put_hf(folder, "model.safetensors", torch.ones(2))
@@ -501,3 +530,35 @@ def test_averages_beside_live_weights_are_named_by_a_pattern_and_completed(tmp_p
     assert [item.name for item in one.taken] == [
         "checkpoint-1"
     ] and "checkpoint-1/polyak-ema.pt'" in one.left_out
+
+
+def test_what_is_called_an_average_beside_live_weights_is_one_where_it_fits(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    put_hf(folder, "model.safetensors", torch.ones(2))
+    for name, size in (("ema_model.pt", 2), ("ema_longer.pt", 3), ("ema_shorter.pt", 1)):
+        torch.save({"w": torch.ones(size)}, folder / name)
+    (folder / "ema_damaged.pt").write_bytes(b"cut off")
+    items = read_inputs(folder).required().items
+    assert {item.name: item.why for item in items} == {
+        "checkpoint-1": "",
+        "checkpoint-1/ema_model.pt": f"averages beside live weights: name '{folder}/ema_model.pt' to take these",
+    }
+
+
+def test_averages_are_left_out_where_live_weights_are_beside_them(tmp_path):
+    for name in ("polyak-1.pt", "polyak-2.pt"):
+        torch.save({"average": {"w": torch.ones(2)}}, tmp_path / name)
+    assert len(read_inputs(tmp_path).required().taken) == 2
+    run_of(tmp_path, "step_{}.pt")
+    reading = read_inputs(tmp_path).required()
+    assert [item.name for item in reading.taken] == ["step_1.pt", "step_2.pt"]
+    assert f"name '{tmp_path}/polyak-2.pt' to take these" in reading.left_out
+
+
+def test_what_an_average_lacks_comes_from_the_weights_beside_it(tmp_path):
+    average = tmp_path / "polyak-ema.pt"
+    torch.save({"average": {"w": torch.full((2,), 9.0)}}, average)
+    assert list(read_inputs(average).required().checkpoints[0].tensors) == ["w"]
+    save_file({"w": torch.ones(2), "frozen": torch.full((1,), 5.0)}, tmp_path / "model.safetensors")
+    (found,) = read_inputs(average).required().checkpoints
+    assert {name: found.read(name)[0].item() for name in found.tensors} == {"w": 9, "frozen": 5}
