@@ -546,6 +546,14 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("What recording and choosing cost", "trajectory.json", "python benchmarks/trajectory.py", trajectory),
     ("What an update costs", "update_cost.json", "python benchmarks/update_cost.py", update_cost),
     (
+        "What an update costs on another processor",
+        "update_cost_xeon.json",
+        "python benchmarks/update_cost.py",
+        lambda data: (
+            f"The promises of the section above, where memory is half as fast.\n\n{promises(data['promises'])}"
+        ),
+    ),
+    (
         "What an update costs on an accelerator",
         "accelerator.json",
         "python benchmarks/accelerator.py --count",
