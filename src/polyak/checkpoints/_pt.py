@@ -16,6 +16,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def read_directory(file: DataFile, start: int = 0, nbytes: int | None = None) ->
     stop = file.size if nbytes is None else start + nbytes
     headers = sorted(start + entry.header_offset for entry in entries)
     # Each ends where the next begins, and no two at the same place.
-    ends = dict(zip(headers, [*headers[1:], stop], strict=True))
+    ends = dict(pairwise([*headers, stop]))
     members: dict[str, Member] = {}
     for entry in entries:
         if entry.filename in members:
