@@ -332,8 +332,9 @@ class Trajectory:
     ) -> None:
         """Write the averaged model as a checkpoint, whole or not at all, without holding it in memory.
 
-        BatchNorm statistics in it are not those of the averaged weights, which a warning says, as it does where blocks
-        are too long for the profile.
+        Of checkpoints in folders of transformers, diffusers or PEFT, an output without a suffix is a folder with their
+        configs, which ``from_pretrained`` loads. BatchNorm statistics in it are not those of the averaged weights,
+        which a warning says, as it does where blocks are too long for the profile.
 
         Args:
             profile: any profile.
