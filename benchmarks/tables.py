@@ -197,8 +197,8 @@ def bound(found: dict[str, Any]) -> list[str]:
     return [
         "**From the live weights to the linear bound.** The bound is the best signed combination of all blocks and the "
         "live weights for the test examples themselves, as 20 steps of L-BFGS find it: no average that was tried does "
-        "better there, and nobody can find it without them. The way is the part of the distance to it that choosing covers; "
-        "beside it what the same fit "
+        "better there, and nobody can find it without them. The way is the part of the distance to it that choosing "
+        "covers; beside it what the same fit "
         f"gives that has seen the validation examples only. Aim: {found['aim']}; "
         f"{'met' if found['aim_met'] else 'not met'}: the least is {percent(found['least_way'])}, and cells in which "
         f"what was selected is significantly worse than the live weights: {', '.join(worse) or 'none'}.",
