@@ -85,11 +85,11 @@ def _prebuilt_lists(model: nn.Module) -> Averager:
 def _polyak(model: nn.Module, scheme: str, check_finite: bool = True, fast: bool = False) -> Averager:
     """``fast`` is with the loops of polyak[fast]; without them even where numba is installed."""
     import polyak
-    from polyak import _host_kernel
+    from polyak import _host_jobs, _host_kernel
 
     with mock.patch.object(_host_kernel, "_LEAST_NUMEL", 0 if fast else sys.maxsize):
         average = polyak.Average(model, scheme, check_finite=check_finite)
-    if fast and not _host_kernel.loops_are_ready(wait=True):
+    if fast and not _host_jobs.are_ready(wait=True):
         raise ModuleNotFoundError("No module named 'numba'", name="numba")
     return Averager(average.update, lambda: list(average.named_tensors().values()))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from polyak import _host_kernel, _offload, _torch
+from polyak import _host_jobs, _host_kernel, _offload, _torch
 
 DEVICES = ("host", "compiled", "accelerator")
 
@@ -27,7 +27,7 @@ def as_if_on(device: str) -> Iterator[None]:
         yield
         return
     if device == "compiled":
-        if not _host_kernel.loops_are_ready(wait=True):
+        if not _host_jobs.are_ready(wait=True):
             pytest.skip("numba is not installed")
         with mock.patch.multiple(_host_kernel, _LEAST_NUMEL=0, _LEAST_NUMEL_OF_A_THREAD=1000):
             yield

@@ -6,6 +6,8 @@ import copy
 import math
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -17,13 +19,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from devices import as_if_on
-from polyak import _host_kernel
+from polyak import _host_jobs, _host_kernel
 from polyak._mean import Accumulator
 from polyak.errors import NonFiniteError
 from polyak.profiles import EMA, Uniform, as_scheme
 from test_accidents import interrupted, interrupted_at
 
-pytestmark = pytest.mark.skipif(not _host_kernel._is_installed(), reason="numba is not installed")
+pytestmark = pytest.mark.skipif(not _host_jobs.are_possible(), reason="numba is not installed")
 
 LEAST_NUMEL = 1 << 18
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -224,6 +226,20 @@ def test_below_a_negative_limit_not_even_zeros_are_folded_in():
     assert kernel.fold_fitting(0.25, [0.0]) == [0.0] and torch.equal(mean, torch.full((9000,), 0.75))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_chunk_just_above_its_limit_is_left_out_and_one_at_it_is_not(dtype):
+    at, above = torch.ones(9000, dtype=dtype), torch.ones(9000, dtype=dtype)
+    above[8191] = above[8191] + torch.finfo(dtype).eps  # the last of the first of two chunks
+    for weight, first in ((at, 0.25), (above, 0.0)):
+        mean = torch.zeros(9000)
+        kernel = kernel_of([weight], [mean])
+        assert kernel.take([weight])
+        assert kernel.fold_fitting(0.25, [1.0]) == [float(weight.max())]
+        assert mean[:8192].unique().tolist() == [first] and mean[8192:].unique().tolist() == [0.25]
+        kernel.fold_rest(0.25)
+        assert torch.equal(mean, weight.float() / 4)
+
+
 @pytest.mark.parametrize("bad", [False, True])
 def test_the_number_of_threads_changes_no_bit(bad):
     samples = [sample_of([*SHAPES, (1100, 1000)], seed=seed) for seed in range(4)]
@@ -309,19 +325,37 @@ def test_interrupts_at_any_moment_leave_every_number_old_or_new_and_no_thread_at
         mean.add([weight])
 
 
-def test_work_is_done_once_whoever_does_it_and_errors_come_out(monkeypatch):
-    done = []
-    _host_kernel._on_threads(done.append, 7)
-    assert sorted(done) == list(range(7))
-    with pytest.raises(ZeroDivisionError):
-        _host_kernel._on_threads(lambda n: 1 // (n != 3), 7)
+def test_where_openmp_has_fewer_threads_than_were_asked_for_all_is_done():
+    script = """
+import torch
+from polyak import _host_jobs, _host_kernel
+from polyak._mean import Accumulator
+from polyak.profiles import Uniform
 
-    def start(thread):
-        raise RuntimeError("can't create new thread at interpreter shutdown")
+_host_kernel._LEAST_NUMEL, _host_kernel._LEAST_NUMEL_OF_A_THREAD = 0, 1000
+assert _host_jobs.are_ready(wait=True)
+torch.set_num_threads(3)
+weight = torch.ones(100_000)
+mean = Accumulator([weight], ["weight"], Uniform())
+for value in (1, 2, 6):
+    mean.add([weight * value])
+assert len(mean._kernel._shares()) == 3 and mean.backend == "numba"
+assert torch.equal(mean.means[0], weight * 3), mean.means
+"""
+    limited = os.environ | {"OMP_THREAD_LIMIT": "2"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=limited, timeout=120)
 
-    monkeypatch.setattr(threading.Thread, "start", start)
-    _host_kernel._on_threads(done.append, 70)
-    assert sorted(done) == sorted([*range(7), *range(70)])
+
+def test_without_the_threads_of_torchs_openmp_there_are_no_loops(monkeypatch):
+    assert _host_jobs.are_possible.__wrapped__()
+
+    def not_there(path):
+        raise OSError("no such library")
+
+    monkeypatch.setattr(_host_jobs.ctypes, "CDLL", not_there)
+    assert _host_jobs._parallel.__wrapped__() is None
+    monkeypatch.setattr(_host_jobs, "_parallel", lambda: None)
+    assert not _host_jobs.are_possible.__wrapped__()
 
 
 class Averaging(torch.utils.data.Dataset):
@@ -360,7 +394,7 @@ def test_a_fork_waits_for_the_compiler():
     compiled_at = []
 
     def compile_slowly():
-        with _host_kernel._compiling:
+        with _host_jobs._compiling:
             begun.set()
             time.sleep(0.2)
             compiled_at.append(time.perf_counter())
@@ -371,10 +405,10 @@ def test_a_fork_waits_for_the_compiler():
     begun.wait()
     child = os.fork()
     if child == 0:
-        os._exit(0 if _host_kernel._compiling.acquire(timeout=1) else 1)
+        os._exit(0 if _host_jobs._compiling.acquire(timeout=1) else 1)
     assert compiled_at and os.waitpid(child, 0)[1] == 0
     thread.join()
-    assert not _host_kernel._compiling.locked()
+    assert not _host_jobs._compiling.locked()
 
 
 # With and without numba
@@ -383,10 +417,10 @@ def test_a_fork_waits_for_the_compiler():
 def test_until_the_loops_are_compiled_torchs_operations_run(monkeypatch):
     samples = [sample_of(SHAPES[:-1], seed=seed) for seed in range(4)]
     mean, expected = accumulator(samples[0]), accumulator(samples[0], device="host")
-    waiting = _host_kernel._Loader()
-    ready = _host_kernel._loader(os.getpid())
+    waiting = _host_jobs._Loader()
+    ready = _host_jobs._loader(os.getpid())
     for n, sample in enumerate(samples):
-        monkeypatch.setattr(_host_kernel, "_loader", lambda _: waiting if n < 2 else ready)  # noqa: B023
+        monkeypatch.setattr(_host_jobs, "_loader", lambda _: waiting if n < 2 else ready)  # noqa: B023
         assert mean.backend == ("torch" if n < 2 else "numba")
         mean.add(sample)
         expected.add(sample)
@@ -401,15 +435,15 @@ def test_without_loops_that_work_torchs_operations_run(fault, monkeypatch):
         raise RuntimeError("no such processor")
 
     if fault == "not there":
-        monkeypatch.setattr(_host_kernel, "_is_installed", lambda: False)
+        monkeypatch.setattr(_host_jobs, "are_possible", lambda: False)
     elif fault == "broken":
-        monkeypatch.setattr(_host_kernel, "import_module", broken)
+        monkeypatch.setattr(_host_jobs, "import_module", broken)
     elif fault == "interpreted":
         monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
     else:
-        monkeypatch.setattr(_host_kernel, "_agrees", lambda *_: False)
-    loader = _host_kernel._Loader()
-    monkeypatch.setattr(_host_kernel, "_loader", lambda _: loader)
+        monkeypatch.setattr(_host_jobs, "_agrees", lambda *_: False)
+    loader = _host_jobs._Loader()
+    monkeypatch.setattr(_host_jobs, "_loader", lambda _: loader)
     monkeypatch.setattr(_host_kernel, "_LEAST_NUMEL", 0)
     loader.start()
     loader.join()
@@ -425,22 +459,22 @@ def test_where_no_folder_can_be_written_to_code_is_kept_in_memory(monkeypatch):
 
     from polyak import _host_loops
 
-    def njit(*args, cache=False, **options):
+    def cfunc(*args, cache=False, **options):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return compiles(*args, **options)
 
-    compiles = numba.njit
-    monkeypatch.setattr(_host_loops.numba, "njit", njit)
-    assert _host_loops._compiled("int64(int64)")(lambda number: number + 1)(1) == 2
+    compiles = numba.cfunc
+    monkeypatch.setattr(_host_loops.numba, "cfunc", cfunc)
+    assert _host_loops._callable_from_c("int64(int64)")(lambda number: number + 1).ctypes(1) == 2
 
 
 def test_large_averages_take_the_loops_by_themselves_and_small_ones_compile_nothing(monkeypatch):
-    assert _host_kernel.loops_are_ready(wait=True)
+    assert _host_jobs.are_ready(wait=True)
     monkeypatch.setattr(_host_kernel, "_LEAST_NUMEL", LEAST_NUMEL)
     weight = torch.ones(LEAST_NUMEL)
     assert Accumulator([weight], ["w"], EMA(decay=0.9)).backend == "numba"
-    monkeypatch.setattr(_host_kernel, "_loader", None)
+    monkeypatch.setattr(_host_jobs, "_loader", None)
     assert Accumulator([weight[1:]], ["w"], EMA(decay=0.9)).backend == "torch"
     assert Accumulator([weight], ["w"], EMA(decay=0.9), compensated=True).backend == "torch"
     assert Accumulator([weight], ["w"], EMA(decay=0.9), dtype=torch.float64).backend == "torch"

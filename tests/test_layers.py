@@ -24,6 +24,7 @@ LAYERS = [
         "_mean",
         "_device_mean",
         "_triton_mean",
+        "_host_jobs",
         "_host_kernel",
         "_host_loops",
         "_batches",

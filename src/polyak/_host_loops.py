@@ -1,9 +1,7 @@
 """The loops of the mean on the host, compiled by numba: a number comes from memory once, to be looked at and folded.
 
-A chunk is a run of numbers, dense in memory, with its mean; a table of them has a row for each, of the columns below.
-Loops take a range of rows, so that threads share a table, and hold no lock of Python's while they run. What they read
-and write is told by addresses: :class:`polyak._host_kernel.HostKernel` vouches for them. Importing this module compiles
-the loops, or loads what was compiled before: seconds, or a quarter of one.
+They do the jobs of :mod:`polyak._host_jobs` and hold no lock of Python's while they run. Importing this module compiles
+them, or loads what was compiled before: seconds, or a quarter of one.
 """
 
 from __future__ import annotations
@@ -22,12 +20,14 @@ else:
     except ImportError:
         numba = None
 
-__all__ = ["fold", "fold_fitting", "look"]
+from polyak._host_jobs import CHUNK_NUMEL, JOB, KINDS, TASKS
 
-# Of a table of chunks: where its weights begin, as a place in a list of addresses and bytes from there; the same of
-# its mean; how many numbers; their kind; and the group whose largest number it counts for.
+__all__ = ["run"]
+
+# The columns of a table of chunks, their kinds, and the tasks.
 OWNER, OFFSET, MEAN_OWNER, MEAN_OFFSET, NUMEL, KIND, GROUP = range(7)
-SINGLE, BRAIN, HALF = range(3)  # fp32, bf16, fp16
+SINGLE, BRAIN, HALF = KINDS.values()
+LOOK, FOLD, FOLD_FITTING = range(len(TASKS))
 
 # fp32 numbers as bits: without the sign they are ordered as their magnitudes are, infinities and NaNs last.
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -35,25 +35,32 @@ _HALF_MAGNITUDE = np.uint16(0x7FFF)
 _HALF_SIGN = np.uint16(0x8000)
 
 
-def _compiled(*signatures: str) -> Callable[[Any], Any]:
-    """With signatures at once, kept on disk where there is a place for it; without, within what calls it."""
+# A product and a sum are one operation where the processor has it, as in torch's own lerp_.
+_OPTIONS = {"boundscheck": False, "error_model": "numpy", "fastmath": {"contract"}}
+
+
+def _compiled(function: Any) -> Any:
+    """Within what calls it."""
+    return numba.njit(**_OPTIONS)(function) if numba else function
+
+
+def _callable_from_c(signature: str) -> Callable[[Any], Any]:
+    """At once, kept on disk where there is a place for it."""
     if numba is None:
         return lambda function: function
-    # A product and a sum are one operation where the processor has it, as in torch's own lerp_.
-    options = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": {"contract"}}
 
     def compiled(function: Any) -> Any:
-        if not signatures:
-            return numba.njit(**options)(function)
         try:
-            return numba.njit(list(signatures), cache=True, **options)(function)
+            return numba.cfunc(signature, cache=True, **_OPTIONS)(function)
         except (OSError, RuntimeError):  # no folder can be written to
-            return numba.njit(list(signatures), **options)(function)
+            return numba.cfunc(signature, **_OPTIONS)(function)
 
     return compiled
 
 
 _at: Any = None
+_address_of: Any = None
+_fetch_and_add: Any = None
 _as_float: Any = None
 _as_bits: Any = None
 carray: Any = None
@@ -70,18 +77,27 @@ if numba is not None:
 
         return numba.extending.intrinsic(typed)
 
+    def _typed_fetch_and_add(context: Any, address: Any, number: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            place = builder.inttoptr(arguments[0], context.get_value_type(numba.types.int64).as_pointer())
+            return builder.atomic_rmw("add", place, arguments[1], "monotonic")
+
+        return numba.types.int64(numba.types.int64, numba.types.int64), generate
+
+    _fetch_and_add = numba.extending.intrinsic(_typed_fetch_and_add)
     _at = _cast(numba.types.voidptr, numba.types.int64, "inttoptr")
+    _address_of = _cast(numba.types.int64, numba.types.voidptr, "ptrtoint")
     _as_float = _cast(numba.types.float32, numba.types.uint32, "bitcast")
     _as_bits = _cast(numba.types.uint32, numba.types.float32, "bitcast")
     carray = numba.carray
 
 
-@_compiled()
+@_compiled
 def _from_brain(bits):  # type: ignore[no-untyped-def]
     return _as_float(np.uint32(np.uint32(bits) << np.uint32(16)))
 
 
-@_compiled()
+@_compiled
 def _from_half(bits):  # type: ignore[no-untyped-def]
     magnitude = np.uint32(bits & _HALF_MAGNITUDE)
     sign = np.uint32(np.uint32(bits & _HALF_SIGN) << np.uint32(16))
@@ -95,7 +111,7 @@ def _from_half(bits):  # type: ignore[no-untyped-def]
     return _as_float(np.uint32((special if magnitude >= np.uint32(0x7C00) else finite) | sign))
 
 
-@_compiled()
+@_compiled
 def _largest(kind, address, numel):  # type: ignore[no-untyped-def]
     """The largest magnitude, as the bits of an fp32 number."""
     if kind == SINGLE:
@@ -111,107 +127,130 @@ def _largest(kind, address, numel):  # type: ignore[no-untyped-def]
     return _as_bits(_from_brain(top16)) if kind == BRAIN else _as_bits(_from_half(top16))
 
 
-@_compiled()
-def _fold(kind, address, mean_address, numel, share, far):  # type: ignore[no-untyped-def]
+@_compiled
+def _fold(kind, address, mean_address, numel, coefficient, far):  # type: ignore[no-untyped-def]
     """m += c (w - m) as torch computes it: from m where c is less than a half, else from w, by c - 1."""
     means = carray(_at(mean_address), numel, np.float32)
     if kind == SINGLE:
         weights = carray(_at(address), numel, np.float32)
         if far:
             for i in range(numel):
-                means[i] = weights[i] + share * (weights[i] - means[i])
+                means[i] = weights[i] + coefficient * (weights[i] - means[i])
         else:
             for i in range(numel):
-                means[i] = means[i] + share * (weights[i] - means[i])
+                means[i] = means[i] + coefficient * (weights[i] - means[i])
         return
     halves = carray(_at(address), numel, np.uint16)
     if kind == BRAIN:
         for i in range(numel):
             weight, mean = _from_brain(halves[i]), means[i]
-            means[i] = (weight if far else mean) + share * (weight - mean)
+            means[i] = (weight if far else mean) + coefficient * (weight - mean)
     else:
         for i in range(numel):
             weight, mean = _from_half(halves[i]), means[i]
-            means[i] = (weight if far else mean) + share * (weight - mean)
+            means[i] = (weight if far else mean) + coefficient * (weight - mean)
 
 
-@_compiled()
-def _fold_and_look(kind, address, mean_address, numel, share, ahead):  # type: ignore[no-untyped-def]
-    """Fold a chunk that the cache holds while as many numbers of the next come from memory to be looked at."""
+@_compiled
+def _fold_if_below(bound, kind, address, mean_address, numel, coefficient, before):  # type: ignore[no-untyped-def]
+    """Look at a chunk while it is folded in, and undo that where a magnitude is not below the bound; the largest."""
     means = carray(_at(mean_address), numel, np.float32)
+    top, top16 = np.uint32(0), np.uint16(0)
     if kind == SINGLE:
-        top = np.uint32(0)
         weights = carray(_at(address), numel, np.float32)
-        others = carray(_at(ahead), numel, np.uint32)
+        bits = carray(_at(address), numel, np.uint32)
         for i in range(numel):
-            top = max(top, np.uint32(others[i] & _MAGNITUDE))
-            means[i] = means[i] + share * (weights[i] - means[i])
-        return top
-    top16 = np.uint16(0)
-    halves = carray(_at(address), numel, np.uint16)
-    other_halves = carray(_at(ahead), numel, np.uint16)
-    if kind == BRAIN:
+            weight, mean = weights[i], means[i]
+            before[i] = mean
+            top = max(top, np.uint32(bits[i] & _MAGNITUDE))
+            means[i] = mean + coefficient * (weight - mean)
+    else:
+        halves = carray(_at(address), numel, np.uint16)
+        if kind == BRAIN:
+            for i in range(numel):
+                weight, mean = _from_brain(halves[i]), means[i]
+                before[i] = mean
+                top16 = max(top16, np.uint16(halves[i] & _HALF_MAGNITUDE))
+                means[i] = mean + coefficient * (weight - mean)
+            top = _as_bits(_from_brain(top16))
+        else:
+            for i in range(numel):
+                weight, mean = _from_half(halves[i]), means[i]
+                before[i] = mean
+                top16 = max(top16, np.uint16(halves[i] & _HALF_MAGNITUDE))
+                means[i] = mean + coefficient * (weight - mean)
+            top = _as_bits(_from_half(top16))
+    if top >= bound:
         for i in range(numel):
-            top16 = max(top16, np.uint16(other_halves[i] & _HALF_MAGNITUDE))
-            means[i] = means[i] + share * (_from_brain(halves[i]) - means[i])
-        return _as_bits(_from_brain(top16))
-    for i in range(numel):
-        top16 = max(top16, np.uint16(other_halves[i] & _HALF_MAGNITUDE))
-        means[i] = means[i] + share * (_from_half(halves[i]) - means[i])
-    return _as_bits(_from_half(top16))
+            means[i] = before[i]
+    return top
 
 
-_CHUNKS = "int64, int64, int64[:, ::1], int64[::1]"
+@_compiled
+def _places(chunk, addresses, mean_addresses):  # type: ignore[no-untyped-def]
+    return (
+        addresses[chunk[OWNER]] + chunk[OFFSET],
+        mean_addresses[chunk[MEAN_OWNER]] + chunk[MEAN_OFFSET],
+    )
 
 
-@_compiled(f"void({_CHUNKS}, uint32[::1])")
-def look(first, last, chunks, addresses, tops):  # type: ignore[no-untyped-def]
+@_compiled
+def _look(chunks, addresses, tops):  # type: ignore[no-untyped-def]
     """Keep the largest magnitude of each group in ``tops``, as the bits of an fp32 number."""
-    for k in range(first, last):
-        chunk = chunks[k]
+    for chunk in chunks:
         top = _largest(chunk[KIND], addresses[chunk[OWNER]] + chunk[OFFSET], chunk[NUMEL])
         tops[chunk[GROUP]] = max(tops[chunk[GROUP]], top)
 
 
-@_compiled(f"void({_CHUNKS}, int64[::1], uint8[::1], uint8, float32, boolean)")
-def fold(first, last, chunks, addresses, mean_addresses, folded, which, share, far):  # type: ignore[no-untyped-def]
+@_compiled
+def _fold_those(which, chunks, folded, addresses, mean_addresses, coefficient, far):  # type: ignore[no-untyped-def]
     """Fold the chunks in of which ``folded`` says ``which``."""
-    for k in range(first, last):
+    for k in range(len(chunks)):
         if folded[k] == which:
             chunk = chunks[k]
-            address = addresses[chunk[OWNER]] + chunk[OFFSET]
-            mean_address = mean_addresses[chunk[MEAN_OWNER]] + chunk[MEAN_OFFSET]
-            _fold(chunk[KIND], address, mean_address, chunk[NUMEL], share, far)
+            address, mean_address = _places(chunk, addresses, mean_addresses)
+            _fold(chunk[KIND], address, mean_address, chunk[NUMEL], coefficient, far)
 
 
-@_compiled(f"void({_CHUNKS}, int64[::1], uint8[::1], uint32[::1], uint32[::1], float32)")
-def fold_fitting(first, last, chunks, addresses, mean_addresses, folded, bounds, tops, share):  # type: ignore[no-untyped-def]
+@_compiled
+def _fold_fitting(bounds, chunks, folded, addresses, mean_addresses, tops, coefficient):  # type: ignore[no-untyped-def]
     """Look at every chunk, and fold those in whose largest magnitude is below the bound of their group.
 
-    ``folded`` tells which they were. The share is less than a half.
+    ``folded`` tells which they were. The coefficient is less than a half.
     """
-    top = np.uint32(0)  # of the chunk that comes next
-    if first < last:
-        chunk = chunks[first]
-        top = _largest(chunk[KIND], addresses[chunk[OWNER]] + chunk[OFFSET], chunk[NUMEL])
-    for k in range(first, last):
+    before = np.empty(CHUNK_NUMEL, np.float32)
+    for k in range(len(chunks)):
         chunk = chunks[k]
         kind, group, numel = chunk[KIND], chunk[GROUP], chunk[NUMEL]
-        address = addresses[chunk[OWNER]] + chunk[OFFSET]
-        mean_address = mean_addresses[chunk[MEAN_OWNER]] + chunk[MEAN_OFFSET]
+        address, mean_address = _places(chunk, addresses, mean_addresses)
+        if bounds[group] == np.uint32(0):  # nothing is below
+            top = _largest(kind, address, numel)
+        else:
+            top = _fold_if_below(bounds[group], kind, address, mean_address, numel, coefficient, before)
+        folded[k] = top < bounds[group]
         tops[group] = max(tops[group], top)
-        fits = top < bounds[group]
-        folded[k] = fits
-        done = 0  # numbers of this chunk folded, and of the next looked at
-        top = np.uint32(0)
-        nbytes = 4 if kind == SINGLE else 2
-        if k + 1 < last:
-            after = chunks[k + 1]
-            ahead = addresses[after[OWNER]] + after[OFFSET]
-            if fits and after[KIND] == kind:
-                done = min(numel, after[NUMEL])
-                top = _fold_and_look(kind, address, mean_address, done, share, ahead)
-            rest = _largest(after[KIND], ahead + nbytes * done, after[NUMEL] - done)
-            top = max(top, rest)
-        if fits and done < numel:
-            _fold(kind, address + nbytes * done, mean_address + 4 * done, numel - done, share, False)
+
+
+@_callable_from_c("void(voidptr)")
+def run(place):  # type: ignore[no-untyped-def]
+    """Take a share of a job after another, until all are taken."""
+    job = carray(place, 1, JOB)[0]
+    all_shares = carray(_at(job.shares), (job.n_shares, 2), np.int64)
+    all_chunks = carray(_at(job.chunks), (job.n_chunks, 7), np.int64)
+    all_folded = carray(_at(job.folded), job.n_chunks, np.uint8)
+    all_tops = carray(_at(job.tops), (job.n_shares, job.n_groups), np.uint32)
+    bounds = carray(_at(job.bounds), job.n_groups, np.uint32)
+    addresses = carray(_at(job.addresses), 1, np.int64)
+    mean_addresses = carray(_at(job.mean_addresses), 1, np.int64)
+    coefficient, far = np.float32(job.coefficient), bool(job.far)
+    share = _fetch_and_add(_address_of(place), 1)
+    while share < job.n_shares:
+        first, last = all_shares[share]
+        chunks, folded, tops = all_chunks[first:last], all_folded[first:last], all_tops[share]
+        if job.task == LOOK:
+            _look(chunks, addresses, tops)
+        elif job.task == FOLD:
+            _fold_those(job.which, chunks, folded, addresses, mean_addresses, coefficient, far)
+        else:
+            _fold_fitting(bounds, chunks, folded, addresses, mean_addresses, tops, coefficient)
+        share = _fetch_and_add(_address_of(place), 1)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyak import _torch
+from polyak import _host_jobs, _torch
 from polyak._batches import Batch, Tensors, allocate, are_mostly_small, lie_alike, plan_batches, with_sources
 from polyak._checks import warn_user
 from polyak._device_mean import DeviceMean, all_finite
-from polyak._host_kernel import HostKernel, loops_are_ready
+from polyak._host_kernel import HostKernel
 from polyak._offload import Offload
 from polyak.errors import NonFiniteError, OptionError
 from polyak.profiles import Scheme
@@ -213,7 +213,7 @@ class Accumulator:
         """What folds samples in at present: "numba", "triton" or "torch"; where they share the work not the last."""
         if isinstance(self._counts, DeviceMean):
             return self._counts.backend
-        return "numba" if self._kernel.covered and loops_are_ready() else "torch"
+        return "numba" if self._kernel.covered and _host_jobs.are_ready() else "torch"
 
     @property
     def _settled(self) -> _HostCounts | DeviceMean:

@@ -1,0 +1,226 @@
+"""Jobs for the compiled loops of the mean on the host, and the threads that do them.
+
+A chunk is a run of numbers, dense in memory, with its mean; a table of chunks has a row for each. A job is what is to
+be done with a table. It is cut into shares, of which every thread takes one after another until none is left. All
+tables are told by addresses, and nothing is checked: :class:`polyak._host_kernel.HostKernel` vouches for them.
+
+The threads are those that torch's own operations run on. After an operation they look out for the next for
+milliseconds, and any others would have to share the processors with them; nor do they take long to begin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CHUNK_NUMEL",
+    "JOB",
+    "KINDS",
+    "TASKS",
+    "Task",
+    "addresses_of",
+    "are_possible",
+    "are_ready",
+    "do",
+    "most_threads",
+]
+
+Task = Literal["look", "fold", "fold fitting"]
+TASKS: tuple[Task, ...] = ("look", "fold", "fold fitting")
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Numbers in a chunk at most. Its weights and means, as they were and as they are, fit into the second cache.
+CHUNK_NUMEL = 1 << 13
+JOB = np.dtype(
+    [
+        ("next", np.int64),  # share that nobody has taken
+        ("n_shares", np.int64),
+        # Addresses of tables, of int64 unless said otherwise.
+        ("shares", np.int64),  # n_shares x 2: the first row of the chunks, and the one after the last
+        # n_chunks x 7: where the weights begin, as an owner and bytes from there, the same of the means, the numbers,
+        # their kind, and the group whose largest magnitude they count for.
+        ("chunks", np.int64),
+        ("addresses", np.int64),  # of the owners of weights
+        ("mean_addresses", np.int64),
+        ("folded", np.int64),  # n_chunks of uint8: which are folded in
+        ("bounds", np.int64),  # n_groups of uint32: "fold fitting" leaves out what is not below
+        (
+            "tops",
+            np.int64,
+        ),  # n_shares x n_groups of uint32: the largest magnitudes, as the bits of fp32 numbers
+        ("n_chunks", np.int64),
+        ("n_groups", np.int64),
+        ("task", np.uint8),
+        ("which", np.uint8),  # "fold" is for the chunks of which `folded` says so
+        ("far", np.uint8),  # whether the coefficient is c - 1, from the weights on; else c, from the means on
+        ("coefficient", np.float32),
+    ],
+    align=True,
+)
+_INFINITY = np.float32(np.inf).view(np.uint32)
+# A fork waits so long for the compiler, whose locks a child would otherwise inherit and never see opened.
+_PATIENCE_SECONDS = 60.0
+
+
+def do(task: Task, tables: tuple[np.ndarray, ...], share: float = 0.0, which: int = 0) -> None:
+    """Do a job, on as many threads as there are shares.
+
+    Args:
+        task: "look" keeps the largest magnitudes; "fold" is ``means += share (weights - means)``, for the chunks of
+            which ``folded`` says ``which``; "fold fitting" looks at all and folds those that are below their bounds,
+            and says which they were; its share is less than a half.
+        tables: those of :data:`JOB`, in its order.
+    """
+    _do(_loader(os.getpid()).loops, task, tables, share, which)
+
+
+def _do(loops: Any, task: Task, tables: tuple[np.ndarray, ...], share: float, which: int = 0) -> None:
+    shares, chunks, *_, tops = tables
+    # As torch's lerp_ does, which rounds less where one of the two ends is near.
+    single = np.float32(share)
+    far = abs(single) >= 0.5
+    coefficient = single - np.float32(1) if far else single
+    places = [table.ctypes.data for table in tables]
+    sizes = (len(chunks), tops.shape[1])
+    job = np.array((0, len(shares), *places, *sizes, TASKS.index(task), which, far, coefficient), JOB)
+    parallel = _parallel()
+    if len(shares) == 1 or parallel is None:
+        loops.run.ctypes(job.ctypes.data)
+    else:
+        parallel(loops.run.address, job.ctypes.data, len(shares), 0)
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> np.ndarray:
+    """Where they begin in memory; 0 where they have none."""
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+
+
+# Threads
+
+
+@cache
+def _parallel() -> Callable[[int, int, int, int], None] | None:
+    """Call a function with an argument on so many threads of the OpenMP that torch's operations use; None: not found.
+
+    It is ``GOMP_parallel`` of GNU's library, which those of LLVM and Intel have too.
+    """
+    try:
+        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel
+
+
+_process_id = os.getpid()
+
+
+def most_threads() -> int:
+    """As many as torch uses; one in a process that was forked, where OpenMP's threads did not come along."""
+    return torch.get_num_threads() if os.getpid() == _process_id else 1
+
+
+# The loops, which take a while to come.
+
+
+@cache
+def are_possible() -> bool:
+    """Whether there can be compiled loops here: numba and torch's threads."""
+    return find_spec("numba") is not None and _parallel() is not None
+
+
+def are_ready(wait: bool = False) -> bool:
+    """Whether the compiled loops can be called now; they begin to be made when they are first asked for.
+
+    Args:
+        wait: until they are there, or cannot be.
+    """
+    if not are_possible():
+        return False
+    loader = _loader(os.getpid())
+    if wait:
+        loader.join()
+    return loader.loops is not None
+
+
+@lru_cache(maxsize=1)  # a child that was forked has no threads of its parent's
+def _loader(process_id: int) -> _Loader:
+    loader = _Loader()
+    loader.start()
+    return loader
+
+
+class _Loader(threading.Thread):
+    """Imports what compiles the loops, and tries them; not a daemon, as a compiler should not be torn to pieces."""
+
+    def __init__(self) -> None:
+        super().__init__(name="polyak-compiler", daemon=False)
+        self.loops: Any = None
+
+    def run(self) -> None:
+        with _compiling:
+            try:
+                loops = import_module("polyak._host_loops")
+                if _are_right(loops):
+                    self.loops = loops
+            except Exception:  # of a compiler there are many, and torch's operations do the same
+                self.loops = None
+
+
+# Held while there is a compiler at work, and by whoever forks: a child would inherit its locks, shut.
+_compiling = threading.Lock()
+_held_by_fork = threading.local()
+
+
+def _before_fork() -> None:
+    _held_by_fork.value = _compiling.acquire(timeout=_PATIENCE_SECONDS)
+
+
+def _after_fork() -> None:
+    if getattr(_held_by_fork, "value", False):
+        _held_by_fork.value = False
+        _compiling.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+
+
+def _are_right(loops: Any) -> bool:
+    """Whether they are compiled, and give the bits of torch's own operations on this processor."""
+    numba: Any = import_module("numba")
+    if numba.config.DISABLE_JIT:  # then they are Python's loops, a thousand times as slow
+        return False
+    return all(
+        _agrees(loops, torch.linspace(-3, 4, numel).to(dtype), share)
+        for dtype in KINDS
+        for numel in (1, 7, 31, 67, 1027)
+        for share in (1e-3, 0.3, 0.7, -0.4, -1.0)
+    )
+
+
+def _agrees(loops: Any, weight: Tensor, share: float) -> bool:
+    numel = weight.numel()
+    start = torch.linspace(5, -2, numel)
+    expected = start.lerp(weight.float(), share)
+    chunks = np.array([[0, 0, 0, 0, numel, KINDS[weight.dtype], 0]], np.int64)
+    bounds, tops = np.array([_INFINITY]), np.zeros((1, 1), np.uint32)
+    tasks: tuple[Task, ...] = ("fold", "fold fitting") if abs(share) < 0.5 else ("fold",)
+    for task in tasks:
+        mean, folded = start.clone(), np.zeros(1, np.uint8)
+        places = addresses_of([weight]), addresses_of([mean])
+        _do(loops, task, (np.array([[0, 1]]), chunks, *places, folded, bounds, tops), share)
+        if not torch.equal(mean.view(torch.int32), expected.view(torch.int32)):
+            return False
+    return True
