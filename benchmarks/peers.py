@@ -22,11 +22,12 @@ import torch
 from torch import nn
 from torch.optim import swa_utils
 
-__all__ = ["AS_ON_ACCELERATOR", "CONTENDERS", "DECAY", "LIMIT", "Averager", "Contender"]
+__all__ = ["AS_ON_ACCELERATOR", "CONTENDERS", "DECAY", "LIMIT", "PREBUILT", "Averager", "Contender"]
 
 DECAY = 0.999
 _PIECE_NUMEL = 1 << 20
 LIMIT = "flat lerp_ (the limit)"
+PREBUILT = "foreach, lists built once"
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _contenders() -> list[Contender]:
     return [
         Contender(LIMIT, "limit", _flat),
         Contender("flat aminmax, then lerp_", "reference", _flat_checked),
-        Contender("foreach, lists built once", "reference", _prebuilt_lists, mixed=False),
+        Contender(PREBUILT, "reference", _prebuilt_lists, mixed=False),
         Contender("polyak EMA", "polyak", partial(_polyak, scheme=ours, check_finite=False)),
         Contender("polyak EMA, checked", "polyak", partial(_polyak, scheme=ours)),
         Contender("polyak Uniform, checked", "polyak", partial(_polyak, scheme="uniform")),

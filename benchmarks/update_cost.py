@@ -10,9 +10,10 @@ The bf16 case averages a bf16 model in fp32; its limit is the flat ``lerp_`` of 
 NaNs costs at least without numba, torch's own ``aminmax`` before a ``lerp_`` of the same piece of flat memory, is a row
 of its own.
 
-``overhead`` is our update of 1,200 tensors of one number each on one thread. Arithmetic takes a microsecond of it; the
-rest is Python, and what torch does for each tensor. A measurement is the fastest of some calls in a row,
-to which whatever else runs on the machine can only add. What is not measured stays in the file as it was.
+``overhead`` is an update of 1,200 tensors of one number each on one thread. Arithmetic takes a microsecond of it; the
+rest is Python, and what torch does for each tensor, of which its own ``_foreach_lerp_`` on lists built once gives the
+measure on this processor. A measurement is the fastest of some calls in a row, to which whatever else runs on the
+machine can only add. What is not measured stays in the file as it was.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rich.console import Console
 
 import harness
 import shapes
-from peers import AS_ON_ACCELERATOR, CONTENDERS, DECAY, LIMIT, Averager, Contender
+from peers import AS_ON_ACCELERATOR, CONTENDERS, DECAY, LIMIT, PREBUILT, Averager, Contender
 from update_cost_report import (
     Measurements,
     case_record,
@@ -101,7 +102,8 @@ def time_case(name: str, rounds: int) -> tuple[dict[str, list[float]], dict[str,
 def time_overhead(rounds: int) -> dict[str, list[float]]:
     """Microseconds of an update where there is hardly a number, by contender and round. Runs in a fresh process."""
     torch.set_num_threads(1)
-    contenders = [c for c in (*CONTENDERS.values(), AS_ON_ACCELERATOR) if c.kind == "polyak"]
+    contenders = [c for c in CONTENDERS.values() if c.kind == "polyak"]
+    contenders += [CONTENDERS[PREBUILT], AS_ON_ACCELERATOR, CONTENDERS["timm ModelEmaV3"]]
     averagers, _ = build_contenders(Case(shapes.many_single), contenders)
     microseconds: dict[str, list[float]] = {name: [] for name in averagers}
     for name in harness.rotated(list(averagers), rounds, description=OVERHEAD):
@@ -206,13 +208,13 @@ def main(arguments: list[str] | None = None) -> None:
         }
     if OVERHEAD in options.only:
         runs = [harness.in_fresh_process(time_overhead, options.rounds) for _ in range(options.processes)]
-        overhead = {name: harness.Spread.of(values) for name, values in harness.merged(runs).items()}
+        overhead = harness.merged(runs)
         console.print(overhead_table(overhead))
         found += (promises := overhead_verdicts(overhead))
         record[OVERHEAD] = {
             "environment": environment,
             "settings": {**settings, "calls": OVERHEAD_CALLS},
-            "microseconds": {name: asdict(spread) for name, spread in overhead.items()},
+            "microseconds": {name: asdict(harness.Spread.of(values)) for name, values in overhead.items()},
             "promises": [asdict(verdict) for verdict in promises],
         }
     console.print(harness.verdict_table(found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 import harness
 from harness import Spread, Verdict
-from peers import AS_ON_ACCELERATOR, CONTENDERS, LIMIT
+from peers import AS_ON_ACCELERATOR, CONTENDERS, LIMIT, PREBUILT
 
 __all__ = ["Measurements", "case_record", "case_table", "overhead_table", "overhead_verdicts", "verdicts"]
 
@@ -84,8 +84,9 @@ PROMISES = (
     Promise("gpt2", FAST_CHECKED_EMA, "resting memory", 1.005),
     Promise("gpt2", FAST_CHECKED_EMA, "peak memory", 1.02),
 )
-# Of an update of 1,200 tensors that is hardly arithmetic.
-MOST_OVERHEAD_MICROSECONDS = 250
+# Of an update of 1,200 tensors that is hardly arithmetic, over torch's own call for all of them: microseconds alone
+# tell more of the processor.
+MOST_OVERHEAD = {CHECKED_EMA: 0.75, FAST_CHECKED_EMA: 0.75, AS_ON_ACCELERATOR.name: 1.0}
 
 
 def verdicts(measured: dict[str, Measurements]) -> list[Verdict]:
@@ -112,25 +113,23 @@ def _no_peer_ahead(case: str, ours: str, measured: Measurements) -> Verdict:
     return Verdict(f"{sentence} ({bound:.2f})", against[nearest].median, against[nearest].median <= bound)
 
 
-def overhead_verdicts(microseconds: Mapping[str, Spread]) -> list[Verdict]:
+def overhead_verdicts(microseconds: Mapping[str, Sequence[float]]) -> list[Verdict]:
     """Whether Python, and what torch does for each tensor, take no longer than was promised."""
-    return [
-        Verdict(
-            f"1,200 tensors: {name}, overhead in µs at most {MOST_OVERHEAD_MICROSECONDS}",
-            microseconds[name].median,
-            microseconds[name].median <= MOST_OVERHEAD_MICROSECONDS,
-        )
-        for name in (CHECKED_EMA, FAST_CHECKED_EMA, AS_ON_ACCELERATOR.name)
-        if name in microseconds
-    ]
+    found = []
+    for name, at_most in MOST_OVERHEAD.items():
+        if name in microseconds:
+            ratio = harness.ratios(microseconds[name], microseconds[PREBUILT]).median
+            sentence = f"1,200 tensors: {name}, overhead / {PREBUILT} at most {at_most:g}"
+            found.append(Verdict(sentence, ratio, ratio <= at_most))
+    return found
 
 
-def overhead_table(microseconds: Mapping[str, Spread]) -> Table:
+def overhead_table(microseconds: Mapping[str, Sequence[float]]) -> Table:
     """Overhead for the eye: medians, with their interquartile range in brackets."""
     table = Table("contender", title="overhead", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("µs", justify="right")
-    for name, spread in microseconds.items():
-        table.add_row(escape(name), str(spread))
+    for name, values in microseconds.items():
+        table.add_row(escape(name), str(Spread.of(values)))
     return table
 
 

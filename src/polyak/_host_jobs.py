@@ -25,9 +25,7 @@ from torch import Tensor
 
 __all__ = [
     "CHUNK_NUMEL",
-    "JOB",
     "KINDS",
-    "TASKS",
     "Task",
     "addresses_of",
     "are_possible",
@@ -37,36 +35,9 @@ __all__ = [
 ]
 
 Task = Literal["look", "fold", "fold fitting"]
-TASKS: tuple[Task, ...] = ("look", "fold", "fold fitting")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Numbers in a chunk at most. Its weights and means, as they were and as they are, fit into the second cache.
 CHUNK_NUMEL = 1 << 13
-JOB = np.dtype(
-    [
-        ("next", np.int64),  # share that nobody has taken
-        ("n_shares", np.int64),
-        # Addresses of tables, of int64 unless said otherwise.
-        ("shares", np.int64),  # n_shares x 2: the first row of the chunks, and the one after the last
-        # n_chunks x 7: where the weights begin, as an owner and bytes from there, the same of the means, the numbers,
-        # their kind, and the group whose largest magnitude they count for.
-        ("chunks", np.int64),
-        ("addresses", np.int64),  # of the owners of weights
-        ("mean_addresses", np.int64),
-        ("folded", np.int64),  # n_chunks of uint8: which are folded in
-        ("bounds", np.int64),  # n_groups of uint32: "fold fitting" leaves out what is not below
-        (
-            "tops",
-            np.int64,
-        ),  # n_shares x n_groups of uint32: the largest magnitudes, as the bits of fp32 numbers
-        ("n_chunks", np.int64),
-        ("n_groups", np.int64),
-        ("task", np.uint8),
-        ("which", np.uint8),  # "fold" is for the chunks of which `folded` says so
-        ("far", np.uint8),  # whether the coefficient is c - 1, from the weights on; else c, from the means on
-        ("coefficient", np.float32),
-    ],
-    align=True,
-)
 _INFINITY = np.float32(np.inf).view(np.uint32)
 # A fork waits so long for the compiler, whose locks a child would otherwise inherit and never see opened.
 _PATIENCE_SECONDS = 60.0
@@ -79,7 +50,7 @@ def do(task: Task, tables: tuple[np.ndarray, ...], share: float = 0.0, which: in
         task: "look" keeps the largest magnitudes; "fold" is ``means += share (weights - means)``, for the chunks of
             which ``folded`` says ``which``; "fold fitting" looks at all and folds those that are below their bounds,
             and says which they were; its share is less than a half.
-        tables: those of :data:`JOB`, in its order.
+        tables: those of :data:`polyak._host_loops.JOB`, in its order.
     """
     _do(_loader(os.getpid()).loops, task, tables, share, which)
 
@@ -91,8 +62,9 @@ def _do(loops: Any, task: Task, tables: tuple[np.ndarray, ...], share: float, wh
     far = abs(single) >= 0.5
     coefficient = single - np.float32(1) if far else single
     places = [table.ctypes.data for table in tables]
-    sizes = (len(chunks), tops.shape[1])
-    job = np.array((0, len(shares), *places, *sizes, TASKS.index(task), which, far, coefficient), JOB)
+    sizes = (len(chunks), CHUNK_NUMEL, tops.shape[1])
+    about = (loops.TASKS.index(task), which, far, coefficient)
+    job = np.array((0, len(shares), *places, *sizes, *about), loops.JOB)
     parallel = _parallel()
     if len(shares) == 1 or parallel is None:
         loops.run.ctypes(job.ctypes.data)

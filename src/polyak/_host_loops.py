@@ -20,14 +20,37 @@ else:
     except ImportError:
         numba = None
 
-from polyak._host_jobs import CHUNK_NUMEL, JOB, KINDS, TASKS
+__all__ = ["JOB", "TASKS", "run"]
 
-__all__ = ["run"]
-
-# The columns of a table of chunks, their kinds, and the tasks.
+# All that compiled code takes for granted stands in this file: what was compiled before is used while it is unchanged.
+# Of a chunk: where its weights begin, as a place in a list of addresses and bytes from there; the same of its mean; how
+# many numbers; their kind; and the group whose largest number it counts for.
 OWNER, OFFSET, MEAN_OWNER, MEAN_OFFSET, NUMEL, KIND, GROUP = range(7)
-SINGLE, BRAIN, HALF = KINDS.values()
-LOOK, FOLD, FOLD_FITTING = range(len(TASKS))
+SINGLE, BRAIN, HALF = range(3)  # fp32, bf16, fp16
+TASKS = ("look", "fold", "fold fitting")
+LOOK, FOLD, FOLD_FITTING = range(3)
+JOB = np.dtype(
+    [
+        ("next", np.int64),  # share that nobody has taken
+        ("n_shares", np.int64),
+        # Addresses of tables, of int64 unless said otherwise.
+        ("shares", np.int64),  # n_shares x 2: the first row of the chunks, and the one after the last
+        ("chunks", np.int64),  # n_chunks x 7
+        ("addresses", np.int64),  # of the owners of weights
+        ("mean_addresses", np.int64),
+        ("folded", np.int64),  # n_chunks of uint8: which are folded in
+        ("bounds", np.int64),  # n_groups of uint32: "fold fitting" leaves out what is not below
+        ("tops", np.int64),  # n_shares x n_groups of uint32: the largest magnitudes, as bits of fp32
+        ("n_chunks", np.int64),
+        ("chunk_numel", np.int64),  # at most
+        ("n_groups", np.int64),
+        ("task", np.uint8),
+        ("which", np.uint8),  # "fold" is for the chunks of which `folded` says so
+        ("far", np.uint8),  # whether the coefficient is c - 1, from the weights on; else c, from the means on
+        ("coefficient", np.float32),
+    ],
+    align=True,
+)
 
 # fp32 numbers as bits: without the sign they are ordered as their magnitudes are, infinities and NaNs last.
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -213,12 +236,12 @@ def _fold_those(which, chunks, folded, addresses, mean_addresses, coefficient, f
 
 
 @_compiled
-def _fold_fitting(bounds, chunks, folded, addresses, mean_addresses, tops, coefficient):  # type: ignore[no-untyped-def]
+def _fold_fitting(chunk_numel, bounds, chunks, folded, addresses, mean_addresses, tops, coefficient):  # type: ignore[no-untyped-def]
     """Look at every chunk, and fold those in whose largest magnitude is below the bound of their group.
 
     ``folded`` tells which they were. The coefficient is less than a half.
     """
-    before = np.empty(CHUNK_NUMEL, np.float32)
+    before = np.empty(chunk_numel, np.float32)
     for k in range(len(chunks)):
         chunk = chunks[k]
         kind, group, numel = chunk[KIND], chunk[GROUP], chunk[NUMEL]
@@ -240,6 +263,7 @@ def run(place):  # type: ignore[no-untyped-def]
     all_folded = carray(_at(job.folded), job.n_chunks, np.uint8)
     all_tops = carray(_at(job.tops), (job.n_shares, job.n_groups), np.uint32)
     bounds = carray(_at(job.bounds), job.n_groups, np.uint32)
+    # Of as many as chunks speak of.
     addresses = carray(_at(job.addresses), 1, np.int64)
     mean_addresses = carray(_at(job.mean_addresses), 1, np.int64)
     coefficient, far = np.float32(job.coefficient), bool(job.far)
@@ -252,5 +276,7 @@ def run(place):  # type: ignore[no-untyped-def]
         elif job.task == FOLD:
             _fold_those(job.which, chunks, folded, addresses, mean_addresses, coefficient, far)
         else:
-            _fold_fitting(bounds, chunks, folded, addresses, mean_addresses, tops, coefficient)
+            _fold_fitting(
+                job.chunk_numel, bounds, chunks, folded, addresses, mean_addresses, tops, coefficient
+            )
         share = _fetch_and_add(_address_of(place), 1)
