@@ -26,9 +26,13 @@ __all__ = ["Fit", "fit"]
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 # Adam moves every logit by about its learning rate: 200 steps that decay linearly to zero can change a weight
-# by a factor of e^5. Signed weights move in parts of the mean weight, 1/K, instead.
+# by a factor of e^5. Signed weights move by such parts of 1/√K along axes of length 1: of 1/K each.
 _LOGIT_RATE = 0.05
 _SIGNED_RATE = 0.05
+# Of the most: along other axes the blocks differ by rounding.
+_LEAST_VARIANCE = 1e-10
+# Of each block, of which differences are held at once.
+_PART_NUMEL = 1 << 20
 # The share of the weight that starts spread over all blocks: a logit of -inf would never move.
 _SPREAD = 0.01
 
@@ -199,8 +203,8 @@ def _fit_to_batches(
     steps = whole_within("[1, inf)", "steps", steps)
     network = bare_model(model)
     begin = torch.tensor(trajectory.explain(start).coefficients, dtype=torch.float64)
-    coefficients = (_Signed if signed else _Softmax)(begin)
     stacks = _stacked_blocks(trajectory, model)
+    coefficients = _Signed(begin, stacks) if signed else _Softmax(begin)
     losses = _descend(coefficients, stacks, _Objective(network, loss), _endless(batches), steps)
     run_steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
     return Fit(Weights(coefficients.weights().tolist()), losses, run_steps)
@@ -219,14 +223,34 @@ class _Softmax:
 
 
 class _Signed:
-    """Weights of either sign that sum to 1: θ, moved along (1, …, 1) onto that plane."""
+    """Weights of either sign that sum to 1, moved along the principal axes of the blocks.
 
-    def __init__(self, start: Tensor):
-        self.rate = _SIGNED_RATE / len(start)
-        self.theta = start.clone().requires_grad_()
+    Blocks are nearly parallel: what one weight does its neighbours do, too. Adam moves every coordinate at the same
+    rate, so coordinates should do different things.
+    """
+
+    def __init__(self, start: Tensor, stacks: Mapping[str, Tensor]):
+        count = len(start)
+        variances, axes = torch.linalg.eigh(_products(stacks.values(), count))
+        axes = axes[:, variances > _LEAST_VARIANCE * variances[-1]]
+        self._axes = axes - axes.mean(dim=0)  # along them weights sum to what they did
+        self._start = start + (1 - start.sum()) / count
+        self.rate = _SIGNED_RATE / math.sqrt(count)
+        self.theta = torch.zeros(self._axes.shape[1], dtype=torch.float64, requires_grad=True)
 
     def weights(self) -> Tensor:
-        return self.theta + (1 - self.theta.sum()) / len(self.theta)
+        return self._start + self._axes @ self.theta
+
+
+def _products(stacks: Iterable[Tensor], count: int) -> Tensor:
+    """The inner products of the blocks' differences from their mean, [K, K]."""
+    products = torch.zeros(count, count, dtype=torch.float64)
+    for stack in stacks:
+        reals = torch.view_as_real(stack) if stack.is_complex() else stack
+        for part in reals.flatten(1).split(_PART_NUMEL, dim=1):
+            difference = part - part.mean(dim=0)
+            products += (difference @ difference.T).to(products)
+    return products
 
 
 class _Objective(nn.Module):
