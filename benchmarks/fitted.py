@@ -32,7 +32,7 @@ TASK = TASKS["text"]
 DECAYS = {"constant rate": 0.0, "tuned decay": 0.45}
 # Of fits, and how many steps longer a run is that is compared with one.
 PASSES = (25, 100, 400)
-VALIDATION, TRAINING = "validation examples", "training examples"
+EXAMPLES = VALIDATION, TRAINING = "validation examples", "training examples"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
                         n: asdict(paired_difference([o.fitted[name][n] for o in by_steps[0]], selected))
                         for n in PASSES
                     }
-                    for name in (VALIDATION, TRAINING)
+                    for name in EXAMPLES
                 },
                 "more training": {
                     n: asdict(paired_difference([o.selected for o in by_steps[n]], selected)) for n in PASSES
