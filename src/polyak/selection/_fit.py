@@ -103,11 +103,12 @@ def fit(
     """Fit the weight of each block: minimise the loss of Σ a_k · block_k over a, or find the best score.
 
     **By gradients**, with ``batches`` and ``loss``. The weights are a softmax, a = exp(θ) / Σ exp(θ), or with
-    ``signed`` any numbers that sum to 1; θ follows Adam with a learning rate that falls linearly to zero. All K blocks
-    are held in memory, beside the model.
+    ``signed`` any numbers that sum to 1, a = start + U θ, where the columns of U are the principal axes of the blocks;
+    θ follows Adam with a learning rate that falls linearly to zero. All K blocks are held in memory, beside the model.
 
-    Steps of this kind are not free, and as many more steps of training may do more good: compare. Weights
-    fitted on training data are not evidence either; score them on validation data with :func:`polyak.select`.
+    Steps of this kind are not free, and as many more steps of training may do more good: compare. Fit signed weights on
+    examples that the run was not trained on: to those that it was they soon fit too well. What was fitted is evidence
+    of nothing; score it with :func:`polyak.select` on data that it has not seen.
 
     **For a score without gradients**, such as an accuracy or BLEU, with ``score`` and ``mode``: a_k = s_k exp(θ_g),
     divided by their sum, where s is the start and g one of at most ten groups of neighbouring blocks, of equal numbers
