@@ -99,14 +99,26 @@ def test_what_it_cannot_hold_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+SCALES = torch.tensor([0.5, 1, 4])
+
+
 def test_scales_of_mx_formats(tmp_path):
-    path, scales = tmp_path / "x.safetensors", torch.tensor([0.5, 1, 4]).to(torch.float8_e8m0fnu)
-    save_file({"scale": scales}, path)
+    path = tmp_path / "x.safetensors"
+    exponents = bytes([126, 127, 129])  # with a bias of 127
+    path.write_bytes(header({"scale": entry(0, 3, (3,), "F8_E8M0")}) + exponents)
     with checkpoints.open(path) as opened:
         assert opened.tensors["scale"].dtype == torch.float8_e8m0fnu
-        assert opened.read("scale").float().tolist() == [0.5, 1, 4]
+        assert torch.equal(opened.read("scale").float(), SCALES)
+
+
+def test_the_peer_reads_and_writes_such_scales(tmp_path):
+    pytest.importorskip("safetensors", "0.6.1")  # the first that has them
+    scales = SCALES.to(torch.float8_e8m0fnu)
+    save_file({"scale": scales}, tmp_path / "x.safetensors")
+    with checkpoints.open(tmp_path / "x.safetensors") as opened:
+        assert torch.equal(opened.read("scale").float(), SCALES)
     checkpoints.write(tmp_path / "ours.safetensors", {"scale": scales})
-    assert load_file(tmp_path / "ours.safetensors")["scale"].float().tolist() == [0.5, 1, 4]
+    assert torch.equal(load_file(tmp_path / "ours.safetensors")["scale"].float(), SCALES)
 
 
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2"])
