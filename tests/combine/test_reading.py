@@ -439,6 +439,25 @@ def test_the_order_in_which_a_shell_gives_numbers_that_are_no_steps_is_none(tmp_
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ("ckpt_500M.pt", "ckpt_1B.pt", "ckpt_1500M.pt"),
+        ("1B/model.pt", "2B/model.pt"),
+        ("2026-03-01.pt", "2026-03-02.pt"),
+    ],
+)
+def test_the_best_beside_counts_in_billions_or_dates_is_no_part_of_them(tmp_path, names):
+    for value, name in enumerate(names):
+        put(tmp_path / "run" / name, value)
+    put(tmp_path / "run" / "best.pt", 9)
+    reading = read_inputs(tmp_path / "run").required()
+    assert [item.opened.read("w")[0].item() for item in reading.taken] == list(range(len(names)))
+    assert reading.left_out == "left out: 'best.pt' (no part of the numbered series)"
+    paths = [tmp_path / "run" / name for name in (*names, "best.pt")]
+    assert "'best.pt'; name the folder" in str(read_inputs(paths).refusal)
+
+
+@pytest.mark.parametrize(
     "name", ["fold_{}/final.pth", "seed{}/model.pt", "model_seed{}.pt", "Trial-{}/weights.pt"]
 )
 def test_runs_that_began_apart_are_said_to_be_so_by_every_command(tmp_path, capsys, name):
