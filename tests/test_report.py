@@ -316,6 +316,19 @@ def test_names_are_text_never_markup(tmp_path):
     assert "$x_{y$" in page.words("$x_{y$ rose from")  # nor is it mathematics
 
 
+def test_names_turn_nothing_around_and_control_nothing(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    name = 'a\u202eb\x1b[2J & "c"'
+    with polyak.Recorder(model, tmp_path / name, block=1) as run:
+        for value in (1.0, 2.0, 1.5):
+            model.weight.data.fill_(value)
+            run.update(**{name: value, "line\nbreak": value})
+    write_report(run.trajectory, tmp_path / "page.html", command="first\nsecond")
+    page = Page(tmp_path / "page.html")
+    assert all(letter.isprintable() for letter in page.source.replace("\n", ""))
+    assert 'a\\u202eb\\x1b[2J & "c"' in page
+
+
 def test_a_damaged_block_is_named_and_the_rest_is_shown(walk, tmp_path):
     block = walk.recorder.trajectory.blocks[3]
     (tmp_path / "walk" / block.file_name).write_bytes(b"no block")

@@ -63,6 +63,7 @@ class Reading:
         refusal: why nothing can be decided; None where it is.
         order_known: whether the items are in the order of training by their own word.
         unordered: why there is no order, which every profile but the uniform one needs; None where there is.
+        of_two_runs: one line where steps say that files which were named one by one are of two runs; else empty.
     """
 
     items: list[Item] = field(default_factory=list)
@@ -70,6 +71,7 @@ class Reading:
     refusal: PolyakError | None = None
     order_known: bool = False
     unordered: OptionError | None = None
+    of_two_runs: str = ""
 
     @property
     def taken(self) -> list[Item]:
@@ -98,8 +100,8 @@ class Reading:
 
     @property
     def of_several_runs(self) -> str:
-        """One line where what is taken is of runs that began apart, as seeds and folds; else empty."""
-        return _runs.said_of_several([item.path for item in self.taken])
+        """One line where what is taken is of several runs, by names as of seeds and folds or by steps; else empty."""
+        return _runs.said_of_several([item.path for item in self.taken]) or self.of_two_runs
 
     def warn(self) -> None:
         """Say what is to be said on every run."""
@@ -323,10 +325,12 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         order, known = _order_in_names(reading, items)
     pair = None if known is None else _runs.of_two([item.path for item in items], known)
     if known is not None and pair is not None and (given is None or known[pair[0]] == known[pair[1]]):
-        reading.unordered = _runs.refused_as_two([item.name for item in items], known, pair)
+        names = [item.name for item in items]
+        reading.unordered = _runs.refused_as_two(names, known, pair)
         folders = {item.path.parent for item in items}
         if len(set(known)) > 1 or len(folders) < len(items):  # else a soup, a file of each run
             _refuse_what_was_found(reading, items, all_count)
+            reading.of_two_runs = "" if all_count else _runs.said_of_two(names, known, pair)
         known = order = None
     elif known is None and order is None and reading.unordered is not None:
         _refuse_what_was_found(reading, items, all_count)

@@ -92,11 +92,22 @@ def write_report(
             "selection must be what polyak.select returns, and line what polyak.landscape returns"
         )
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
     )
     template = environment.from_string(files("polyak.report").joinpath("page.html").read_text("utf-8"))
     page = template.render(_contents(trajectory, selection, line, title or trajectory.name, command))
     _io.write_file(output, page.encode("utf-8", "replace"), overwrite=overwrite)
+
+
+def _printable(value: Any) -> Any:
+    """What a page shows of a value: a bidirectional control in a name would turn around what stands beside it."""
+    if hasattr(value, "__html__"):  # markup of the page's own
+        return value
+    return "\n".join(map(_terminal.printable, str(value).split("\n")))
 
 
 def refuse_output(path: Path, *, overwrite: bool) -> None:
