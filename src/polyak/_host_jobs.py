@@ -40,6 +40,8 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Numbers in a chunk at most. Its weights and means, as they were and as they are, fit into the second cache.
 CHUNK_NUMEL = 1 << 13
 _INFINITY = np.float32(np.inf).view(np.uint32)
+# Views of freed memory pretend to lie below, as few others do.
+_LOW_ADDRESS = 1 << 40
 # A fork waits so long for the compiler, whose locks a child would otherwise inherit and never see opened.
 _PATIENCE_SECONDS = 60.0
 
@@ -77,9 +79,9 @@ def _do(loops: Any, task: Task, tables: tuple[np.ndarray, ...], share: float, wh
 def addresses_of(tensors: Sequence[Tensor]) -> np.ndarray:
     """Where they begin in memory; 0 where they have none."""
     addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
-    # A view of memory that was freed says how far it is from there.
-    views = [i for i, tensor in enumerate(tensors) if tensor.storage_offset()]
-    addresses[[i for i in views if not tensors[i].untyped_storage().data_ptr()]] = 0
+    # A view of memory that was freed says how far it is from there, which only the storages of low addresses need tell.
+    low = np.flatnonzero(addresses < _LOW_ADDRESS).tolist()
+    addresses[[i for i in low if not tensors[i].untyped_storage().data_ptr()]] = 0
     return addresses
 
 
