@@ -12,6 +12,7 @@ import torch
 import polyak
 from polyak import landscape
 from polyak.errors import CheckpointError, MissingExtraError, NotStartedError, OptionError, OutputExistsError
+from polyak.inspection import measure_movement
 from polyak.report import write_report
 from polyak.report._answer import answer
 from polyak.report._charts import profile_chart
@@ -327,6 +328,18 @@ def test_names_turn_nothing_around_and_control_nothing(tmp_path):
     page = Page(tmp_path / "page.html")
     assert all(letter.isprintable() for letter in page.source.replace("\n", ""))
     assert 'a\\u202eb\\x1b[2J & "c"' in page
+
+
+def test_a_block_that_is_merged_away_while_the_page_is_made_is_on_it(walk, tmp_path, monkeypatch):
+    trajectory = polyak.Trajectory(tmp_path / "walk")
+
+    def measured(read):
+        (tmp_path / "walk" / trajectory.blocks[3].file_name).unlink()
+        return measure_movement(read)
+
+    monkeypatch.setattr("polyak.report.measure_movement", measured)
+    write_report(trajectory, tmp_path / "page.html")
+    assert Page(tmp_path / "page.html").words("Relative distance from block to block")
 
 
 def test_a_damaged_block_is_named_and_the_rest_is_shown(walk, tmp_path):

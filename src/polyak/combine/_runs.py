@@ -12,7 +12,14 @@ from polyak.checkpoints._checkpoint import natural_order
 from polyak.combine._steps import number_in_name, words_in_name
 from polyak.errors import OptionError, name_list
 
-__all__ = ["in_order_of_letters", "of_two", "refused_as_two", "said_of_several", "said_of_two"]
+__all__ = [
+    "in_order_of_letters",
+    "of_two",
+    "refused_as_two",
+    "said_of_several",
+    "said_of_two",
+    "shared_by_folders",
+]
 
 
 def of_two(paths: Sequence[Path], steps: Sequence[int]) -> tuple[int, int] | None:
@@ -90,6 +97,11 @@ def _as_of_two(names: Sequence[str], steps: Sequence[int], pair: tuple[int, int]
         else f"are of steps {at} and {end}, which overlap with each other's"
     )
     return f"{first} and {other} {how}, as of two runs"
+
+
+def shared_by_folders(paths: Sequence[Path], values: Sequence[int]) -> bool:
+    """Whether numbers that several have are those of folders, while the files have numbers of their own."""
+    return len(set(values)) < len(values) and any(number_in_name(path.stem) is not None for path in paths)
 
 
 def in_order_of_letters(paths: Sequence[Path]) -> bool:

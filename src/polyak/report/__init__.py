@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.resources import files
 from os import PathLike
@@ -147,7 +148,7 @@ def _contents(
     return {
         "title": title,
         "answer": answer(trajectory, selection, command, diverged_in(usable.blocks, movement)),
-        "facts": _facts(trajectory, usable, selection, max(one.path.stat().st_mtime for one in read)),
+        "facts": _facts(trajectory, usable, selection, _newest(one.path for one in read)),
         "damaged": list(trajectory.damaged.values()),
         "selection": selection,
         "headings": _result.HEADINGS,
@@ -195,6 +196,14 @@ def _facts(
                 f"the best average and the live weights, {_examples(selection.holdout.examples)}"
             )
     return facts | {"Written": f"{_day(time.time())}, by polyak {__version__}"}
+
+
+def _newest(paths: Iterable[Path]) -> float:
+    """When the newest of the files was written, which is now where one has been merged away since it was opened."""
+    try:
+        return max(path.stat().st_mtime for path in paths)
+    except FileNotFoundError:
+        return time.time()
 
 
 def _examples(count: int | None) -> str:

@@ -97,8 +97,13 @@ def fit(
     loss: LossFunction | None = None,
     *,
     start: Profile | str | None = None,
+    signed: bool | None = None,
+    steps: int | None = None,
     score: ScoreFunction | None = None,
-    **options: Any,
+    mode: Mode | None = None,
+    evaluations: int | None = None,
+    recalibrate: Iterable[Any] | None = None,
+    seed: int | None = None,
 ) -> Fit | ScoreFit:
     """Fit the weight of each block: minimise the loss of Σ a_k · block_k over a, or find the best score.
 
@@ -126,15 +131,13 @@ def fit(
         batches: one for each step, from the beginning again when they run out.
         loss: ``loss(model, batch)`` returns a scalar tensor.
         start: the profile to start from, or its text; None: ``Decay("sqrt", 0.4)``.
+        signed: with batches: allow negative weights; the average may then leave the hull of the blocks.
+        steps: with batches: forward and backward passes, 200 if not given.
         score: ``score(model)`` returns a number, or one for each example, whose mean counts.
-
-    Keyword Args:
-        signed: allow negative weights; the average may then leave the hull of the blocks.
-        steps: forward and backward passes, 200 if not given.
-        mode: "min" if lower scores are better, "max" if higher ones are.
-        evaluations: calls of ``score``, 200 if not given.
-        recalibrate: batches for :func:`polyak.update_bn` before each call.
-        seed: of the search, 0 if not given.
+        mode: with a score, and needed there: "min" if lower scores are better, "max" if higher ones are.
+        evaluations: with a score: calls of it, 200 if not given.
+        recalibrate: with a score: batches for :func:`polyak.update_bn` before each call.
+        seed: with a score: that of the search, 0 if not given.
 
     Returns:
         A ``Fit``, or with ``score`` a ``ScoreFit``; the weights are its ``profile``.
@@ -174,6 +177,15 @@ def fit(
             f"{start} counts the live weights, and what is fitted are the weights of blocks: start from the profile of "
             "its average, and blend what was fitted"
         )
+    asked = {
+        "signed": signed,
+        "steps": steps,
+        "mode": mode,
+        "evaluations": evaluations,
+        "recalibrate": recalibrate,
+        "seed": seed,
+    }
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if score is not None:
         if batches is not None or loss is not None:
             raise TypeError("fit takes either batches and a loss, or a score")
