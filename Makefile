@@ -78,6 +78,7 @@ evidence: $(VENV)/.dev
 	$(BIN)/python benchmarks/no_harm.py --output benchmarks/results/no_harm.json
 	$(BIN)/python benchmarks/preview.py --output benchmarks/results/preview.json
 	$(BIN)/python benchmarks/valley.py --output benchmarks/results/valley.json
+	$(BIN)/python benchmarks/fitted.py --output benchmarks/results/fitted.json
 	$(BIN)/python benchmarks/posterior.py --output benchmarks/results/posterior.json
 	$(BIN)/python benchmarks/quantised.py --output benchmarks/results/quantised.json
 	$(BIN)/python benchmarks/fetch_data.py polyak-evidence/data

@@ -301,6 +301,25 @@ def valley(data: dict[str, Any]) -> str:
     )
 
 
+def fitted(data: dict[str, Any]) -> str:
+    settings = data["settings"]
+    steps, batch = settings["steps"], settings["batch_size"]
+    rows = []
+    for kind, found in data["runs"].items():
+        for what, differences in found["minus_selected"].items():
+            rows.append((f"{kind}: {what}", *(difference(entry) for entry in differences.values())))
+    selected = [f"{kind}: {found['selected'][0]:.4f} selected" for kind, found in data["runs"].items()]
+    passes = list(next(iter(data["runs"].values()))["minus_selected"]["more training"])
+    return (
+        f"The demo's byte language model on {settings['seeds']} seeds, {steps} steps of {batch} examples; test NLL in "
+        "nats per byte, minus that of what `select` chose of the run. `fit(signed=True)` begins at the best average; a "
+        f"pass is forward and backward on {batch} examples, as dear as a training step. *More training* is a run with "
+        "as many steps more, and what `select` chose of it. What was selected has seen the validation examples, too. "
+        f"{'; '.join(selected)}.\n\n"
+        f"{table(('run', *(f'{n} passes or steps' for n in passes)), rows)}"
+    )
+
+
 def posterior(data: dict[str, Any]) -> str:
     rows = []
     for task, found in data["tasks"].items():
@@ -548,6 +567,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ),
     ("What would it score if I decayed now?", "preview.json", "python benchmarks/preview.py", preview),
     ("Does the average lie wider?", "valley.json", "python benchmarks/valley.py", valley),
+    ("What do fitted weights bring?", "fitted.json", "python benchmarks/fitted.py", fitted),
     ("Does SWAG add to the average?", "posterior.json", "python benchmarks/posterior.py", posterior),
     ("What recording and choosing cost", "trajectory.json", "python benchmarks/trajectory.py", trajectory),
     ("What an update costs", "update_cost.json", "python benchmarks/update_cost.py", update_cost),

@@ -33,7 +33,7 @@ def test_whole_numbers_are_taken_whatever_their_type_and_to_the_last_digit(value
 def test_all_else_is_refused_with_the_range_and_what_was_given(value):
     with pytest.raises(OptionError) as refused:
         whole_within("[1, inf)", "steps", value)
-    assert str(refused.value) == f"steps must be a whole number in [1, inf), got {value!r}"
+    assert str(refused.value) == f"steps must be a whole number in [1, inf), got {value!r:.60}"
 
 
 @pytest.mark.parametrize(

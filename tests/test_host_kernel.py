@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
 import pickle
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import lru_cache
 
 import pytest
 import torch
@@ -277,6 +279,20 @@ def test_a_sample_that_lies_otherwise_goes_through_torchs_operations():
         assert torch.equal(mean.means[0], weight)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 9000])
+def test_weights_whose_memory_was_freed_are_not_read(offset):
+    """A view of what FSDP freed for a while has an address, which is its offset."""
+    flat = torch.ones(40_000)
+    weights = [torch.ones(20_000), flat[offset:][:20_000]]
+    mean = accumulator(weights)
+    mean.add(weights)
+    flat.untyped_storage().resize_(0)
+    assert not mean._kernel.take(weights)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        mean.add(weights)
+    assert torch.equal(mean.means[0], torch.ones(20_000)) and mean.n_averaged == 1
+
+
 def test_means_in_shared_memory_are_found_again():
     weight = torch.ones(9000)
     mean = accumulator([weight], "ema:decay=0.5,debias=false")
@@ -325,8 +341,7 @@ def test_interrupts_at_any_moment_leave_every_number_old_or_new_and_no_thread_at
         mean.add([weight])
 
 
-def test_where_openmp_has_fewer_threads_than_were_asked_for_all_is_done():
-    script = """
+SCRIPT = """
 import torch
 from polyak import _host_jobs, _host_kernel
 from polyak._mean import Accumulator
@@ -335,15 +350,48 @@ from polyak.profiles import Uniform
 _host_kernel._LEAST_NUMEL, _host_kernel._LEAST_NUMEL_OF_A_THREAD = 0, 1000
 assert _host_jobs.are_ready(wait=True)
 torch.set_num_threads(3)
-weight = torch.ones(100_000)
-mean = Accumulator([weight], ["weight"], Uniform())
+weights = [torch.ones(100_000), torch.ones(100_000)]
+mean = Accumulator(weights, ["0", "1"], Uniform())
 for value in (1, 2, 6):
-    mean.add([weight * value])
+    mean.add([weight * value for weight in weights])
 assert len(mean._kernel._shares()) == 3 and mean.backend == "numba"
-assert torch.equal(mean.means[0], weight * 3), mean.means
+assert all(torch.equal(one, weights[0] * 3) for one in mean.means), mean.means
 """
-    limited = os.environ | {"OMP_THREAD_LIMIT": "2"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=limited, timeout=120)
+
+
+def runs(**environment):
+    """Run the script; what it says of errors."""
+    environment = os.environ | environment
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, timeout=240, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_where_openmp_has_fewer_threads_than_were_asked_for_all_is_done():
+    runs(OMP_THREAD_LIMIT="2")
+
+
+def test_where_numba_watches_bounds_all_is_done(tmp_path):
+    """What it raises on another thread reaches nobody, and the rest of a share is not done."""
+    assert runs(NUMBA_CACHE_DIR=str(tmp_path), NUMBA_BOUNDSCHECK="1") == ""
+
+
+def test_without_memory_nothing_is_folded_in_and_that_is_said(monkeypatch):
+    weight = torch.ones(20_000)
+    mean = accumulator([weight])
+    mean.add([weight])
+    mean.add([weight])
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(_host_jobs.np, "empty", full)
+    with pytest.raises(MemoryError):
+        mean.add([weight * 3])
+    monkeypatch.undo()
+    assert torch.equal(mean.means[0], weight) and (mean.n_averaged, mean.n_skipped) == (2, 0)
 
 
 def test_without_the_threads_of_torchs_openmp_there_are_no_loops(monkeypatch):
@@ -411,7 +459,75 @@ def test_a_fork_waits_for_the_compiler():
     assert not _host_jobs._compiling.locked()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_that_gave_up_waiting_for_the_compiler_has_no_loops_and_ends(monkeypatch):
+    weight = torch.ones(9000)
+    mean = accumulator([weight])
+    monkeypatch.setattr(_host_jobs, "_PATIENCE_SECONDS", 0.01)
+    with _host_jobs._compiling:
+        child = os.fork()
+        if child == 0:
+            grandchild = os.fork()  # which has nothing to wait for
+            mean.add([weight])
+            mine = 0 if mean.backend == "torch" and threading.active_count() == 1 else 1
+            os._exit(mine if grandchild == 0 else mine or os.waitpid(grandchild, 0)[1])
+        assert os.waitpid(child, 0)[1] == 0
+    assert mean.backend == "numba"
+
+
 # With and without numba
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_loops_are_tried_in_fp32_whatever_the_default_is(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        assert _host_jobs._are_right(_host_jobs._loader(os.getpid()).loops)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_where_no_thread_can_begin_torchs_operations_run(monkeypatch):
+    """As in what runs when Python ends, from 3.12 on, and where a system allows no more."""
+
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_host_jobs._Loader, "start", start)
+    monkeypatch.setattr(_host_jobs, "_loader", lru_cache(_host_jobs._loader.__wrapped__))
+    monkeypatch.setattr(_host_kernel, "_LEAST_NUMEL", 0)
+    assert not _host_jobs.are_ready(wait=True)
+    weight = torch.ones(9000)
+    mean = Accumulator([weight], ["w"], Uniform())
+    mean.add([weight])
+    assert mean.backend == "torch" and torch.equal(mean.means[0], weight)
+
+
+def about():
+    """Numba is imported, and loops are compiled, by the time this is asked for."""
+    assert _host_jobs.are_ready(wait=True)
+    return _host_jobs._loader(os.getpid()).loops._about()
+
+
+def test_compiled_code_is_kept_for_this_source_compiler_and_processor_and_a_damaged_file_is_left(tmp_path):
+    runs(NUMBA_CACHE_DIR=str(tmp_path))
+    code, index = sorted(tmp_path.rglob("*.nb[ic]"))
+    assert all(f"run-{about()}-" in path.name for path in (code, index))
+    index.write_bytes(index.read_bytes()[:100])
+    runs(NUMBA_CACHE_DIR=str(tmp_path))
+
+
+def test_other_sources_compilers_and_processors_have_other_files(monkeypatch):
+    numba = pytest.importorskip("numba")
+    found = {about()}
+    monkeypatch.setattr(numba, "__version__", "0.0.1")
+    found.add(about())
+    codegen = numba.core.registry.cpu_target.target_context.codegen()
+    monkeypatch.setattr(type(codegen), "magic_tuple", lambda self: ("riscv64", "", ""))
+    found.add(about())
+    monkeypatch.setattr(inspect, "getsource", lambda module: "another")
+    found.add(about())
+    assert len(found) == 4
 
 
 def test_until_the_loops_are_compiled_torchs_operations_run(monkeypatch):

@@ -12,6 +12,7 @@ import torch
 import polyak
 from polyak import landscape
 from polyak.errors import CheckpointError, MissingExtraError, NotStartedError, OptionError, OutputExistsError
+from polyak.inspection import measure_movement
 from polyak.report import write_report
 from polyak.report._answer import answer
 from polyak.report._charts import profile_chart
@@ -314,6 +315,31 @@ def test_names_are_text_never_markup(tmp_path):
     assert page.open == [] and "<script" not in page.source and "<b>" not in page.source
     assert "<script>alert()</script>" in page and "<b>loss" in page.words("<b>loss rose from")
     assert "$x_{y$" in page.words("$x_{y$ rose from")  # nor is it mathematics
+
+
+def test_names_turn_nothing_around_and_control_nothing(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    name = 'a\u202eb\x1b[2J & "c"'
+    with polyak.Recorder(model, tmp_path / name, block=1) as run:
+        for value in (1.0, 2.0, 1.5):
+            model.weight.data.fill_(value)
+            run.update(**{name: value, "line\nbreak": value})
+    write_report(run.trajectory, tmp_path / "page.html", command="first\nsecond")
+    page = Page(tmp_path / "page.html")
+    assert all(letter.isprintable() for letter in page.source.replace("\n", ""))
+    assert 'a\\u202eb\\x1b[2J & "c"' in page
+
+
+def test_a_block_that_is_merged_away_while_the_page_is_made_is_on_it(walk, tmp_path, monkeypatch):
+    trajectory = polyak.Trajectory(tmp_path / "walk")
+
+    def measured(read):
+        (tmp_path / "walk" / trajectory.blocks[3].file_name).unlink()
+        return measure_movement(read)
+
+    monkeypatch.setattr("polyak.report.measure_movement", measured)
+    write_report(trajectory, tmp_path / "page.html")
+    assert Page(tmp_path / "page.html").words("Relative distance from block to block")
 
 
 def test_a_damaged_block_is_named_and_the_rest_is_shown(walk, tmp_path):

@@ -124,6 +124,25 @@ def test_swag_is_made_of_an_average_of_many_blocks_and_of_no_blend(benchmark, tm
     assert str(posterior.best_of_blocks(run.trajectory, selection)) == "tail:0.8"
 
 
+def test_fits_and_longer_runs_are_compared_with_what_was_selected_of_the_same_seed(benchmark):
+    fitted = benchmark("fitted")
+    outcomes = [
+        fitted.Outcome(
+            fitted.Job(seed, kind, more),
+            live=3.0 + seed,
+            selected=2.0 + seed - more / 1000,
+            fitted=dict.fromkeys(fitted.EXAMPLES, dict.fromkeys(fitted.PASSES, 1.5 + 1.1 * seed)),
+        )
+        for seed in (0, 1)
+        for kind in fitted.DECAYS
+        for more in (0, *fitted.PASSES)
+    ]
+    found = fitted.summary(outcomes)["tuned decay"]
+    assert found["selected"] == (2.5, 0.5)
+    assert found["minus_selected"]["more training"][100]["mean"] == pytest.approx(-0.1)
+    assert found["minus_selected"]["fitted on validation examples"][25]["mean"] == pytest.approx(-0.45)
+
+
 def test_rises_by_quantisation_are_paired_over_seeds(benchmark):
     quantised = benchmark("quantised")
 

@@ -19,9 +19,18 @@ from numbers import Integral, Real
 from types import ModuleType
 from typing import Any, Self, TypeVar
 
-from polyak.errors import MissingExtraError, OptionError, StateError, name_list
+from polyak.errors import MissingExtraError, OptionError, StateError, name_list, shown
 
-__all__ = ["Difference", "checked", "refuse_other_state", "require", "warn_user", "whole_within", "within"]
+__all__ = [
+    "TOO_MANY",
+    "Difference",
+    "checked",
+    "refuse_other_state",
+    "require",
+    "warn_user",
+    "whole_within",
+    "within",
+]
 
 # What lies between a line of a user's and what it makes polyak do.
 _BETWEEN = {"polyak", "contextlib", "functools", "torch", "lightning", "pytorch_lightning"} | {
@@ -42,6 +51,9 @@ def warn_user(message: str) -> None:
 
 # Numbers and their range.
 
+# Steps and samples, of which no run has so many; recordings have 12 digits for them in the names of files.
+TOO_MANY = 10**12
+
 
 def within(interval: str, name: str, value: object) -> float:
     """``value`` as a float, refused unless it lies in ``interval``, given as it is shown: ``"(0, 1]"``.
@@ -52,7 +64,7 @@ def within(interval: str, name: str, value: object) -> float:
     """
     number = _as_float(value)
     if not _lies_in(interval, number):
-        raise OptionError(f"{name} must be a number in {interval}, got {value!r}")
+        raise OptionError(f"{name} must be a number in {interval}, got {shown(value)}")
     return number
 
 
@@ -65,7 +77,7 @@ def whole_within(interval: str, name: str, value: object) -> int:
     """
     number = math.nan if isinstance(value, bool) else _as_float(value)
     if not (_lies_in(interval, number) and number.is_integer()):
-        raise OptionError(f"{name} must be a whole number in {interval}, got {value!r}")
+        raise OptionError(f"{name} must be a whole number in {interval}, got {shown(value)}")
     return int(value) if isinstance(value, Integral) else int(number)  # not every int is a float
 
 
@@ -109,7 +121,6 @@ _ALIASES = {
 }
 # Whose elements are looked at: a loader might take hours.
 _GONE_THROUGH = ("list", "tuple", "set", "dict", "bytes", "Tensor")
-_MOST_SHOWN = 60
 
 
 def checked(call: Call) -> Call:
@@ -146,13 +157,13 @@ def _refuse_misfit(name: str, annotation: Any, value: Any) -> None:
         return
     if not _fits(annotation, value):
         called = ": call it, and give what it returns" if callable(value) and "Iterable" in annotation else ""
-        raise OptionError(f"{name} must be {_in_words(annotation)}, got {value!r:.{_MOST_SHOWN}}{called}")
+        raise OptionError(f"{name} must be {_in_words(annotation)}, got {shown(value)}{called}")
     if "torch.device" in annotation and value is not None:
         try:
             import_module("torch").device(value)
         except Exception as error:  # of several kinds
             reason = str(error).partition("\n")[0]
-            raise OptionError(f"{name} cannot be {value!r:.{_MOST_SHOWN}}: {reason:.200}") from error
+            raise OptionError(f"{name} cannot be {shown(value)}: {reason:.200}") from error
     if "PathLike" in annotation and isinstance(value, str | os.PathLike):
         try:
             os.lstat(value)
@@ -160,7 +171,7 @@ def _refuse_misfit(name: str, annotation: Any, value: Any) -> None:
             pass
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise OptionError(f"{name} cannot be {value!r:.{_MOST_SHOWN}}: {reason}") from error
+            raise OptionError(f"{name} cannot be {shown(value)}: {reason}") from error
 
 
 def _in_words(annotation: str) -> str:
@@ -304,9 +315,9 @@ def refuse_other_state(
     keys = Difference.of(dict.fromkeys(current), dict.fromkeys(state))
     if keys:
         raise StateError(f"this is not a state of the kind expected: it {keys}; nothing was loaded")
-    other = [key for key in options if current[key] != state[key]]
+    other = [key for key in options if not _are_equal(current[key], state[key])]
     if other:
-        saved = ", ".join(f"{key}={state[key]!r}" for key in other)
+        saved = ", ".join(f"{key}={shown(state[key])}" for key in other)
         here = ", ".join(f"{key}={current[key]!r}" for key in other)
         raise StateError(f"the state was saved with {saved}, but this has {here}; nothing was loaded")
     for keys in counts:
@@ -316,13 +327,21 @@ def refuse_other_state(
             raise StateError(f"the saved {key} does not fit: it {unfit}; nothing was loaded")
 
 
+def _are_equal(here: object, saved: object) -> bool:
+    try:
+        return bool(here == saved)
+    except (RuntimeError, ValueError):  # a tensor or an array, which is compared by its elements
+        return False
+
+
 def _refuse_other_counts(counts: Mapping[str, Any]) -> None:
     least = 0
     for key, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
-            shown = f"{count!r:.{_MOST_SHOWN}}"
+        is_whole = isinstance(count, Integral) and not isinstance(count, bool)
+        if not is_whole or not least <= int(count) < TOO_MANY:
             raise StateError(
-                f"the saved {key} must be a whole number of at least {least}, got {shown}; nothing was loaded"
+                f"the saved {key} must be a whole number of at least {least}, and less than {TOO_MANY:,}, got "
+                f"{shown(count)}; nothing was loaded"
             )
         least = int(count)
 

@@ -14,6 +14,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -39,6 +40,8 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Numbers in a chunk at most. Its weights and means, as they were and as they are, fit into the second cache.
 CHUNK_NUMEL = 1 << 13
 _INFINITY = np.float32(np.inf).view(np.uint32)
+# Views of freed memory pretend to lie below, as few others do.
+_LOW_ADDRESS = 1 << 40
 # A fork waits so long for the compiler, whose locks a child would otherwise inherit and never see opened.
 _PATIENCE_SECONDS = 60.0
 
@@ -50,7 +53,7 @@ def do(task: Task, tables: tuple[np.ndarray, ...], share: float = 0.0, which: in
         task: "look" keeps the largest magnitudes; "fold" is ``means += share (weights - means)``, for the chunks of
             which ``folded`` says ``which``; "fold fitting" looks at all and folds those that are below their bounds,
             and says which they were; its share is less than a half.
-        tables: those of :data:`polyak._host_loops.JOB`, in its order.
+        tables: those of :data:`polyak._host_loops.JOB`, in its order, but for the last, which is made here.
     """
     _do(_loader(os.getpid()).loops, task, tables, share, which)
 
@@ -61,7 +64,8 @@ def _do(loops: Any, task: Task, tables: tuple[np.ndarray, ...], share: float, wh
     single = np.float32(share)
     far = abs(single) >= 0.5
     coefficient = single - np.float32(1) if far else single
-    places = [table.ctypes.data for table in tables]
+    before = np.empty((len(shares), CHUNK_NUMEL if task == "fold fitting" else 0), np.float32)
+    places = [table.ctypes.data for table in (*tables, before)]
     sizes = (len(chunks), CHUNK_NUMEL, tops.shape[1])
     about = (loops.TASKS.index(task), which, far, coefficient)
     job = np.array((0, len(shares), *places, *sizes, *about), loops.JOB)
@@ -74,7 +78,11 @@ def _do(loops: Any, task: Task, tables: tuple[np.ndarray, ...], share: float, wh
 
 def addresses_of(tensors: Sequence[Tensor]) -> np.ndarray:
     """Where they begin in memory; 0 where they have none."""
-    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    # A view of memory that was freed says how far it is from there, which only the storages of low addresses need tell.
+    low = np.flatnonzero(addresses < _LOW_ADDRESS).tolist()
+    addresses[[i for i in low if not tensors[i].untyped_storage().data_ptr()]] = 0
+    return addresses
 
 
 # Threads
@@ -118,10 +126,10 @@ def are_ready(wait: bool = False) -> bool:
     Args:
         wait: until they are there, or cannot be.
     """
-    if not are_possible():
+    if _is_orphan or not are_possible():
         return False
     loader = _loader(os.getpid())
-    if wait:
+    if wait and loader.is_alive():
         loader.join()
     return loader.loops is not None
 
@@ -129,7 +137,8 @@ def are_ready(wait: bool = False) -> bool:
 @lru_cache(maxsize=1)  # a child that was forked has no threads of its parent's
 def _loader(process_id: int) -> _Loader:
     loader = _Loader()
-    loader.start()
+    with suppress(RuntimeError):  # no thread begins where Python ends, or where the system allows no more
+        loader.start()
     return loader
 
 
@@ -153,10 +162,11 @@ class _Loader(threading.Thread):
 # Held while there is a compiler at work, and by whoever forks: a child would inherit its locks, shut.
 _compiling = threading.Lock()
 _held_by_fork = threading.local()
+_is_orphan = False  # forked while a compiler was at work, which nobody waited for any longer
 
 
 def _before_fork() -> None:
-    _held_by_fork.value = _compiling.acquire(timeout=_PATIENCE_SECONDS)
+    _held_by_fork.value = not _is_orphan and _compiling.acquire(timeout=_PATIENCE_SECONDS)
 
 
 def _after_fork() -> None:
@@ -165,8 +175,14 @@ def _after_fork() -> None:
         _compiling.release()
 
 
+def _after_fork_in_child() -> None:
+    global _is_orphan
+    _is_orphan = _is_orphan or not getattr(_held_by_fork, "value", False)
+    _after_fork()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def _are_right(loops: Any) -> bool:
@@ -175,7 +191,7 @@ def _are_right(loops: Any) -> bool:
     if numba.config.DISABLE_JIT:  # then they are Python's loops, a thousand times as slow
         return False
     return all(
-        _agrees(loops, torch.linspace(-3, 4, numel).to(dtype), share)
+        _agrees(loops, torch.linspace(-3, 4, numel, dtype=torch.float32).to(dtype), share)
         for dtype in KINDS
         for numel in (1, 7, 31, 67, 1027)
         for share in (1e-3, 0.3, 0.7, -0.4, -1.0)
@@ -184,7 +200,7 @@ def _are_right(loops: Any) -> bool:
 
 def _agrees(loops: Any, weight: Tensor, share: float) -> bool:
     numel = weight.numel()
-    start = torch.linspace(5, -2, numel)
+    start = torch.linspace(5, -2, numel, dtype=torch.float32)
     expected = start.lerp(weight.float(), share)
     chunks = np.array([[0, 0, 0, 0, numel, KINDS[weight.dtype], 0]], np.int64)
     bounds, tops = np.array([_INFINITY]), np.zeros((1, 1), np.uint32)

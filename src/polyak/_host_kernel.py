@@ -128,9 +128,11 @@ class HostKernel:
         owned = self._pick(tensors)
         if self._layout is not None and not self._layout.is_that_of(owned):
             return False
-        self._addresses = addresses_of(owned)
-        self._mean_addresses = addresses_of(self._roots)
-        return bool(self._addresses.all())  # where FSDP and others freed them for a while there is none
+        addresses = addresses_of(owned)
+        if not addresses.all():  # where FSDP and others freed them for a while
+            return False
+        self._addresses, self._mean_addresses = addresses, addresses_of(self._roots)
+        return True
 
     def sizes(self) -> list[float]:
         """The largest magnitude in each batch; NaN or infinite where a number is."""

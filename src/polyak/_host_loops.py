@@ -6,6 +6,9 @@ them, or loads what was compiled before: seconds, or a quarter of one.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 else:
     try:
         import numba
+        import numba.core.registry
         import numba.extending
     except ImportError:
         numba = None
@@ -41,6 +45,7 @@ JOB = np.dtype(
         ("folded", np.int64),  # n_chunks of uint8: which are folded in
         ("bounds", np.int64),  # n_groups of uint32: "fold fitting" leaves out what is not below
         ("tops", np.int64),  # n_shares x n_groups of uint32: the largest magnitudes, as bits of fp32
+        ("before", np.int64),  # n_shares x chunk_numel of fp32: room for the means of a chunk, as they were
         ("n_chunks", np.int64),
         ("chunk_numel", np.int64),  # at most
         ("n_groups", np.int64),
@@ -74,11 +79,21 @@ def _callable_from_c(signature: str) -> Callable[[Any], Any]:
 
     def compiled(function: Any) -> Any:
         try:
+            # numba names files by this, and may find in them what another version or processor left: it goes by the
+            # time and size of a source, and writes what a file holds before the file.
+            function.__qualname__ = f"{function.__qualname__}-{_about()}"
             return numba.cfunc(signature, cache=True, **_OPTIONS)(function)
-        except (OSError, RuntimeError):  # no folder can be written to
+        except Exception:  # no folder can be written to, or a file is damaged
             return numba.cfunc(signature, **_OPTIONS)(function)
 
     return compiled
+
+
+def _about() -> str:
+    """A digest of all that makes compiled code what it is: this source, the compiler, and the processor."""
+    target = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()
+    about = (inspect.getsource(sys.modules[__name__]), numba.__version__, target)
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
 _at: Any = None
@@ -236,12 +251,11 @@ def _fold_those(which, chunks, folded, addresses, mean_addresses, coefficient, f
 
 
 @_compiled
-def _fold_fitting(chunk_numel, bounds, chunks, folded, addresses, mean_addresses, tops, coefficient):  # type: ignore[no-untyped-def]
+def _fold_fitting(bounds, chunks, folded, addresses, mean_addresses, tops, before, coefficient):  # type: ignore[no-untyped-def]
     """Look at every chunk, and fold those in whose largest magnitude is below the bound of their group.
 
     ``folded`` tells which they were. The coefficient is less than a half.
     """
-    before = np.empty(chunk_numel, np.float32)
     for k in range(len(chunks)):
         chunk = chunks[k]
         kind, group, numel = chunk[KIND], chunk[GROUP], chunk[NUMEL]
@@ -256,16 +270,20 @@ def _fold_fitting(chunk_numel, bounds, chunks, folded, addresses, mean_addresses
 
 @_callable_from_c("void(voidptr)")
 def run(place):  # type: ignore[no-untyped-def]
-    """Take a share of a job after another, until all are taken."""
+    """Take a share of a job after another, until all are taken.
+
+    Nothing in here allocates or raises: what is raised on a thread without Python's lock reaches nobody.
+    """
     job = carray(place, 1, JOB)[0]
     all_shares = carray(_at(job.shares), (job.n_shares, 2), np.int64)
     all_chunks = carray(_at(job.chunks), (job.n_chunks, 7), np.int64)
     all_folded = carray(_at(job.folded), job.n_chunks, np.uint8)
     all_tops = carray(_at(job.tops), (job.n_shares, job.n_groups), np.uint32)
     bounds = carray(_at(job.bounds), job.n_groups, np.uint32)
-    # Of as many as chunks speak of.
-    addresses = carray(_at(job.addresses), 1, np.int64)
-    mean_addresses = carray(_at(job.mean_addresses), 1, np.int64)
+    all_before = carray(_at(job.before), (job.n_shares, job.chunk_numel), np.float32)
+    # No more than there are chunks to speak of them: where numba is told to watch bounds, it watches these.
+    addresses = carray(_at(job.addresses), job.n_chunks, np.int64)
+    mean_addresses = carray(_at(job.mean_addresses), job.n_chunks, np.int64)
     coefficient, far = np.float32(job.coefficient), bool(job.far)
     share = _fetch_and_add(_address_of(place), 1)
     while share < job.n_shares:
@@ -276,7 +294,6 @@ def run(place):  # type: ignore[no-untyped-def]
         elif job.task == FOLD:
             _fold_those(job.which, chunks, folded, addresses, mean_addresses, coefficient, far)
         else:
-            _fold_fitting(
-                job.chunk_numel, bounds, chunks, folded, addresses, mean_addresses, tops, coefficient
-            )
+            before = all_before[share]
+            _fold_fitting(bounds, chunks, folded, addresses, mean_addresses, tops, before, coefficient)
         share = _fetch_and_add(_address_of(place), 1)

@@ -44,7 +44,7 @@ def wrote(*paths: object, dry_run: bool = False) -> str:
     >>> wrote("a.json", "a.png"), wrote("average.pt", dry_run=True)
     ('wrote a.json, a.png', 'would write average.pt')
     """
-    return f"{'would write' if dry_run else 'wrote'} {', '.join(map(str, paths))}"
+    return printable(f"{'would write' if dry_run else 'wrote'} {', '.join(map(str, paths))}")
 
 
 def counted(count: int, noun: str) -> str:

@@ -34,6 +34,7 @@ __all__ = [
     "StructureError",
     "SwapError",
     "name_list",
+    "shown",
 ]
 
 
@@ -93,6 +94,21 @@ class OutputExistsError(PolyakError, FileExistsError):
 
 class MissingExtraError(PolyakError, ImportError):
     """An optional dependency is not installed; the message is the pip command that brings it."""
+
+
+def shown(value: object, most: int = 60) -> str:
+    """``value`` in a message: as Python writes it, cut off, or its type where Python refuses to.
+
+    Files may hold numbers of more digits than Python writes, and tuples in tuples a thousand deep.
+
+    >>> shown([3.5]), shown("a" * 10, most=6), shown(1 << 20_000)
+    ('[3.5]', "'aaaaa", 'an int too long to show')
+    """
+    try:
+        return repr(value)[:most]
+    except (ValueError, RecursionError):
+        kind = type(value).__name__
+        return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} too long to show"
 
 
 def name_list(names: Sequence[str], most: int = 5) -> str:

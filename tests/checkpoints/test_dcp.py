@@ -177,3 +177,24 @@ def test_code_in_metadata_is_never_run(folder):
     with pytest.raises(CheckpointError, match=r"needs posix\.mkdir, and no code from a checkpoint is run"):
         checkpoints.open(path)
     assert not (path / "harm was done").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda half: setattr(half.properties, "dtype", torch.strided),
+        lambda half: setattr(half, "size", (0, 1 << 80)),
+    ],
+)
+def test_metadata_that_describe_no_tensor_are_refused(folder, change):
+    path, _ = folder
+
+    def empty(metadata):
+        half = metadata.state_dict_metadata["model.half"]
+        half.chunks.clear()
+        half.size = (0,)
+        change(half)
+
+    change_metadata(path, empty)
+    with pytest.raises(CheckpointError, match=r"no tensor as 'model\.half'"):
+        checkpoints.open(path)

@@ -65,7 +65,7 @@ def test_values_are_aligned(tmp_path):
         (header({"w": entry(0, 8, dtype=["F32"])}) + bytes(8), "is not one that torch can hold"),
         (header({"w": entry(0, 8, shape=(-2,))}) + bytes(8), r"shape \[-2\] is impossible"),
         (header({"w": entry(0, 8, shape=(2.0,))}) + bytes(8), "is impossible"),
-        (header({"w": entry(0, 8, shape=(1 << 62, 1 << 62))}) + bytes(8), "needs .* bytes and has 8"),
+        (header({"w": entry(0, 8, shape=(1 << 62, 1 << 62))}) + bytes(8), "is impossible"),
         (header({"w": entry(-8, 0)}) + bytes(8), "are impossible"),
         (header({"w": entry(0, 4)}) + bytes(4), "needs 8 bytes and has 4"),
         (header({"w": entry(8, 0)}) + bytes(8), "needs 8 bytes and has -8"),

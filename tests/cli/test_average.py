@@ -174,6 +174,19 @@ def test_names_in_files_cannot_move_the_terminal(run, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_names_of_files_cannot_move_the_terminal(run, capsys):
+    name = "a\x1b[2J\u202e[bold].safetensors"
+    checkpoints.write(name, {"w": torch.ones(1)})
+    os.rename(name, name + ".bin")
+    (run / name).write_bytes(b"no checkpoint")
+    for command in (["average", name], ["average", "ckpts", "--force", name + ".bin"]):
+        main([*command, "-o", "out" + name])
+    assert main(["average", "ckpts", "-o", "out" + name, "--force"]) == 0
+    said = "".join(capsys.readouterr())
+    assert said.count("a\\x1b[2J\\u202e[bold].safetensors") >= 3
+    assert all(letter.isprintable() for letter in said.replace("\n", ""))
+
+
 def test_sigterm_leaves_nothing_behind(run):
     for step in range(2):
         checkpoints.write(run / f"{step}.safetensors", {"w": torch.ones(30_000_000)})

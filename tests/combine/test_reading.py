@@ -194,6 +194,15 @@ REFUSED = {
     "a target network": (["actor_{}.pt", "actor_target_{}.pt"], "are both of step 1"),
     "parts of ranks": (["iter_{}/model_rank_0.pt", "iter_{}/model_rank_1.pt"], "parts of one model"),
     "two runs in folders": (["a/step_{}0.pt", "b/step_{}5.pt"], "as of two runs"),
+    "two runs in one folder": (
+        ["run1_step{}0.pt", "run2_step{}5.pt"],
+        "run2_step15.pt and run1_step20.pt are of steps 15 and 20, which overlap with each other's, as of two runs",
+    ),
+    "two runs of equal steps": (
+        ["lr0.1_epoch{}.pt", "lr0.01_epoch{}.pt"],
+        "are both of step 1, as of two runs",
+    ),
+    "two runs by their names": (["a_{}0.pt", "b_{}5.pt"], "as of two runs"),
     "averages of some": (["model_{}.pt", "modelEMA_2.pt"], "are averages and 'model_1.pt'"),
 }
 
@@ -218,6 +227,17 @@ TAKEN = {
     "a run that was gone on with": (
         ["version_0/step_{}.pt", "version_1/step_3{}.pt"],
         {"step_1.pt", "step_2.pt", "step_31.pt", "step_32.pt"},
+    ),
+    "a run that was gone on with in its folder": (
+        ["run1_step{}.pt", "run2_step3{}.pt"],
+        {"run1_step1.pt", "run1_step2.pt", "run2_step31.pt", "run2_step32.pt"},
+    ),
+    "rates and scores that come back": (
+        ["epoch{}_lr0.1_acc91.pt", "epoch{}1_lr0.01_acc92.pt", "epoch3{}_lr0.1_acc91-v1.pt"],
+        {
+            *("epoch1_lr0.1_acc91.pt", "epoch2_lr0.1_acc91.pt", "epoch11_lr0.01_acc92.pt"),
+            *("epoch21_lr0.01_acc92.pt", "epoch31_lr0.1_acc91-v1.pt", "epoch32_lr0.1_acc91-v1.pt"),
+        },
     ),
     "a suffix in capitals": (
         ["step_{}.PT", "step_{}0.pt"],
@@ -439,6 +459,25 @@ def test_the_order_in_which_a_shell_gives_numbers_that_are_no_steps_is_none(tmp_
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ("ckpt_500M.pt", "ckpt_1B.pt", "ckpt_1500M.pt"),
+        ("1B/model.pt", "2B/model.pt"),
+        ("2026-03-01.pt", "2026-03-02.pt"),
+    ],
+)
+def test_the_best_beside_counts_in_billions_or_dates_is_no_part_of_them(tmp_path, names):
+    for value, name in enumerate(names):
+        put(tmp_path / "run" / name, value)
+    put(tmp_path / "run" / "best.pt", 9)
+    reading = read_inputs(tmp_path / "run").required()
+    assert [item.opened.read("w")[0].item() for item in reading.taken] == list(range(len(names)))
+    assert reading.left_out == "left out: 'best.pt' (no part of the numbered series)"
+    paths = [tmp_path / "run" / name for name in (*names, "best.pt")]
+    assert "'best.pt'; name the folder" in str(read_inputs(paths).refusal)
+
+
+@pytest.mark.parametrize(
     "name", ["fold_{}/final.pth", "seed{}/model.pt", "model_seed{}.pt", "Trial-{}/weights.pt"]
 )
 def test_runs_that_began_apart_are_said_to_be_so_by_every_command(tmp_path, capsys, name):
@@ -475,6 +514,19 @@ def test_runs_of_one_step_each_are_said_to_be_two(tmp_path):
         put(path, 1)
     unordered = read_inputs(paths).unordered
     assert "trial-0/step_5.pt and trial-1/step_5.pt are both of step 5, as of two runs" in str(unordered)
+
+
+@pytest.mark.parametrize("name", ["run{}_step{}.pt", "{}/step_{}.pt"])
+def test_files_of_two_runs_that_were_named_one_by_one_are_averaged_and_said_to_be_of_two(tmp_path, name):
+    paths = [tmp_path / name.format(run, step) for run in (1, 2) for step in (5, 6)]
+    for value, path in enumerate(paths):
+        put(path, value)
+    with pytest.warns(
+        UserWarning, match="are both of step 5, as of two runs: the average of networks that were"
+    ):
+        polyak.average_checkpoints(paths, tmp_path / "out.npz")
+    assert checkpoints.open(tmp_path / "out.npz").read("w")[0] == 1.5
+    polyak.average_checkpoints(paths, tmp_path / "weighted.npz", weights=[1, 1, 1, 1])  # warnings are errors
 
 
 def test_steps_that_were_given_are_of_one_run(tmp_path):

@@ -272,6 +272,32 @@ def test_a_sharded_average_becomes_one_file(tmp_path):
         assert json.loads(checkpoint.metadata["polyak"])["scheme"] == "ema:half_life=3"
 
 
+def write_unwritable(folder):
+    """What each rank is told where the second one alone holds what cannot be written."""
+    tensors, wrong = {"a": torch.ones(2), "step": torch.ones(2)}, [3, torch.ones(2).to_sparse()]
+    calls = [(tensors | {"step": value}, {}) for value in wrong] + [(tensors, {"b": "none"})]
+    told = []
+    for name in ("out", "out.safetensors"):
+        for call, ties in calls if dist.get_rank() == 1 else [(tensors, {})] * len(calls):
+            with pytest.raises(polyak.PolyakError) as caught:
+                polyak.checkpoints.write_sharded(Path(folder) / name, call, ties=ties)
+            told.append(str(caught.value))
+    return told
+
+
+def test_what_one_rank_cannot_write_is_refused_on_all(tmp_path):
+    others, own = run_on_ranks(write_unwritable, str(tmp_path))
+    reasons = [
+        "'step' are no tensors",
+        "'step' are sparse or on the meta device",
+        "'b' cannot be tied to 'none'",
+    ]
+    for reason, refused, given_up in zip(2 * reasons, own, others, strict=True):
+        assert reason in refused and reason in given_up
+        assert "given up on every rank, because it failed on rank 1" in given_up
+    assert not list(tmp_path.iterdir())
+
+
 def save_and_fail(folder):
     model = sharded_model()
     average = polyak.Average(model, polyak.Uniform())

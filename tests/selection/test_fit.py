@@ -50,6 +50,27 @@ def test_only_signed_weights_leave_the_hull(tmp_path):
     assert average.flatten().tolist() == pytest.approx([1.2, -0.3], abs=0.02)
 
 
+def test_blocks_that_are_nearly_parallel_are_told_apart(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    drift = torch.arange(12.0).outer(torch.tensor([1.0, 0.5, 0.25, 0.1]))
+    points = (drift + 0.02 * torch.randn(12, 4, generator=generator)).tolist()
+    target = points[9]
+    target[3] += 0.04  # two standard deviations of the noise off the way that training came
+    model = nn.Linear(4, 1, bias=False)
+    trajectory = recorded_points(tmp_path, points, model)
+    fitted = polyak.fit(trajectory, model, [None], to(target), start=polyak.Tail(0.5), signed=True, steps=200)
+    average = trajectory.average(fitted.profile)["weight"].flatten()
+    assert sum(fitted.profile.a) == pytest.approx(1, abs=1e-9)
+    assert (average - torch.tensor(target)).norm() < 0.004
+
+
+def test_blocks_that_are_all_the_same_leave_nothing_to_fit(tmp_path):
+    model = nn.Linear(2, 1, bias=False)
+    trajectory = recorded_points(tmp_path, 3 * [[1.0, 2.0]], model)
+    fitted = polyak.fit(trajectory, model, [None], to([0.0, 0.0]), start="uniform", signed=True, steps=3)
+    assert fitted.profile.a == pytest.approx([1 / 3, 1 / 3, 1 / 3])
+
+
 class Tied(nn.Module):
     """Tied bf16 weights, a frozen one and BatchNorm."""
 

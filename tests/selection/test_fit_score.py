@@ -90,7 +90,12 @@ def test_a_score_that_says_nothing_gives_the_start_back(tmp_path):
         ({"mode": "max", "seed": -1}, OptionError, "seed must be"),
         ({"mode": "max", "start": "blend:0.5:uniform"}, OptionError, "counts the live weights"),
         ({"mode": "max", "start": polyak.Weights([-1.0, -1.0, -1.0, 4.0])}, OptionError, "blocks or inputs"),
-        ({"mode": "max", "signed": True}, TypeError, "signed"),
+        (
+            {"mode": "max", "signed": False},
+            TypeError,
+            "takes mode, evaluations, recalibrate, seed, not signed",
+        ),
+        ({"mode": "max", "step": 3}, TypeError, "unexpected keyword argument 'step'"),
         ({"mode": "max", "batches": [None]}, TypeError, "either batches and a loss, or a score"),
         ({"score": None}, TypeError, "needs batches and a loss, or a score"),
         ({"mode": "max", "recalibrate": iter([])}, OptionError, "only once"),

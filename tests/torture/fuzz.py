@@ -60,6 +60,7 @@ def fuzz(name: str, arguments: list[str]) -> None:
     places = [str(found), str(readers.CORPUS / found.name)] if is_run else []
     folder = TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     take = readers.read(name, Path(folder.name))
+    take(next(iter(readers.READERS[name].seeds().values())))  # what it imports is not of an input's seconds
 
     def given(data: bytes) -> None:
         try:

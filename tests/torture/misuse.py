@@ -237,8 +237,10 @@ BATCHES, FUNCTIONS = (
     ("function", "holdout", "loss", "prepare", "score", "forward", "progress", "factory"),
 )
 THEIRS = {"text", "bytes", "a list", "a dict", "a tensor"}
-# fit says in a TypeError of Python's own that it takes batches and a loss, or a score.
-LEFT_OUT = {("fit", name) for name in ("batches", "loss", "score")}
+# fit says in a TypeError of Python's own that it takes batches and a loss, or a score and what belongs to it.
+LEFT_OUT = {
+    ("fit", name) for name in ("batches", "loss", "score", "mode", "evaluations", "recalibrate", "seed")
+}
 PER_ARGUMENT = 4
 
 

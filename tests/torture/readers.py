@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import shutil
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -130,6 +131,7 @@ def _safetensors() -> dict[str, bytes]:
         "twice": _header(b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":1}'),
         "hole": _header(_f32([1], 4), bytes(8)),
         "no-elements": _header(_f32([0, 1 << 62], 0), b""),
+        "no-elements-overflow": _header(_f32([0, 1 << 80], 0), b""),
     }
 
 
@@ -156,7 +158,29 @@ def _pickles() -> dict[str, bytes]:
         "huge-number": b"\x80\x02\x8b" + (1 << 30).to_bytes(4, "little") + b"x.",
         "huge-memo": b"\x80\x02}r\xff\xff\xff\x7f.",
         "long-text-number": b"I" + b"9" * 5000 + b"\n.",
+        # Of more digits than Python writes, and of more levels.
+        "endless-number": b"\x80\x02}X\x04\0\0\0step%bs." % _ENDLESS,
+        "endless-key": b"\x80\x02}%bK\x01s." % _ENDLESS,
+        "deep-key": b"\x80\x02})" + b"\x85" * 3000 + b"K\x01s.",
+        "endless-shape": b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_sparse_tensor\n(%b\x85tRs."
+        % _ENDLESS,
+        "storage-a-list": _pickled_storage(b"]"),
+        "storage-deep": _pickled_storage(b")" + b"\x85" * 3000),
+        "storage-endless": _pickled_storage(_ENDLESS),
     }
+
+
+_ENDLESS = b"\x8b" + (2000).to_bytes(4, "little") + b"\x7f" * 2000
+
+
+def _pickled_storage(key: bytes) -> bytes:
+    """A tensor of one element in a storage of this name."""
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\n" + key + b"X\x03\0\0\0cpuK\x01tQ"
+    return (
+        b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + b"K\0K\x01\x85K\x01\x85\x89}tRs."
+    )
 
 
 def _archive(path: Path, data: bytes) -> None:
@@ -225,6 +249,11 @@ def _npys() -> dict[str, bytes]:
         "fortran": _npy_header("{'descr': '>f8', 'fortran_order': True, 'shape': (1,)}"),
         "huge": _npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1152921504606846976,)}"),
         "deep": _npy_header("(" * 900),
+        "no-elements": _npy_header(
+            "{'descr': '<f8', 'fortran_order': True, 'shape': (0, 0x%s)}" % ("f" * 40), b""
+        ),
+        "endless": _npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (0x%s,)}" % ("f" * 4000)),
+        "endless-kind": _npy_header("{'descr': 0x%s, 'fortran_order': True, 'shape': (1,)}" % ("f" * 4000)),
         "fields": _npy_header("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (2,)}"),
     }
 
@@ -314,6 +343,8 @@ def _configs(name: str) -> dict[str, bytes]:
     }
     text = json.dumps(plain[name]).encode()
     odd = {"list": b"[1]", "deep": b"[" * 2000, "huge": b'{"global_step": 1e999, "r": -1, "lora_alpha": NaN}'}
+    if name == "adapter_config.json":
+        odd["beyond floats"] = text.replace(b'"l": 8', b'"l": 1' + b"0" * 400)
     return {"plain": text} | odd
 
 
@@ -368,7 +399,14 @@ def _in_recording(pattern: str) -> bytes:
 READERS["manifest"] = Reader(
     _recording,
     _manifest,
-    lambda: {"plain": _in_recording("manifest.json"), "deep": b"[" * 2000, "list": b"[]"},
+    lambda: {
+        "plain": _in_recording("manifest.json"),
+        "deep": b"[" * 2000,
+        "list": b"[]",
+        "beyond-floats": re.sub(
+            rb'"mean": [^,}]+', b'"mean": 1' + b"0" * 400, _in_recording("manifest.json")
+        ),
+    },
 )
 READERS["block"] = Reader(_recording, _block, lambda: {"plain": _in_recording("block-*")})
 
@@ -402,6 +440,15 @@ def _tensor(sizes: list[Any]) -> Any:
     return torch.ones(sizes) if small else None
 
 
+@contextmanager
+def _taken_up() -> Iterator[None]:
+    """What a state was taken up by goes on: it is too late to refuse it."""
+    try:
+        yield
+    except PolyakError as error:
+        raise AssertionError("taken up, and of no use") from error
+
+
 def _average_state(data: bytes, folder: Path, around: None) -> None:
     """A state is taken up, or refused with nothing of it taken up."""
     model = small_model()
@@ -415,8 +462,9 @@ def _average_state(data: bytes, folder: Path, around: None) -> None:
     except PolyakError:
         assert same_values(dict(average.named_tensors()), before) and average.n_averaged == 1, "partly loaded"
         raise
-    average.update()
-    average.state_dict()
+    with _taken_up():
+        average.update()
+        average.state_dict()
 
 
 def _recorder_state(data: bytes, folder: Path, around: None) -> None:
@@ -432,8 +480,10 @@ def _recorder_state(data: bytes, folder: Path, around: None) -> None:
         except PolyakError:
             assert run.trajectory.blocks == blocks, "partly loaded"
             raise
-        run.update(loss=1.0)
-    found = polyak.Trajectory(folder / "run").average("uniform")
+        with _taken_up():
+            run.update(loss=1.0)
+    with _taken_up():
+        found = polyak.Trajectory(folder / "run").average("uniform")
     assert all(tensor.isfinite().all() for tensor in found.values())
 
 
@@ -443,6 +493,8 @@ def _states() -> dict[str, bytes]:
         "a number": b"[[0.3, 7]]",
         "no number": b"[[0.1, null], [0.9, NaN]]",
         "a tensor": b'[[0.7, ["shape", 4, 3]], [0.5, -1]]',
+        "a tensor for an option": b'[[0.05, ["shape", 4, 3]]]',
+        "beyond floats": b"".join([b"[[0.27, 1", b"0" * 400, b"]]"]),
         "a dict": b'[[0.5, {"x": []}], [0.99, "x"]]',
     }
 

@@ -244,6 +244,8 @@ def test_models_that_come_later_or_change_dtype(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"every": 0}, "every must be a whole number in"),
+        ({"block": 10**12}, "block must be a whole number in"),  # more digits than names of files have
+        ({"step": 10**12}, "step must be a whole number in"),
         ({"block": 5, "every": 2}, "multiple of every=2"),
         ({"max_blocks": 4}, "max_blocks"),
         ({"dtype": torch.bfloat16}, "float32"),

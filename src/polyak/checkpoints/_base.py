@@ -9,7 +9,7 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ __all__ = [
     "Writer",
     "byte_view",
     "contiguous_stride",
+    "is_shape",
     "on_host",
     "read_sidecar",
     "sidecar_text",
@@ -133,6 +134,26 @@ class ConvertedTensor(StoredTensor):
         own = torch.empty(out.numel(), dtype=self._stored.info.dtype)
         self._stored.read_into(start, own)
         out.copy_(own)
+
+
+# What torch counts elements and strides in.
+_MOST_ELEMENTS = (1 << 63) - 1
+
+
+def is_shape(sizes: Iterable[object]) -> bool:
+    """Whether torch can have a tensor of these sizes; it counts strides also where one of them is 0.
+
+    >>> is_shape((2, 0)), is_shape((2, -1)), is_shape((0, 1 << 40, 1 << 40))
+    (True, False, False)
+    """
+    count = 1
+    for size in sizes:
+        if type(size) is not int or not 0 <= size <= _MOST_ELEMENTS:
+            return False
+        count *= size or 1
+        if count > _MOST_ELEMENTS:
+            return False
+    return True
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

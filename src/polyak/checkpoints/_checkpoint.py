@@ -428,6 +428,13 @@ def layout_of(
     metadata: Mapping[str, str] | None = None,
 ) -> Layout:
     """How ``write`` lays these out; raises ``StructureError`` for sparse and meta tensors and for what is none."""
+    _refuse_unwritable(tensors, path)
+    shared = _shared(tensors)
+    infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items() if name not in shared}
+    return Layout(infos, {**shared, **(ties or {})}, metadata or {})
+
+
+def _refuse_unwritable(tensors: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
     others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if others:
         raise StructureError(f"{path}: {name_list(others)} are no tensors: leave them out")
@@ -438,9 +445,6 @@ def layout_of(
         raise StructureError(
             f"{path}: {name_list(unwritable)} are sparse or on the meta device: make them dense"
         )
-    shared = _shared(tensors)
-    infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items() if name not in shared}
-    return Layout(infos, {**shared, **(ties or {})}, metadata or {})
 
 
 @checked
@@ -466,18 +470,23 @@ def write_sharded(
         overwrite: as for ``create``.
 
     Raises ``OutputExistsError``; ``OptionError`` for a format that several processes cannot write; ``StructureError``
-    where ranks hold other tensors than each other, or parts whose place in the whole cannot be told;
-    ``PolyakError`` where another rank failed. All ranks raise, and nothing is left behind.
+    where ranks hold other tensors than each other, or parts whose place in the whole cannot be told, for sparse and
+    meta tensors and for what is none; ``PolyakError`` where another rank failed. All ranks raise, and nothing is left
+    behind.
     """
     path, ties, group = Path(path), dict(ties or {}), RankGroup.of_all()
     if any(group.gather(path.exists())) and not overwrite:
         raise OutputExistsError(f"{path} exists already: name another output, or pass overwrite=True")
-    if not path.suffix or not any(path.suffix in format.suffixes for format in FORMATS.values()):
+    is_folder = not path.suffix or not any(path.suffix in format.suffixes for format in FORMATS.values())
+    with group.all_or_none(f"writing {path}"):
+        _refuse_unwritable(tensors, path)
+        if not is_folder:
+            refuse_unplaced(tensors)
+        layout = Layout({name: TensorInfo.of(t) for name, t in tensors.items()}, ties, metadata or {})
+    if is_folder:
         tied = {further: tensors[name] for further, name in ties.items()}
         _dcp.write_folder(path, {**tensors, **tied}, group, overwrite)
         return
-    refuse_unplaced(tensors)
-    layout = Layout({name: TensorInfo.of(t) for name, t in tensors.items()}, ties, metadata or {})
     if any(other != layout.tensors for other in group.gather(layout.tensors)):
         raise StructureError(
             f"{path}: ranks hold different tensors, as the stages of a pipeline do, which one file does not take "

@@ -166,7 +166,9 @@ def _leaf(path: Path, name: str, entry: Any, storage: dict, files: dict[str, Dat
     if not hasattr(entry, "chunks"):
         return _plain_value(name, storage.get((name, None)), files)
     # The properties are a tuple, of which the dtype is the first.
-    info = TensorInfo(tuple(int(size) for size in entry.size), entry.properties.state[0])
+    info = TensorInfo(_sizes(entry.size) or (), entry.properties.state[0])
+    if not _base.is_shape(info.shape) or not isinstance(info.dtype, torch.dtype):
+        raise CheckpointError(f"{path / _METADATA} is damaged: it describes no tensor as {name!r}")
     chunks = []
     for chunk in entry.chunks:
         offsets, sizes = _sizes(chunk.offsets) or (), _sizes(chunk.sizes) or ()

@@ -20,7 +20,7 @@ from polyak.checkpoints import _base
 from polyak.checkpoints._base import SIDECAR, Contents, Format, Layout, StoredTensor, TensorInfo, byte_view
 from polyak.checkpoints._io import DataFile
 from polyak.checkpoints._pt import ZIP_MAGIC, Member, open_zip, read_directory
-from polyak.errors import CheckpointError
+from polyak.errors import CheckpointError, shown
 
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 1 << 20
@@ -102,7 +102,9 @@ def _array(
     stream = _MemberStream(file.path, archive, member.name)
     header, data_start = _header(stream, member)
     code, shape, is_fortran = header["descr"], header["shape"], header["fortran_order"]
-    dtype = _ONE_BYTE_FLOATS.get(dtype_name or "") if code in ("|V1", "<V1") else _CODES.get(str(code))
+    if not isinstance(code, str):  # fields
+        return f"array of {shown(code)}"
+    dtype = _ONE_BYTE_FLOATS.get(dtype_name or "") if code in ("|V1", "<V1") else _CODES.get(code)
     if dtype is None:
         return _not_numbers(stream, code)
     info = TensorInfo(shape, dtype)
@@ -118,8 +120,8 @@ def _array(
     return _InflatedTensor(stream, data_start, info)
 
 
-def _not_numbers(stream: _MemberStream, code: object) -> str:
-    if not isinstance(code, str) or (_NOT_NUMBERS.fullmatch(code) and code not in ("|V1", "<V1")):
+def _not_numbers(stream: _MemberStream, code: str) -> str:
+    if _NOT_NUMBERS.fullmatch(code) and code not in ("|V1", "<V1"):
         return f"array of {code}"
     if code in ("|V1", "<V1"):
         raise stream.error("its 8-bit floats may be of several kinds; save them as float16 or with polyak")
@@ -141,7 +143,7 @@ def _header(stream: _MemberStream, member: Member) -> tuple[dict, int]:
         shape, is_fortran, _ = header["shape"], header["fortran_order"], header["descr"]
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
         raise stream.error("its header is damaged") from error
-    sizes_fit = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+    sizes_fit = isinstance(shape, tuple) and _base.is_shape(shape)
     if not sizes_fit or not isinstance(is_fortran, bool):
         raise stream.error("its header is damaged")
     return header, data_start

@@ -7,7 +7,6 @@ described, with their place in a storage, and not read; harmless objects are rec
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import pickletools
 import re
@@ -18,6 +17,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+
+from polyak.checkpoints._base import is_shape
+from polyak.errors import shown
 
 __all__ = [
     "HARMLESS",
@@ -220,7 +222,6 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
 }
 _QUANTISED = ("QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage")
-_MOST_ELEMENTS = (1 << 63) - 1
 
 
 class _Fixed:
@@ -271,10 +272,10 @@ class SavedTensor(_Fixed):
             return None
         kind, dtype, key, *_ = self.storage
         dtype = self._dtype or dtype
-        numbers = (self._offset, *self.shape, *self._stride)
-        are_whole = {int}.issuperset(map(type, numbers)) and len(self.shape) == len(self._stride)
-        if kind != "storage" or not are_whole or math.prod(size or 1 for size in self.shape) > _MOST_ELEMENTS:
-            raise pickle.UnpicklingError(f"a tensor of shape {self.shape!r:.100}")
+        are_whole = {int}.issuperset(map(type, (self._offset, *self._stride)))
+        is_tensor = are_whole and is_shape(self.shape) and len(self.shape) == len(self._stride)
+        if kind != "storage" or type(key) is not str or not is_tensor:
+            raise pickle.UnpicklingError(f"a tensor of shape {shown(self.shape)}")
         if not isinstance(dtype, torch.dtype):  # a quantised one
             return None
         return Place(key, dtype, self._offset, self.shape, self._stride)

@@ -38,7 +38,7 @@ from polyak.checkpoints._pickle import (
     stand_ins,
     unpickle,
 )
-from polyak.errors import CheckpointError
+from polyak.errors import CheckpointError, shown
 
 __all__ = [
     "ZIP_MAGIC",
@@ -280,7 +280,7 @@ class _Archive:
     def _region(self, place: Place) -> _base.StridedRegion:
         member = self._members.get(f"{self._name}/data/{place.storage}")
         if member is None:
-            raise _damaged(self._file.path, f"the data of storage {place.storage!r:.50} are missing")
+            raise _damaged(self._file.path, f"the data of storage {shown(place.storage)} are missing")
         begin, info = place.offset * place.dtype.itemsize, TensorInfo(place.shape, place.dtype)
         return _base.StridedRegion(member, begin, info, place.stride)
 
@@ -375,15 +375,15 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
 
 def _unusual_error(path: Path, shape: tuple[int, ...]) -> CheckpointError:
     return CheckpointError(
-        f"{path} holds a sparse, quantised or lazily conjugated tensor of shape {list(shape)}: "
+        f"{path} holds a sparse, quantised or lazily conjugated tensor of shape {shown(list(shape))}: "
         f"save it dense, with dequantize() or resolve_conj()"
     )
 
 
 def _shard_error(path: Path, shard: SavedShard) -> CheckpointError:
     return CheckpointError(
-        f"{path} holds a DTensor of shape {list(shard.shape)} of which it has one rank's shard, of shape "
-        f"{list(shard.local_shape)}: on all ranks, gather the whole with "
+        f"{path} holds a DTensor of shape {shown(list(shard.shape))} of which it has one rank's shard, of shape "
+        f"{shown(list(shard.local_shape))}: on all ranks, gather the whole with "
         f"torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
         f"options=StateDictOptions(full_state_dict=True)) and save that"
     )
@@ -392,9 +392,14 @@ def _shard_error(path: Path, shard: SavedShard) -> CheckpointError:
 def _metadata(state: Mapping) -> dict[str, str]:
     attribute = getattr(state, _ATTRIBUTE, None)
     ours = attribute.get(_ENTRY) if isinstance(attribute, Mapping) else None
-    found = {str(name): str(value) for name, value in state.items() if isinstance(value, str | int | float)}
+    entries = [(name, value) for name, value in state.items() if isinstance(value, str | int | float)]
     if isinstance(ours, Mapping):
-        found |= {str(name): str(text) for name, text in ours.items()}
+        entries += ours.items()
+    found = {}
+    for name, value in entries:
+        # Python writes no numbers of thousands of digits, and no tuples that are nested as deeply.
+        with suppress(ValueError, RecursionError):
+            found[str(name)] = str(value)
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from polyak.checkpoints import _base
 from polyak.checkpoints._base import Contents, Format, Layout, StoredTensor, TensorInfo
 from polyak.checkpoints._io import AtomicOutput, DataFile, Observer
-from polyak.errors import CheckpointError, StructureError, name_list
+from polyak.errors import CheckpointError, StructureError, name_list, shown
 
 # https://huggingface.co/docs/safetensors: 8 bytes of little-endian header length, at most 100 MB of header.
 _LENGTH = struct.Struct("<Q")
@@ -117,7 +117,7 @@ def _is_text_map(value: object) -> bool:
 
 
 def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    return isinstance(value, list) and _base.is_shape(value)
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
@@ -125,16 +125,16 @@ def _span(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         problem = "its entry must have dtype, shape and data_offsets"
     elif not isinstance(entry["dtype"], str):
-        problem = f"dtype {entry['dtype']!r} is not one that torch can hold"
+        problem = f"dtype {shown(entry['dtype'])} is not one that torch can hold"
     elif not _is_sizes(entry["shape"]):
-        problem = f"shape {entry['shape']!r} is impossible"
+        problem = f"shape {shown(entry['shape'])} is impossible"
     elif not _is_sizes(entry["data_offsets"]) or len(entry["data_offsets"]) != 2:
-        problem = f"data_offsets {entry['data_offsets']!r} are impossible"
+        problem = f"data_offsets {shown(entry['data_offsets'])} are impossible"
     if problem is not None:
         raise CheckpointError(f"{path} has a damaged safetensors header: tensor {name!r}: {problem}")
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(
-            f"{path}: tensor {name!r}: dtype {entry['dtype']!r} is not one that torch can hold; "
+            f"{path}: tensor {name!r}: dtype {shown(entry['dtype'])} is not one that torch can hold; "
             f"dequantise it first, with the tool that wrote it"
         )
     info = TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]])

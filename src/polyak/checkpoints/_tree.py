@@ -35,6 +35,7 @@ _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_
 _MODULE = "module."
 # A damaged pickle may hold itself, or the same list many times over.
 _MAX_DEPTH = 32
+_TOO_LARGE = 10**18  # for a step, which is counted in 64 bits
 _MAX_ENTRIES = 1_000_000
 
 
@@ -155,7 +156,12 @@ def _walk(tree: Mapping[Any, Any], path: Path, with_moments: bool) -> Iterator[t
             continue
         if len(parts) == _MAX_DEPTH:
             break
-        stack.extend(((*parts, str(name)), child) for name, child in reversed(children))
+        try:
+            stack.extend(((*parts, str(name)), child) for name, child in reversed(children))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path} is damaged: it has a key that cannot be written ({error})"
+            ) from error
     raise CheckpointError(f"{path} is nested too deeply or too widely to be a checkpoint: it is damaged")
 
 
@@ -473,7 +479,7 @@ def _step(
         # A counter among the weights is one of the model's.
         if isinstance(value, contents.leaf_types) and parts[:-1] != place:
             value = _number(contents.stored(value))
-        if type(value) is int and value >= 0:
+        if type(value) is int and 0 <= value < _TOO_LARGE:
             return value, ".".join(parts[-1:])
     return None, None
 

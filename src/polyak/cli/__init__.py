@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from polyak import _terminal
 from polyak._version import __version__
 from polyak.cli._average import average
 from polyak.cli._choose import report, select
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(error, "format_message"):
             raise
         message = _wrong_use(error)
-    print(f"polyak: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"polyak: error: {_in_one_line(message)}", file=sys.stderr)
     return 2
 
 
@@ -81,7 +82,11 @@ def _is_of_printing(error: OSError) -> bool:
 
 def _warn(message: Warning | str, *_: object) -> None:
     """A warning of any library as a line of ours: who typed a command asks for no source code."""
-    print(f"polyak: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"polyak: warning: {_in_one_line(str(message))}", file=sys.stderr)
+
+
+def _in_one_line(message: str) -> str:
+    return _terminal.printable(" ".join(message.split()))
 
 
 def _wrong_use(error: Any) -> str:

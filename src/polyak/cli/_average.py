@@ -126,7 +126,7 @@ def average_run(
         return
     typer.echo(str(explanation))
     for note in notes[len(explanation.warnings) :]:
-        typer.echo(f"warning: {note}")
+        typer.echo(_terminal.printable(f"warning: {note}"))
     typer.echo(_terminal.wrote(output, dry_run=dry_run))
 
 

@@ -364,7 +364,7 @@ def _configured_scale(
     try:
         expected = int(_pattern_value(config, "rank_pattern", "r", factors.base_module))
         alpha = float(_pattern_value(config, "alpha_pattern", "lora_alpha", factors.base_module))
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
         raise CheckpointError(
             f"the {CONFIG_NAME} of {checkpoint.path} does not say r and lora_alpha: {error}"
         ) from error

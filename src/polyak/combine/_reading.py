@@ -63,6 +63,7 @@ class Reading:
         refusal: why nothing can be decided; None where it is.
         order_known: whether the items are in the order of training by their own word.
         unordered: why there is no order, which every profile but the uniform one needs; None where there is.
+        of_two_runs: one line where steps say that files which were named one by one are of two runs; else empty.
     """
 
     items: list[Item] = field(default_factory=list)
@@ -70,6 +71,7 @@ class Reading:
     refusal: PolyakError | None = None
     order_known: bool = False
     unordered: OptionError | None = None
+    of_two_runs: str = ""
 
     @property
     def taken(self) -> list[Item]:
@@ -98,8 +100,8 @@ class Reading:
 
     @property
     def of_several_runs(self) -> str:
-        """One line where what is taken is of runs that began apart, as seeds and folds; else empty."""
-        return _runs.said_of_several([item.path for item in self.taken])
+        """One line where what is taken is of several runs, by names as of seeds and folds or by steps; else empty."""
+        return _runs.said_of_several([item.path for item in self.taken]) or self.of_two_runs
 
     def warn(self) -> None:
         """Say what is to be said on every run."""
@@ -323,10 +325,12 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
         order, known = _order_in_names(reading, items)
     pair = None if known is None else _runs.of_two([item.path for item in items], known)
     if known is not None and pair is not None and (given is None or known[pair[0]] == known[pair[1]]):
-        reading.unordered = _runs.refused_as_two([item.name for item in items], known, pair)
-        folders = {item.path.parent for item in items}
+        names, folders = [item.name for item in items], {item.path.parent for item in items}
+        reading.unordered = _runs.refused_as_two(names, known, pair)
         if len(set(known)) > 1 or len(folders) < len(items):  # else a soup, a file of each run
             _refuse_what_was_found(reading, items, all_count)
+            if len(set(known)) > 1 and not all_count:  # else files of one step that somebody chose
+                reading.of_two_runs = _runs.said_of_two(names, known, pair)
         known = order = None
     elif known is None and order is None and reading.unordered is not None:
         _refuse_what_was_found(reading, items, all_count)
@@ -348,12 +352,13 @@ def _order(reading: Reading, steps: Sequence[int] | None, all_count: bool) -> No
 
 def _order_in_names(reading: Reading, items: list[Item]) -> tuple[Sequence[int] | None, list[int] | None]:
     """The order and the steps that names tell; where they tell none, the reading says why not."""
+    paths = [item.path for item in items]
     try:
-        named = steps_in_names([item.path for item in items])
+        named = steps_in_names(paths)
     except OptionError as error:
         reading.unordered = error
         return None, None
-    if named is None or (named.unit == "number" and _shared_by_folders(items, named.values or ())):
+    if named is None or (named.unit == "number" and _runs.shared_by_folders(paths, named.values or ())):
         reading.unordered = _of_one_step(items) or _partly_known(items)
         return None, None
     return named.order, None if named.values is None else list(named.values)
@@ -383,12 +388,6 @@ def _saved_steps(items: list[Item]) -> list[int] | None:
     if named is not None and (epochs[0] or len(set(known)) == 1):
         return None
     return known
-
-
-def _shared_by_folders(items: list[Item], values: Sequence[int]) -> bool:
-    """Whether numbers that several have are those of folders, while the files have numbers of their own."""
-    is_shared = len(set(values)) < len(values)
-    return is_shared and any(number_in_name(item.path.stem) is not None for item in items)
 
 
 def _refuse_contradiction(items: list[Item], known: list[int]) -> None:

@@ -17,7 +17,7 @@ import torch
 from polyak.checkpoints import Checkpoint, _checkpoint
 from polyak.checkpoints._dialects import PIPELINE_FILES
 from polyak.combine._inputs import averaged_inputs
-from polyak.combine._steps import number_in_name
+from polyak.combine._steps import number_in_name, steps_in_names
 from polyak.errors import CheckpointError, OptionError, PolyakError, name_list
 
 __all__ = [
@@ -359,13 +359,7 @@ def _without_average(item: Item) -> tuple[Path, tuple[str, ...]]:
 def leave_out_specials(items: list[Item]) -> None:
     """Best, last, initial and averaged weights beside a series of numbered checkpoints."""
     series = [item for item in items if not is_special(item.name)]
-    is_numbered = len(series) > 1 and all(
-        item.step is not None
-        or number_in_name(item.path.stem) is not None
-        or number_in_name(item.path.parent.name) is not None
-        for item in series
-    )
-    if not is_numbered:
+    if len(series) < 2 or not (all(map(_is_numbered, series)) or _are_ordered(series)):
         for item in items:
             twin = next((one for one in series if item not in series and same_weights(one, item)), None)
             if twin is not None:
@@ -393,6 +387,22 @@ def leave_out_specials(items: list[Item]) -> None:
             "weights",
             "--weights",
         )
+
+
+def _is_numbered(item: Item) -> bool:
+    return (
+        item.step is not None
+        or number_in_name(item.path.stem) is not None
+        or number_in_name(item.path.parent.name) is not None
+    )
+
+
+def _are_ordered(items: list[Item]) -> bool:
+    """Whether names say together what one of them does not: ``1B`` among other counts, and dates."""
+    try:
+        return steps_in_names([item.path for item in items]) is not None
+    except OptionError:
+        return False
 
 
 def _refuse_roles_alone(specials: list[Item]) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "counted_from_one",
     "number_in_name",
     "steps_in_names",
+    "words_in_name",
 ]
 
 
@@ -105,6 +106,16 @@ def number_in_name(name: str) -> int | None:
             and not _is_size(number.word, number.value)
         ]
     return int(said[0].value) if said else None
+
+
+def words_in_name(name: str) -> tuple[str, ...]:
+    """The words of a name that are not those of numbers, as units and ordinals are, nor a version's.
+
+    >>> words_in_name("runA_step_1M-v1.pt"), words_in_name("3rd_epoch_0.91.pt")
+    (('runa', 'step'), ('epoch',))
+    """
+    words = _FREE_WORD.findall(_BLANKED.sub(_BLANK, _stem(name)).lower())
+    return tuple(word for word in words if word != "v")
 
 
 def _is_size(word: str, value: Fraction) -> bool:
@@ -457,6 +468,7 @@ _TOKEN = re.compile(
     r"|(?P<word>[A-Za-z]+)|(?P<gap>[^0-9A-Za-z]+)",
     re.IGNORECASE,
 )
+_FREE_WORD = re.compile(r"(?<![0-9a-z])[a-z]+")
 _CAMEL = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 # Billions are written with a capital; a small b is a letter behind an a.
 _UNITS = {"k": 10**3, "K": 10**3, "m": 10**6, "M": 10**6, "B": 10**9}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.resources import files
 from os import PathLike
@@ -92,11 +93,22 @@ def write_report(
             "selection must be what polyak.select returns, and line what polyak.landscape returns"
         )
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
     )
     template = environment.from_string(files("polyak.report").joinpath("page.html").read_text("utf-8"))
     page = template.render(_contents(trajectory, selection, line, title or trajectory.name, command))
     _io.write_file(output, page.encode("utf-8", "replace"), overwrite=overwrite)
+
+
+def _printable(value: Any) -> Any:
+    """What a page shows of a value: a bidirectional control in a name would turn around what stands beside it."""
+    if hasattr(value, "__html__"):  # markup of the page's own
+        return value
+    return "\n".join(map(_terminal.printable, str(value).split("\n")))
 
 
 def refuse_output(path: Path, *, overwrite: bool) -> None:
@@ -136,7 +148,7 @@ def _contents(
     return {
         "title": title,
         "answer": answer(trajectory, selection, command, diverged_in(usable.blocks, movement)),
-        "facts": _facts(trajectory, usable, selection, max(one.path.stat().st_mtime for one in read)),
+        "facts": _facts(trajectory, usable, selection, _newest(one.path for one in read)),
         "damaged": list(trajectory.damaged.values()),
         "selection": selection,
         "headings": _result.HEADINGS,
@@ -184,6 +196,14 @@ def _facts(
                 f"the best average and the live weights, {_examples(selection.holdout.examples)}"
             )
     return facts | {"Written": f"{_day(time.time())}, by polyak {__version__}"}
+
+
+def _newest(paths: Iterable[Path]) -> float:
+    """When the newest of the files was written, which is now where one has been merged away since it was opened."""
+    try:
+        return max(path.stat().st_mtime for path in paths)
+    except FileNotFoundError:
+        return time.time()
 
 
 def _examples(count: int | None) -> str:

@@ -26,9 +26,13 @@ __all__ = ["Fit", "fit"]
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 # Adam moves every logit by about its learning rate: 200 steps that decay linearly to zero can change a weight
-# by a factor of e^5. Signed weights move in parts of the mean weight, 1/K, instead.
+# by a factor of e^5. Signed weights move by such parts of 1/√K along axes of length 1: of 1/K each.
 _LOGIT_RATE = 0.05
 _SIGNED_RATE = 0.05
+# Of the most: along other axes the blocks differ by rounding.
+_LEAST_VARIANCE = 1e-10
+# Of each block, of which differences are held at once.
+_PART_NUMEL = 1 << 20
 # The share of the weight that starts spread over all blocks: a logit of -inf would never move.
 _SPREAD = 0.01
 
@@ -93,17 +97,23 @@ def fit(
     loss: LossFunction | None = None,
     *,
     start: Profile | str | None = None,
+    signed: bool | None = None,
+    steps: int | None = None,
     score: ScoreFunction | None = None,
-    **options: Any,
+    mode: Mode | None = None,
+    evaluations: int | None = None,
+    recalibrate: Iterable[Any] | None = None,
+    seed: int | None = None,
 ) -> Fit | ScoreFit:
     """Fit the weight of each block: minimise the loss of Σ a_k · block_k over a, or find the best score.
 
     **By gradients**, with ``batches`` and ``loss``. The weights are a softmax, a = exp(θ) / Σ exp(θ), or with
-    ``signed`` any numbers that sum to 1; θ follows Adam with a learning rate that falls linearly to zero. All K blocks
-    are held in memory, beside the model.
+    ``signed`` any numbers that sum to 1, a = start + U θ, where the columns of U are the principal axes of the blocks;
+    θ follows Adam with a learning rate that falls linearly to zero. All K blocks are held in memory, beside the model.
 
-    Steps of this kind are not free, and as many more steps of training may do more good: compare. Weights
-    fitted on training data are not evidence either; score them on validation data with :func:`polyak.select`.
+    Steps of this kind are not free, and as many more steps of training may do more good: compare. Fit signed weights on
+    examples that the run was not trained on: to those that it was they soon fit too well. What was fitted is evidence
+    of nothing; score it with :func:`polyak.select` on data that it has not seen.
 
     **For a score without gradients**, such as an accuracy or BLEU, with ``score`` and ``mode``: a_k = s_k exp(θ_g),
     divided by their sum, where s is the start and g one of at most ten groups of neighbouring blocks, of equal numbers
@@ -121,15 +131,13 @@ def fit(
         batches: one for each step, from the beginning again when they run out.
         loss: ``loss(model, batch)`` returns a scalar tensor.
         start: the profile to start from, or its text; None: ``Decay("sqrt", 0.4)``.
+        signed: with batches: allow negative weights; the average may then leave the hull of the blocks.
+        steps: with batches: forward and backward passes, 200 if not given.
         score: ``score(model)`` returns a number, or one for each example, whose mean counts.
-
-    Keyword Args:
-        signed: allow negative weights; the average may then leave the hull of the blocks.
-        steps: forward and backward passes, 200 if not given.
-        mode: "min" if lower scores are better, "max" if higher ones are.
-        evaluations: calls of ``score``, 200 if not given.
-        recalibrate: batches for :func:`polyak.update_bn` before each call.
-        seed: of the search, 0 if not given.
+        mode: with a score, and needed there: "min" if lower scores are better, "max" if higher ones are.
+        evaluations: with a score: calls of it, 200 if not given.
+        recalibrate: with a score: batches for :func:`polyak.update_bn` before each call.
+        seed: with a score: that of the search, 0 if not given.
 
     Returns:
         A ``Fit``, or with ``score`` a ``ScoreFit``; the weights are its ``profile``.
@@ -169,6 +177,15 @@ def fit(
             f"{start} counts the live weights, and what is fitted are the weights of blocks: start from the profile of "
             "its average, and blend what was fitted"
         )
+    asked = {
+        "signed": signed,
+        "steps": steps,
+        "mode": mode,
+        "evaluations": evaluations,
+        "recalibrate": recalibrate,
+        "seed": seed,
+    }
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if score is not None:
         if batches is not None or loss is not None:
             raise TypeError("fit takes either batches and a loss, or a score")
@@ -199,8 +216,8 @@ def _fit_to_batches(
     steps = whole_within("[1, inf)", "steps", steps)
     network = bare_model(model)
     begin = torch.tensor(trajectory.explain(start).coefficients, dtype=torch.float64)
-    coefficients = (_Signed if signed else _Softmax)(begin)
     stacks = _stacked_blocks(trajectory, model)
+    coefficients = _Signed(begin, stacks) if signed else _Softmax(begin)
     losses = _descend(coefficients, stacks, _Objective(network, loss), _endless(batches), steps)
     run_steps = trajectory.blocks[-1].stop - trajectory.blocks[0].start
     return Fit(Weights(coefficients.weights().tolist()), losses, run_steps)
@@ -219,14 +236,34 @@ class _Softmax:
 
 
 class _Signed:
-    """Weights of either sign that sum to 1: θ, moved along (1, …, 1) onto that plane."""
+    """Weights of either sign that sum to 1, moved along the principal axes of the blocks.
 
-    def __init__(self, start: Tensor):
-        self.rate = _SIGNED_RATE / len(start)
-        self.theta = start.clone().requires_grad_()
+    Blocks are nearly parallel: what one weight does its neighbours do, too. Adam moves every coordinate at the same
+    rate, so coordinates should do different things.
+    """
+
+    def __init__(self, start: Tensor, stacks: Mapping[str, Tensor]):
+        count = len(start)
+        variances, axes = torch.linalg.eigh(_products(stacks.values(), count))
+        axes = axes[:, variances > _LEAST_VARIANCE * variances[-1]]
+        self._axes = axes - axes.mean(dim=0)  # along them weights sum to what they did
+        self._start = start + (1 - start.sum()) / count
+        self.rate = _SIGNED_RATE / math.sqrt(count)
+        self.theta = torch.zeros(self._axes.shape[1], dtype=torch.float64, requires_grad=True)
 
     def weights(self) -> Tensor:
-        return self.theta + (1 - self.theta.sum()) / len(self.theta)
+        return self._start + self._axes @ self.theta
+
+
+def _products(stacks: Iterable[Tensor], count: int) -> Tensor:
+    """The inner products of the blocks' differences from their mean, [K, K]."""
+    products = torch.zeros(count, count, dtype=torch.float64)
+    for stack in stacks:
+        reals = torch.view_as_real(stack) if stack.is_complex() else stack
+        for part in reals.flatten(1).split(_PART_NUMEL, dim=1):
+            difference = part - part.mean(dim=0)
+            products += (difference @ difference.T).to(products)
+    return products
 
 
 class _Objective(nn.Module):

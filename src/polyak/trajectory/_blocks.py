@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polyak._checks import TOO_MANY, within
 from polyak._distributed import RankGroup, shard_runs
 from polyak._model import Binding, ModelTensors, NamedTensor, is_sharded, local
 from polyak.checkpoints import Checkpoint, Layout, TensorInfo, Writer, _safetensors
@@ -22,7 +23,7 @@ from polyak.checkpoints._base import on_host, written_together
 from polyak.checkpoints._checkpoint import RECORDING_NAME
 from polyak.checkpoints._io import DataFile, Observer, write_file
 from polyak.combine import combine
-from polyak.errors import CheckpointError, OptionError
+from polyak.errors import CheckpointError, OptionError, shown
 
 __all__ = [
     "FROZEN_NAME",
@@ -75,8 +76,8 @@ class Summary:
         """What was written as plain values. Raises TypeError or ValueError for what was not."""
         summary = cls(**entry)
         _refuse_no_count(summary.count, least=1)
-        if not all(math.isfinite(number) for number in (summary.mean, summary.min, summary.max)):
-            raise ValueError("it holds what is no number")
+        for name in ("mean", "min", "max"):
+            within("(-inf, inf)", name, getattr(summary, name))
         return summary
 
     def __add__(self, later: Summary) -> Summary:
@@ -161,7 +162,6 @@ def _scalar(name: str, value: Any) -> float | Tensor:
 
 FROZEN_NAME = "frozen.safetensors"
 _FORMAT = "polyak trajectory 1"
-_TOO_MANY = 10**12  # steps, which are 12 digits in the names of files
 _OPTIONS_KEY = "law"  # as it is written since the first version of the format
 
 
@@ -335,8 +335,8 @@ def _parsed(data: bytes) -> Manifest:
 
 
 def _refuse_no_count(count: object, least: int = 0) -> None:
-    if type(count) is not int or not least <= count < _TOO_MANY:
-        raise ValueError(f"it holds {count!r:.60} where there is a count")
+    if type(count) is not int or not least <= count < TOO_MANY:
+        raise ValueError(f"it holds {shown(count)} where there is a count")
 
 
 def _refuse_constant(text: str) -> None:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from polyak import _torch
 from polyak._attach import Attachment
-from polyak._checks import checked, refuse_other_state, warn_user, whole_within
+from polyak._checks import TOO_MANY, checked, refuse_other_state, warn_user, whole_within
 from polyak._distributed import RankGroup, refuse_unplaced
 from polyak._model import Binding, ModelTensors, refuse_swapped, watch_for_thaws
 from polyak._swap import Swap, undoing
@@ -145,7 +145,7 @@ class Recorder:
         if dtype not in (None, torch.float32, torch.float64):
             raise OptionError(f"dtype must be torch.float32, torch.float64 or None, got {dtype}")
         if step is not None:
-            step = whole_within("[0, inf)", "step", step)
+            step = whole_within(f"[0, {TOO_MANY})", "step", step)
         self._lock = RLock()
         self._options = {"every": self.every, "dtype": str(dtype), "buffers": buffers}
         self._optimizer = optimizer
@@ -556,7 +556,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 def _given_steps(block: int | None, every: int) -> int | None:
     if block is None:
         return None
-    steps = whole_within("[1, inf)", "block", block)
+    steps = whole_within(f"[1, {TOO_MANY})", "block", block)
     if steps % every:
         raise OptionError(
             f"block must be a multiple of every={every}, the steps between samples, got {block}"
