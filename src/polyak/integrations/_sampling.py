@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch.optim import Optimizer
 from torch.optim.swa_utils import SWALR
@@ -155,7 +155,14 @@ class SWARate:
             "averaging begins, and SWALR takes the learning rate to %s in the place of %s", rates, before
         )
         anneal = self.anneal_epochs * steps_per_epoch
-        return SWALR(optimizer, rates, anneal, self.anneal_strategy)  # pyright: ignore[reportArgumentType]
+        return _Schedule(optimizer, rates, anneal, self.anneal_strategy)  # pyright: ignore[reportArgumentType]
+
+
+class _Schedule(SWALR):
+    """torch's own, but for its state, where torch 2.9 puts a function that ``torch.load(weights_only=True)`` refuses."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key != "anneal_func"}
 
 
 class ShouldUpdate(Protocol):
