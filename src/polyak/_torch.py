@@ -221,6 +221,25 @@ class Layout:
         )
 
 
+# Threads
+
+
+@cache
+def openmp_parallel() -> Callable[[int, int, int, int], None] | None:
+    """Call a function with an argument on so many threads of the OpenMP that torch's operations use; None: not found.
+
+    It is ``GOMP_parallel`` of GNU's library, which those of LLVM and Intel have too: the addresses of a C function and
+    of its argument, the number of threads, and flags, of which there are none.
+    """
+    try:
+        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel
+
+
 # Devices
 
 
