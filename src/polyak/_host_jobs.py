@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polyak import _torch
+
 __all__ = [
     "CHUNK_NUMEL",
     "KINDS",
@@ -94,9 +96,8 @@ def _parallel() -> Callable[[int, int, int, int], None] | None:
 
     It is ``GOMP_parallel`` of GNU's library, which those of LLVM and Intel have too.
     """
-    try:
-        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (OSError, AttributeError):
+    parallel = _torch.openmp("GOMP_parallel")
+    if parallel is None:
         return None
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     parallel.restype = None

@@ -51,6 +51,7 @@ __all__ = [
     "lerps_unless",
     "on_host",
     "on_one_core",
+    "openmp",
     "optimizer_hooks",
     "parameters_of",
     "queued_for",
@@ -273,13 +274,18 @@ def device_of_collectives() -> torch.device:
 # Threads
 
 
-@cache
-def _openmp_setting() -> Callable[[int], object] | None:
-    """How OpenMP is told how many threads to take; of the runtime that torch itself uses, None where it shows none."""
+def openmp(name: str) -> Any:
+    """A function of the OpenMP runtime that torch itself uses, for ctypes; None where it shows none."""
     try:
-        return ctypes.CDLL(torch._C.__file__).omp_set_num_threads
+        return getattr(ctypes.CDLL(torch._C.__file__), name)
     except (AttributeError, OSError, TypeError):
         return None
+
+
+@cache
+def _openmp_setting() -> Callable[[int], object] | None:
+    """How OpenMP is told how many threads to take."""
+    return openmp("omp_set_num_threads")
 
 
 @contextmanager
