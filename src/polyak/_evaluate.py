@@ -37,7 +37,6 @@ __all__ = [
     "lacks_frozen",
     "live_weights",
     "matched",
-    "paired_intervals",
     "read_score",
     "refuse_incomplete",
     "refuse_no_trajectory",
@@ -59,6 +58,8 @@ Floats = NDArray[np.float64]
 _MOST_GROUPS = 1024
 # Fewer say nothing of how much they vary.
 _LEAST_EXAMPLES = 5
+# Of the standard error, what that of a resample counts as at least.
+_LEAST_ERROR = 1 / 16
 _RESAMPLES = 2000
 _SEED = 0
 _ROUNDING = 1e-12
@@ -137,112 +138,67 @@ def read_score(result: object, called: str = "score") -> Score:
     return Score(float(losses.mean()), np.add.reduceat(losses, starts), sizes, counts)
 
 
-def paired_intervals(scores: Sequence[Score], baseline: Score) -> list[Interval | None]:
-    """A 95% interval of each score minus that of ``baseline``, by the paired percentile bootstrap.
+def simultaneous_intervals(scores: Sequence[Score], *baselines: Score) -> list[list[Interval | None]]:
+    """Intervals of each score minus a baseline, all of which hold at once with 95%, for one baseline after the other.
 
-    Examples are drawn with replacement, the same ones for all, 2,000 times with a fixed seed; the interval
-    holds the middle 95% of the mean differences. None where scores are single numbers, or of fewer than five examples.
-
-    Raises:
-        OptionError: scores of different numbers of examples.
-
-    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
-
-    >>> live, other = read_score([1.0, 2.0, 3.0, 4.0, 5.0]), read_score([0.5, 1.5, 2.5, 3.5, 4.5])
-    >>> paired_intervals([other], live)
-    [Interval(low=-0.5, high=-0.5)]
-    """
-    means = _resampled_differences(scores, baseline)
-    if means is None:
-        return [None for _ in scores]
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    return [Interval(*pair) for pair in zip(low.tolist(), high.tolist(), strict=True)]
-
-
-def simultaneous_intervals(
-    scores: Sequence[Score], baseline: Score, *others: Score
-) -> list[list[Interval | None]]:
-    """Intervals of each score minus ``baseline``, all of which hold at once with 95%; then the same minus each other.
-
-    With the paired differences d_c of C candidates, their bootstrap d_cb and its standard deviation s_c, the
-    interval is d_c ± q s_c, where q is the 95% quantile over b of max_c |d_cb - d_c| / s_c. So the best of many
-    candidates seems to beat the baseline, where none does, in about 5% of cases at most, whichever way it was chosen
-    from among them. As s_c itself is not sure where examples are few, q is widened as Student's t is over the normal
-    distribution. The intervals minus ``others`` have the same q.
+    With the mean paired differences d_c of C candidates and their standard errors s_c, and d_cb and s_cb of a resample
+    of the examples, t_cb = (d_cb - d_c) / s_cb. The interval is [d_c - h s_c, d_c - l s_c], where h is the 97.5%
+    quantile over b of max_c t_cb, and l the 2.5% quantile of min_c t_cb. So the best of many candidates seems to beat
+    the baseline, where none does, in about 5% of cases at most, whichever way it was chosen from among them. A resample
+    is measured by its own error: where a few examples make most of a difference, so that those scored may lack them,
+    or where examples are few, the interval is longer on that side. Where examples hardly differ in a resample, s_cb
+    counts as a sixteenth of s_c. 2,000 resamples are drawn, with a fixed seed. None where scores are single numbers, or
+    of fewer than five examples.
 
     Raises:
         OptionError: scores of different numbers of examples.
 
-    Source: Westfall and Young 1993, Resampling-Based Multiple Testing; Romano and Wolf 2005.
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 12.5 (bootstrap-t); Westfall and
+    Young 1993, Resampling-Based Multiple Testing; Romano and Wolf 2005.
 
     >>> live, other = read_score([1.0, 2.0, 3.0, 4.0, 5.0]), read_score([0.5, 1.5, 2.5, 3.5, 4.5])
     >>> simultaneous_intervals([live, other], live)
     [[Interval(low=0.0, high=0.0), Interval(low=-0.5, high=-0.5)]]
     """
-    factor, found = 0.0, []
-    for against in (baseline, *others):
-        means = _resampled_differences(scores, against)
-        if means is None:
-            found.append([None for _ in scores])
-            continue
-        differences = np.array([score.value - against.value for score in scores])
-        errors = _standard_errors(means, scores, against)
-        factor = factor or _as_of_student(
-            _largest_deviation(means - differences, errors), len(np.asarray(against.group_sums)) - 1
-        )
-        bounds = zip(differences - factor * errors, differences + factor * errors, strict=True)
-        found.append([Interval(float(low), float(high)) for low, high in bounds])
-    return found
+    return [_intervals(scores, baseline) for baseline in baselines]
 
 
-def _resampled_differences(scores: Sequence[Score], baseline: Score) -> Floats | None:
-    """The mean difference of each score to ``baseline`` in each resample, [B, C]; None where noise cannot be told."""
+def _intervals(scores: Sequence[Score], baseline: Score) -> list[Interval | None]:
     _refuse_other_examples(scores, baseline)
-    if (
-        baseline.group_sums is None
-        or baseline.group_sizes is None
-        or len(baseline.group_sums) < _LEAST_EXAMPLES
-    ):
-        return None
-    differences = np.array([np.asarray(score.group_sums) - baseline.group_sums for score in scores])  # [C, G]
-    times_drawn = _times_drawn(len(baseline.group_sums))  # [B, G]
+    sums, sizes = baseline.group_sums, baseline.group_sizes
+    if sums is None or sizes is None or len(sums) < _LEAST_EXAMPLES:
+        return [None for _ in scores]
     # A loss that is not finite makes its own candidate's interval NaN, and no other's.
     with np.errstate(invalid="ignore"):
-        return times_drawn @ differences.T / (times_drawn @ baseline.group_sizes)[:, None]
+        differences = np.array([score.value for score in scores]) - baseline.value
+        # Of each group, what it deviates by from the mean difference, [C, G].
+        rest = np.array([score.group_sums for score in scores]) - sums - np.outer(differences, sizes)
+        (_,), (errors,) = _deviations_and_errors(rest, sizes, np.ones((1, len(sizes))))
+        rounding = [_ROUNDING * (abs(score.value) + abs(baseline.value)) for score in scores]
+        errors = np.where(errors <= rounding, 0.0, errors)
+        varying = np.isfinite(errors) & (errors > 0)
+        least, most = _quantiles(rest[varying], sizes, errors[varying]) if varying.any() else (0.0, 0.0)
+        bounds = zip(differences - most * errors, differences - least * errors, strict=True)
+    return [Interval(float(low), float(high)) for low, high in bounds]
 
 
-def _standard_errors(means: Floats, scores: Sequence[Score], baseline: Score) -> Floats:
-    """Of each mean difference, [C]; 0 where all that resamples differ by is rounding."""
-    groups = len(np.asarray(baseline.group_sums))
-    with np.errstate(invalid="ignore"):
-        errors = means.std(axis=0) * np.sqrt(groups / (groups - 1))
-    rounding = [_ROUNDING * (abs(score.value) + abs(baseline.value)) for score in scores]
-    return np.where(errors <= rounding, 0.0, errors)
+def _quantiles(rest: Floats, sizes: Floats, errors: Floats) -> tuple[float, float]:
+    """The 2.5% quantile of the least deviation of any candidate, in its own errors, and the 97.5% one of the most."""
+    deviations, own = _deviations_and_errors(rest, sizes, _times_drawn(len(sizes)))
+    measured = deviations / np.maximum(own, _LEAST_ERROR * errors)
+    return float(np.quantile(measured.min(axis=1), 0.025)), float(np.quantile(measured.max(axis=1), 0.975))
 
 
-def _largest_deviation(deviations: Floats, errors: Floats) -> float:
-    """The 95% quantile over resamples [B, C] of the largest deviation of any candidate, in its standard errors."""
-    varying = np.isfinite(errors) & (errors > 0)
-    if not varying.any():
-        return 0.0
-    return float(np.quantile(np.abs(deviations[:, varying] / errors[varying]).max(axis=1), 0.95))
-
-
-def _as_of_student(quantile: float, freedom: int) -> float:
-    """The quantile of Student's t where that of the normal distribution is ``quantile``.
-
-    Source: Abramowitz and Stegun 1964, 26.7.5.
-
-    >>> round(_as_of_student(1.96, 9), 2), round(_as_of_student(1.96, 799), 3)
-    (2.26, 1.963)
-    """
-    q = quantile
-    terms = (
-        (q**3 + q) / 4,
-        (5 * q**5 + 16 * q**3 + 3 * q) / 96,
-        (3 * q**7 + 19 * q**5 + 17 * q**3 - 15 * q) / 384,
+def _deviations_and_errors(rest: Floats, sizes: Floats, times_drawn: Floats) -> tuple[Floats, Floats]:
+    """Of the mean of each candidate in each resample, [B, C]: what it deviates by, and its standard error."""
+    groups, examples = len(sizes), (times_drawn @ sizes)[:, None]
+    means = times_drawn @ rest.T / examples
+    squares = (
+        times_drawn @ np.square(rest).T
+        - 2 * means * (times_drawn @ (rest * sizes).T)
+        + np.square(means) * (times_drawn @ np.square(sizes))[:, None]
     )
-    return q + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+    return means, np.sqrt(np.maximum(squares, 0) * groups / (groups - 1)) / examples
 
 
 def _times_drawn(groups: int) -> Floats:

@@ -13,7 +13,7 @@ from torch import nn
 
 import polyak
 from polyak import Decay, Power, Tail, Uniform, Weights, _evaluate, checkpoints, landscape
-from polyak._evaluate import paired_intervals, read_score, simultaneous_intervals
+from polyak._evaluate import read_score, simultaneous_intervals
 from polyak.errors import OptionError, StructureError
 from polyak.selection._result import LIVE, RECALIBRATED, Selection, simplicity
 from polyak.selection._select import _ranked
@@ -230,16 +230,22 @@ def test_simultaneous_intervals_are_those_of_the_formula():
     draws = np.random.default_rng(0)
     picked = [draws.integers(40, size=40) for _ in range(2000)]
     to_third = losses - losses[2]
-    resampled = np.array([to_third[:, rows].mean(axis=1) for rows in picked])
-    means, errors = to_third.mean(axis=1), resampled.std(axis=0) * np.sqrt(40 / 39)
-    largest = (np.abs(resampled - means)[:, [0, 1, 3]] / errors[[0, 1, 3]]).max(axis=1)
-    normal = np.quantile(largest, 0.95)
-    factor = stats.t.ppf(stats.norm.cdf(normal), df=39)  # as the error itself is not sure
-    assert 1.96 < normal < factor < 3
+    means, errors = to_third.mean(axis=1), stats.sem(to_third, axis=1)
+    others = [0, 1, 3]
+    measured = np.array(
+        [
+            (to_third[others][:, rows].mean(axis=1) - means[others])
+            / stats.sem(to_third[others][:, rows], axis=1)
+            for rows in picked
+        ]
+    )
+    least, most = np.quantile(measured.min(axis=1), 0.025), np.quantile(measured.max(axis=1), 0.975)
+    assert -4 < least < -1.9 and 1.9 < most < 4
     found, to_first = simultaneous_intervals(scores, scores[2], scores[0])
-    np.testing.assert_allclose([i.low for i in found], means - factor * errors, rtol=1e-5, atol=1e-12)
-    np.testing.assert_allclose([i.high for i in found], means + factor * errors, rtol=1e-5, atol=1e-12)
-    assert (to_first[2].low, to_first[2].high) == pytest.approx((-found[0].high, -found[0].low))
+    np.testing.assert_allclose([i.low for i in found], means - most * errors, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose([i.high for i in found], means - least * errors, rtol=1e-9, atol=1e-12)
+    (alone,) = simultaneous_intervals(scores, scores[0])
+    assert to_first == alone
 
 
 def test_a_broken_candidate_has_no_interval_and_takes_none_from_the_others():
@@ -266,7 +272,7 @@ def test_the_best_of_many_candidates_that_are_noise_is_seldom_called_a_gain(monk
         table = _ranked(scores, explained, "min")
         choice = Selection(table, "min", None, None, None, None)
         claimed += bool(choice.beats_baseline)
-        (plain_interval,) = paired_intervals([scores[table[0].profile]], scores[LIVE])
+        ((plain_interval,),) = simultaneous_intervals([scores[table[0].profile]], scores[LIVE])
         claimed_plainly += plain_interval.high < 0
     assert claimed / 200 <= 0.05
     assert claimed_plainly / 200 > 0.15  # what the correction is for

@@ -418,7 +418,7 @@ class _Holdout:
         before = self._live if is_live else self._trials.live(baseline.name, self._score, "holdout")
         (weights,) = self._trials.trajectory.average_many([best.profile])
         after = self._trials.average(weights, self._score, "holdout")
-        (interval,) = _evaluate.paired_intervals([after], before)
+        ((interval,),) = _evaluate.simultaneous_intervals([after], before)
         return HoldoutCheck(
             best_score=after.value,
             baseline_score=before.value,
