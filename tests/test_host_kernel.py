@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from devices import as_if_on
-from polyak import _host_jobs, _host_kernel, _torch
+from polyak import _host_jobs, _host_kernel
 from polyak._mean import Accumulator
 from polyak.errors import NonFiniteError
 from polyak.profiles import EMA, Uniform, as_scheme
@@ -343,7 +343,7 @@ def test_interrupts_at_any_moment_leave_every_number_old_or_new_and_no_thread_at
 
 SCRIPT = """
 import torch
-from polyak import _host_jobs, _host_kernel, _torch
+from polyak import _host_jobs, _host_kernel
 from polyak._mean import Accumulator
 from polyak.profiles import Uniform
 
@@ -400,9 +400,9 @@ def test_without_the_threads_of_torchs_openmp_there_are_no_loops(monkeypatch):
     def not_there(path):
         raise OSError("no such library")
 
-    monkeypatch.setattr(_torch.ctypes, "CDLL", not_there)
-    assert _torch.openmp_parallel.__wrapped__() is None
-    monkeypatch.setattr(_torch, "openmp_parallel", lambda: None)
+    monkeypatch.setattr(_host_jobs.ctypes, "CDLL", not_there)
+    assert _host_jobs._parallel.__wrapped__() is None
+    monkeypatch.setattr(_host_jobs, "_parallel", lambda: None)
     assert not _host_jobs.are_possible.__wrapped__()
 
 

@@ -10,9 +10,10 @@ milliseconds, and any others would have to share the processors with them; nor d
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from importlib import import_module
@@ -70,7 +71,7 @@ def _do(loops: Any, task: Task, tables: tuple[np.ndarray, ...], share: float, wh
     sizes = (len(chunks), CHUNK_NUMEL, tops.shape[1])
     about = (loops.TASKS.index(task), which, far, coefficient)
     job = np.array((0, len(shares), *places, *sizes, *about), loops.JOB)
-    parallel = _torch.openmp_parallel()
+    parallel = _parallel()
     if len(shares) == 1 or parallel is None:
         loops.run.ctypes(job.ctypes.data)
     else:
@@ -89,6 +90,20 @@ def addresses_of(tensors: Sequence[Tensor]) -> np.ndarray:
 # Threads
 
 
+@cache
+def _parallel() -> Callable[[int, int, int, int], None] | None:
+    """Call a function with an argument on so many threads of the OpenMP that torch's operations use; None: not found.
+
+    It is ``GOMP_parallel`` of GNU's library, which those of LLVM and Intel have too.
+    """
+    parallel = _torch.openmp("GOMP_parallel")
+    if parallel is None:
+        return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel
+
+
 _process_id = os.getpid()
 
 
@@ -103,7 +118,7 @@ def most_threads() -> int:
 @cache
 def are_possible() -> bool:
     """Whether there can be compiled loops here: numba and torch's threads."""
-    return find_spec("numba") is not None and _torch.openmp_parallel() is not None
+    return find_spec("numba") is not None and _parallel() is not None
 
 
 def are_ready(wait: bool = False) -> bool:

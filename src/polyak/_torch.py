@@ -51,6 +51,7 @@ __all__ = [
     "lerps_unless",
     "on_host",
     "on_one_core",
+    "openmp",
     "optimizer_hooks",
     "parameters_of",
     "queued_for",
@@ -221,25 +222,6 @@ class Layout:
         )
 
 
-# Threads
-
-
-@cache
-def openmp_parallel() -> Callable[[int, int, int, int], None] | None:
-    """Call a function with an argument on so many threads of the OpenMP that torch's operations use; None: not found.
-
-    It is ``GOMP_parallel`` of GNU's library, which those of LLVM and Intel have too: the addresses of a C function and
-    of its argument, the number of threads, and flags, of which there are none.
-    """
-    try:
-        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    parallel.restype = None
-    return parallel
-
-
 # Devices
 
 
@@ -292,13 +274,18 @@ def device_of_collectives() -> torch.device:
 # Threads
 
 
-@cache
-def _openmp_setting() -> Callable[[int], object] | None:
-    """How OpenMP is told how many threads to take; of the runtime that torch itself uses, None where it shows none."""
+def openmp(name: str) -> Any:
+    """A function of the OpenMP runtime that torch itself uses, for ctypes; None where it shows none."""
     try:
-        return ctypes.CDLL(torch._C.__file__).omp_set_num_threads
+        return getattr(ctypes.CDLL(torch._C.__file__), name)
     except (AttributeError, OSError, TypeError):
         return None
+
+
+@cache
+def _openmp_setting() -> Callable[[int], object] | None:
+    """How OpenMP is told how many threads to take."""
+    return openmp("omp_set_num_threads")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 import polyak
 from polyak.errors import OptionError
@@ -53,7 +54,12 @@ def trainer_for(folder, model, **options):
     as_torchrun()
     ranks = dist.get_world_size()
     tokens = [
-        {"input_ids": (torch.arange(6) + i) % 17, "labels": (torch.arange(6) + i) % 17} for i in range(16)
+        # The first token is not predicted; transformers 5.0 would divide by it too.
+        {
+            "input_ids": (torch.arange(6) + i) % 17,
+            "labels": torch.tensor([-100, *((torch.arange(1, 6) + i) % 17)]),
+        }
+        for i in range(16)
     ]
     arguments = {
         "max_steps": 6,
@@ -99,14 +105,12 @@ def by_ddp(folder):
     assert_close(dict(saved.named_parameters()), expected)
     if dist.get_rank() == 0:
         assert recording.trajectory.blocks[-1].stop == 6
-    native = sharded_at_load(folder)
-    return scores(trainer), visited.weights[3:], native
+    return scores(trainer), visited.weights[3:]
 
 
 def sharded_at_load(folder):
     """transformers' own FSDP2, which trains on CPUs as it is; it writes no checkpoints that training resumes from."""
-    from transformers.distributed import DistributedConfig
-
+    folder = Path(folder)
     if dist.get_rank() == 0:
         language_model().save_pretrained(folder / "base")
     dist.barrier()
@@ -123,10 +127,18 @@ def sharded_at_load(folder):
     return scores(trainer)
 
 
+@pytest.mark.skipif(
+    not hasattr(DistributedConfig, "fsdp_size"), reason="this transformers has no FSDP2 of its own"
+)
+def test_fsdp_of_transformers_itself(tmp_path):
+    first, second = run_on_ranks(sharded_at_load, str(tmp_path))
+    assert first == second
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
-def test_ddp_and_fsdp_of_transformers_itself(tmp_path):
-    (first, tail, native), (second, _, other_native) = run_on_ranks(by_ddp, str(tmp_path))
-    assert first == second and native == other_native
+def test_ddp(tmp_path):
+    (first, tail), (second, _) = run_on_ranks(by_ddp, str(tmp_path))
+    assert first == second
     assert first[-1].keys() == {"eval_loss", "eval_loss/average", "eval_loss/tail:steps=2"}
     # What the ranks scored together is what one model scores.
     tokens = torch.stack([(torch.arange(6) + i) % 17 for i in range(16)])

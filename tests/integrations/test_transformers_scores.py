@@ -225,6 +225,8 @@ def test_what_only_one_of_several_may_do(tmp_path, options):
 # Averages in checkpoints.
 
 
+# Of transformers 5.1 and before, which takes checkpoints of one second for those of a broken clock.
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable")
 def test_checkpoints_have_the_averaged_model_and_take_it_with_them(tmp_path):
     config = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8)
     model = GPT2LMHeadModel(config).bfloat16()

@@ -159,7 +159,7 @@ class SWARate:
 
 
 class _Schedule(SWALR):
-    """torch's own, but for its state: torch 2.9 puts a function there that ``torch.load(weights_only=True)`` refuses."""
+    """torch's own; but torch 2.9 puts a function into the state, which ``torch.load(weights_only=True)`` refuses."""
 
     def state_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().state_dict().items() if key != "anneal_func"}

@@ -103,6 +103,17 @@ def _adapters_of(trainer: Trainer) -> set[str]:
     return set(getattr(trainer.model, "peft_config", ()))
 
 
+def _without_averaged_adapter(model: Any, checkpoint: Path | None) -> None:
+    """The Trainer takes the averaged adapter in a checkpoint for one of several that are to be trained.
+
+    Where there are several, a Trainer before transformers 5.11 at least leaves out the one that lies beside them.
+    """
+    undocumented("PEFT", model, "delete_adapter")(AVERAGE)
+    if checkpoint is not None and any(checkpoint.glob("adapter_model.*")):
+        trained = "default" in model.active_adapters
+        undocumented("PEFT", model, "load_adapter")(str(checkpoint), "default", is_trainable=trained)
+
+
 # What the callbacks share: where training resumes, that it failed, what evaluations score, states in checkpoints.
 
 
@@ -135,8 +146,7 @@ class Watching(TrainerCallback):
     def _watched(self, checkpoint: Path | None) -> Iterator[None]:
         self._checkpoint, self._is_watched = checkpoint, True
         if AVERAGE in _adapters_of(self._trainer) - self._adapters:
-            # The Trainer takes the averaged adapter in a checkpoint for one of several that are to be trained.
-            undocumented("PEFT", self._trainer.model, "delete_adapter")(AVERAGE)
+            _without_averaged_adapter(self._trainer.model, checkpoint)
         try:
             yield
         except BaseException as error:
