@@ -6,7 +6,7 @@ Runs of the demo's byte language model, at its constant rate and with the decay 
 are recorded. At the end the weights of all blocks are fitted from the best average by validation, on validation or on
 training examples, in batches as large as the training's: a pass forward and backward costs what a training step does.
 Beside it stand runs that are as many steps longer, with what `select` chose of them. Test NLL, differences paired over
-seeds. About 10 minutes on two cores.
+seeds. It took 20 minutes on two cores that were busy otherwise, too.
 """
 
 from __future__ import annotations

@@ -83,6 +83,14 @@ def test_a_candidate_that_diverged_spoils_no_other_interval():
     assert (fine.low, fine.high) == (pytest.approx(1), pytest.approx(1))
 
 
+def test_losses_whose_squares_are_beyond_floats_spoil_no_other_interval():
+    live, broken = losses(50, 0), losses(50, 0)
+    broken[7] = 1e200
+    ((spoilt, fine),) = simultaneous_intervals([read_score(broken), read_score(live + 1)], read_score(live))
+    assert not spoilt.low > 0 and not spoilt.high < 0
+    assert (fine.low, fine.high) == (pytest.approx(1), pytest.approx(1))
+
+
 @pytest.mark.parametrize("number", [0.5, 3, True, np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5])])
 def test_a_single_number_has_no_error(number):
     score = read_score(number)

@@ -92,7 +92,7 @@ class Score:
         if self.group_sums is None or self.group_sizes is None:
             return None
         groups = len(self.group_sums)
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(invalid="ignore"):
             residuals = self.group_sums - self.value * self.group_sizes
             return float(np.sqrt(np.sum(residuals**2) * groups / (groups - 1)) / self.group_sizes.sum())
 
@@ -168,8 +168,8 @@ def _intervals(scores: Sequence[Score], baseline: Score) -> list[Interval | None
     sums, sizes = baseline.group_sums, baseline.group_sizes
     if sums is None or sizes is None or len(sums) < _LEAST_EXAMPLES:
         return [None for _ in scores]
-    # A loss that is not finite makes its own candidate's interval NaN, and no other's.
-    with np.errstate(invalid="ignore"):
+    # A loss that is not finite, or its square, makes its own candidate's interval NaN or endless, and no other's.
+    with np.errstate(invalid="ignore", over="ignore"):
         differences = np.array([score.value for score in scores]) - baseline.value
         # Of each group, what it deviates by from the mean difference, [C, G].
         rest = np.array([score.group_sums for score in scores]) - sums - np.outer(differences, sizes)
